@@ -1,0 +1,191 @@
+"""What one site holds: its private data, the common test set and the public proxy set, on its device."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd.config import RunConfig, split_list
+from fedkd.data.normalize import Standardizer, standardizer
+from fedkd.data.partition import partition
+from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
+from fedkd.data.sources import Source, load_source
+from fedkd.errors import SettingError
+from fedkd.seeding import derive
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who and where a peer is, from its own ``node-config``; the server has no say in it.
+
+    Attributes:
+        name: the peer's name in messages and results.
+        index: its number, 0 <= index < of.
+        of: how many peers there are.
+        state_dir: the folder of its state.
+        cache_dir: where processes of one machine share what they computed.
+        simulated: whether it is a stand-in on the machine that runs them all.
+        model: its own model, else the one dealt out by ``models``.
+        checkpoint: its own checkpoint, else the one dealt out by ``checkpoints``.
+        dataset: its own data, else its part of the common ``dataset``.
+    """
+
+    name: str
+    index: int
+    of: int
+    state_dir: Path
+    cache_dir: Path
+    simulated: bool = True
+    model: str = ""
+    checkpoint: str = ""
+    dataset: str = ""
+
+    def model_spec(self, config: RunConfig) -> str:
+        """Return the model this peer runs."""
+        return self.model or _dealt(config.models, self.index)
+
+    def checkpoint_path(self, config: RunConfig) -> Path | None:
+        """Return the checkpoint this peer starts from, or None."""
+        path = self.checkpoint or _dealt(config.checkpoints, self.index)
+        return None if path in ("", "-") else Path(path).expanduser()
+
+
+@dataclass(frozen=True)
+class Commons:
+    """What peers of one data source share, standardised and on the device.
+
+    Attributes:
+        source: the raw data source.
+        pool: indices of the training set that are left for the peers.
+        proxy_inputs: ``[P, ...]`` float32.
+        fingerprint: hash of the raw proxy set, over content and order.
+        test_inputs: ``[N, ...]`` float32.
+        test_labels: ``[N]`` int64.
+        scale: the standardiser, made from the public proxy set alone.
+    """
+
+    source: Source
+    pool: np.ndarray
+    proxy_inputs: Tensor
+    fingerprint: str
+    test_inputs: Tensor
+    test_labels: Tensor
+    scale: Standardizer
+
+
+@dataclass(frozen=True)
+class Site:
+    """One peer's view of the data.
+
+    Attributes:
+        inputs: private, ``[N, ...]`` float32, standardised, on the device.
+        labels: private, ``[N]`` int64.
+        label_share: share of each class in the private data, ``[C]``, sums to 1.
+        commons: what it shares with the others.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    label_share: Tensor
+    commons: Commons
+
+
+@dataclass(frozen=True)
+class _DataSettings:
+    """The settings that decide what the data are: the key of the process's cache."""
+
+    dataset: str
+    data_dir: str
+    download: bool
+    proxy: str
+    proxy_size: int
+    normalize: str
+    seed: int
+    device: str
+
+
+def open_site(config: RunConfig, place: Place, device: torch.device) -> Site:
+    """Load, split and standardise a peer's data.
+
+    Raises:
+        SettingError: anything about the data that does not fit the settings.
+    """
+    commons = _commons(_data_settings(config, place, device))
+    own = commons.pool if place.dataset else commons.pool[_parts(config, place, commons)[place.index]]
+    return _site(own, commons, device)
+
+
+def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
+    """Return the data of all peers in one site, for the pooled control of a simulation."""
+    commons = _commons(_data_settings(config, place, device))
+    own = np.concatenate(_parts(config, place, commons))
+    return _site(commons.pool[own], commons, device)
+
+
+def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
+    """Return the indices of the proxy samples whose logits travel at the start of a round, ``[P]`` int64."""
+    return torch.arange(config.proxy_size, device=device)
+
+
+def _site(own: np.ndarray, commons: Commons, device: torch.device) -> Site:
+    train, index = commons.source.train, torch.from_numpy(own)
+    labels = train.labels[index].to(device)
+    counts = torch.bincount(labels, minlength=len(commons.source.classes)).double()
+    return Site(commons.scale(train.inputs[index]).to(device), labels, counts / counts.sum(), commons)
+
+
+def _parts(config: RunConfig, place: Place, commons: Commons) -> list[np.ndarray]:
+    return partition(
+        commons.source.train.labels.numpy()[commons.pool],
+        place.of,
+        config.partition,
+        seed=derive(config.seed, "partition"),
+        alpha=config.partition_alpha,
+        classes_per_peer=config.classes_per_peer,
+        shared_classes=config.shared_classes,
+        cache=place.cache_dir,
+    )
+
+
+def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _DataSettings:
+    if place.dataset and config.proxy == "split":
+        raise SettingError(
+            "proxy", "split", f"a data source of its own, since peer {place.name} brings its own data set"
+        )
+    return _DataSettings(
+        place.dataset or config.dataset, config.data_dir, config.download, config.proxy,
+        config.proxy_size, config.normalize, config.seed, str(device),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _commons(settings: _DataSettings) -> Commons:
+    data_dir = Path(settings.data_dir or "~/.cache/fedkd/data").expanduser()
+    source = load_source(settings.dataset, data_dir=data_dir, download=settings.download)
+    proxy, pool = _proxy(settings, source, data_dir)
+    scale = standardizer(settings.normalize, proxy.inputs)
+    return Commons(
+        source,
+        pool,
+        scale(proxy.inputs).to(settings.device),
+        proxy.fingerprint,
+        scale(source.test.inputs).to(settings.device),
+        source.test.labels.to(settings.device),
+        scale,
+    )
+
+
+def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
+    if settings.proxy == "split":
+        return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
+    other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
+    proxy = foreign_proxy(other, settings.proxy_size, like=source.train.inputs[0], seed=derive(settings.seed, "proxy"))
+    return proxy, np.arange(len(source.train))
+
+
+def _dealt(names: str, index: int) -> str:
+    choices = split_list(names)
+    return choices[index % len(choices)] if choices else ""

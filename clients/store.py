@@ -1,0 +1,92 @@
+"""A peer's state on its own disk: one safetensors file per round, written whole or not at all."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from fedkd.errors import FedkdError
+
+_FILE = re.compile(r"round-(\d{6})\.safetensors")
+_KEEP = 2  # the state a round starts from outlives it, so that a round can be repeated after a crash
+
+
+class StateError(FedkdError):
+    """A peer's state is missing or does not fit its model."""
+
+
+class Store:
+    """The states of one peer in one run.
+
+    A state is the model at the end of a round (optimisers live for one phase, random streams are derived), in
+    one file that is renamed into place: a kill at any moment leaves the old files or the old files and the new
+    one. Round 0, the peer as it came, is kept for the controls; of the others the newest two.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        """Make the folder, or empty it of an earlier run's states."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in self.folder.iterdir():
+            if _FILE.fullmatch(path.name) or path.suffix == ".partial":
+                path.unlink()
+
+    def rounds(self) -> list[int]:
+        """Return the rounds whose state is on disk, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _FILE.fullmatch(path.name)))
+
+    def latest(self, before: int) -> int:
+        """Return the newest round earlier than ``before``.
+
+        Raises:
+            StateError: there is none.
+        """
+        earlier = [round for round in self.rounds() if round < before]
+        if not earlier:
+            raise StateError(
+                f"no state before round {before} in {self.folder}: the peer never started, or its folder is gone"
+            )
+        return earlier[-1]
+
+    def save(self, round: int, model: nn.Module) -> None:
+        """Write the state of a round; on any error the earlier states stay as they were.
+
+        Raises:
+            StateError: the disk refuses (full, read-only, gone).
+        """
+        try:
+            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+            os.close(handle)
+            partial = Path(name)
+            try:
+                save_model(model, name)
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())
+                partial.replace(self._path(round))
+            finally:
+                partial.unlink(missing_ok=True)
+        except Exception as error:  # safetensors reports a full disk with an error type of its own
+            raise StateError(f"cannot write the state of round {round} to {self.folder}: {error}") from error
+        for old in [r for r in self.rounds() if 0 < r < round][: -(_KEEP - 1) or None]:
+            self._path(old).unlink(missing_ok=True)
+
+    def load(self, round: int, model: nn.Module) -> None:
+        """Read the state of a round into a model of the same architecture.
+
+        Raises:
+            StateError: the file is missing, damaged or of another architecture.
+        """
+        try:
+            load_model(model, self._path(round))
+        except Exception as error:
+            raise StateError(f"cannot read the state of round {round} in {self.folder}: {error}") from error
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"round-{round:06d}.safetensors"

@@ -1,0 +1,1 @@
+"""Everything that drives runs and measures them: the command line, comparisons, benchmarks."""

@@ -1,0 +1,218 @@
+"""The settings of a run: typed, checked once at the edge, written down in one place.
+
+Flower hands a run's settings over as a flat mapping of kebab-case keys to ``str | int | float | bool``;
+:meth:`RunConfig.from_mapping` turns it into a frozen dataclass or raises a
+:class:`~fedkd.errors.SettingError` that names the key, the value and what is allowed. The table in the
+README and the defaults in ``pyproject.toml`` are checked against this module by the tests.
+
+What only a peer can know (does the divergence exist, does the checkpoint fit, are there that many classes)
+is checked by the peers when they introduce themselves, before anyone trains.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedkd.errors import SettingError
+
+Scalar = str | int | float | bool
+PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
+STRATEGIES = ("averaged",)
+CONTROLS = ("isolated", "pooled")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is allowed for one setting: a phrase for people and the check behind it."""
+
+    phrase: str
+    accepts: Callable[[Any], bool]
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def at_least(low: float) -> Rule:  # noqa: D103
+    return Rule(f"a number >= {low:g}", lambda v: _finite(v) and v >= low)
+
+
+def above(low: float) -> Rule:  # noqa: D103
+    return Rule(f"a number > {low:g}", lambda v: _finite(v) and v > low)
+
+
+def between(low: float, high: float) -> Rule:  # noqa: D103
+    return Rule(f"a number in [{low:g}, {high:g}]", lambda v: _finite(v) and low <= v <= high)
+
+
+def one_of(*names: str) -> Rule:  # noqa: D103
+    return Rule("one of " + ", ".join(names), lambda v: v in names)
+
+
+def some_of(*names: str) -> Rule:  # noqa: D103
+    return Rule(
+        "a comma-separated choice of " + ", ".join(names) + " (or empty)",
+        lambda v: set(split_list(v)) <= set(names),
+    )
+
+
+ANY = Rule("any text", lambda v: True)
+NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
+NAME = Rule("letters, digits, '.', '_' or '-'", lambda v: bool(v) and all(c.isalnum() or c in "._-" for c in v))
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split a comma-separated setting.
+
+    >>> split_list("mlp, cnn-small")
+    ('mlp', 'cnn-small')
+    """
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _setting(default: Scalar, rule: Rule, help: str) -> Any:
+    return field(default=default, metadata={"rule": rule, "help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every setting of a run. Field names are the kebab-case keys with underscores."""
+
+    # What the peers know and what they share
+    dataset: str = _setting(
+        "digits",
+        NON_EMPTY,
+        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH` or "
+        "`package.module:function`",
+    )
+    data_dir: str = _setting("", ANY, "folder where torchvision's data sets lie; empty: `~/.cache/fedkd/data`")
+    download: bool = _setting(False, ANY, "let torchvision download a missing data set")
+    partition: str = _setting("dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers")
+    partition_alpha: float = _setting(
+        0.3, above(0), "concentration of `dirichlet`: small is skewed"
+    )
+    classes_per_peer: int = _setting(
+        2, at_least(1), "classes a peer holds under `classes`, own classes under `overlap`"
+    )
+    shared_classes: int = _setting(2, at_least(1), "classes every peer holds under `overlap`")
+    proxy: str = _setting(
+        "split",
+        NON_EMPTY,
+        "`split`: public images taken from the training set before partitioning; or any data source",
+    )
+    proxy_size: int = _setting(400, at_least(1), "images in the public proxy set")
+    normalize: str = _setting(
+        "auto",
+        one_of("auto", "imagenet", "none"),
+        "input scaling: `auto` takes mean and deviation from the proxy set",
+    )
+
+    # The peers' models and how they train
+    models: str = _setting(
+        "mlp,cnn-small,cnn-wide,resnet8,resnet14,resnet20",
+        NON_EMPTY,
+        "model names, dealt out over the peers in order",
+    )
+    checkpoints: str = _setting("", ANY, "checkpoint paths, dealt out like `models`; `-` or empty: none")
+    pretrain_epochs: int = _setting(20, at_least(0), "epochs on private data before round 1")
+    optimizer: str = _setting("adam", one_of(*OPTIMIZERS), "optimiser of every training phase")
+    learning_rate: float = _setting(0.001, above(0), "learning rate of every training phase")
+    momentum: float = _setting(0.9, between(0, 0.999), "momentum of `sgd`")
+    weight_decay: float = _setting(0.0, at_least(0), "weight decay")
+    batch_size: int = _setting(32, at_least(2), "images per step")
+
+    # The exchange
+    rounds: int = _setting(10, at_least(0), "communication rounds")
+    strategy: str = _setting("averaged", one_of(*STRATEGIES), "who hears whom and how a peer combines what it hears")
+    divergence: str = _setting("js", NON_EMPTY, "loss between student and teacher")
+    temperature: float = _setting(1.0, above(0), "softmax temperature of both sides")
+    kd_weight: float = _setting(1.0, above(0), "factor of the distillation loss")
+    t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
+    average: str = _setting("probs", one_of("probs", "logits"), "what `averaged` averages over the teachers")
+    distill_epochs: int = _setting(2, at_least(0), "epochs over the proxy set per round")
+    local_epochs: int = _setting(1, at_least(0), "epochs over private data per round")
+    codec: str = _setting(
+        "fp32",
+        NON_EMPTY,
+        "encoding of logits on the wire: `fp32`, `fp16`, `int8` or `topk:K`, with `+zstd` compressed",
+    )
+
+    # The run
+    peers: int = _setting(0, at_least(0), "peers to wait for; 0: as many as Flower started")
+    round_timeout: float = _setting(3600.0, above(0), "seconds after which a round closes with the answers it has")
+    eval_every: int = _setting(1, at_least(1), "evaluate in every n-th round (and always in the last)")
+    controls: str = _setting("isolated,pooled", some_of(*CONTROLS), "control runs added to the result")
+    pooled_model: str = _setting("cnn-wide", NON_EMPTY, "model of the pooled control")
+    device: str = _setting(
+        "auto", NON_EMPTY, "`auto` (the GPU that Ray gave the actor, else the CPU), `cpu`, `cuda`, `cuda:N`"
+    )
+    threads: int = _setting(
+        1, at_least(1), "torch CPU threads of a peer; results depend on it, not on the number of actors"
+    )
+    seed: int = _setting(0, at_least(0), "seed of every random stream")
+    out_dir: str = _setting(
+        "", ANY, "folder for the results; empty: `runs/<time>-<run-name>` where the run was started"
+    )
+    run_name: str = _setting("fedkd", NAME, "name of the run")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Scalar]) -> "RunConfig":
+        """Check a flat mapping of kebab-case keys; missing keys take their defaults.
+
+        Raises:
+            SettingError: an unknown key, a wrong type or a value that is not allowed.
+        """
+        known = {key(f.name): f for f in dataclasses.fields(cls)}
+        values: dict[str, Scalar] = {}
+        for name, value in mapping.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+                raise SettingError(name, value, "a known key (nearest: " + ", ".join(near) + ")")
+            values[known[name].name] = _checked(known[name], name, value)
+        return cls(**values)  # type: ignore[arg-type]
+
+    def to_mapping(self) -> dict[str, Scalar]:
+        """Return the settings as Flower's flat mapping."""
+        return {key(f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def evaluates(self, round: int) -> bool:
+        """Tell whether peers evaluate at the end of a round."""
+        return round % self.eval_every == 0 or round == self.rounds
+
+
+def key(field_name: str) -> str:
+    """Return the kebab-case key of a field."""
+    return field_name.replace("_", "-")
+
+
+def _checked(spec: "dataclasses.Field[Any]", name: str, value: Scalar) -> Scalar:
+    kind = type(spec.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise SettingError(name, value, words[kind])
+    rule: Rule = spec.metadata["rule"]
+    if not rule.accepts(value):
+        raise SettingError(name, value, rule.phrase)
+    return value
+
+
+def settings_table() -> str:
+    """Return the settings as a Markdown table: key, default, allowed, meaning."""
+    lines = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for spec in dataclasses.fields(RunConfig):
+        rule: Rule = spec.metadata["rule"]
+        default = f'"{spec.default}"' if isinstance(spec.default, str) else str(spec.default).lower()
+        if isinstance(spec.default, bool):
+            allowed = "true, false"
+        elif isinstance(spec.default, int):
+            allowed = rule.phrase.replace("a number", "a whole number")
+        else:
+            allowed = rule.phrase
+        lines.append(f"| `{key(spec.name)}` | `{default}` | {allowed} | {spec.metadata['help']} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Data: sources, partitions over peers, and the public proxy set."""

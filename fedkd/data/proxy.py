@@ -1,0 +1,104 @@
+"""The public proxy set: unlabelled inputs that all peers share, and on which they compare what they know."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkd.data.sources import Dataset, Source
+from fedkd.errors import SettingError
+from fedkd.seeding import derive
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Proxy inputs [P, ...] in the order that knowledge refers to, and their fingerprint. There are no labels."""
+
+    inputs: Tensor
+    fingerprint: str
+
+
+def split_proxy(train: Dataset, size: int, *, seed: int) -> tuple[Proxy, npt.NDArray[np.int64]]:
+    """Take the proxy set out of a training set, uniformly at random; return it and the sorted indices that remain.
+
+    Raises:
+        SettingError: on `proxy-size`, unless 1 ≤ size < number of training samples.
+    """
+    chosen = _draw(len(train), size, largest=len(train) - 1, seed=seed)
+    remaining = np.setdiff1d(np.arange(len(train)), chosen, assume_unique=True)
+    return _proxy(train.inputs[torch.from_numpy(chosen)]), remaining
+
+
+def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int) -> Proxy:
+    """Draw the proxy set from another source's training set and give it the form of the peers' inputs.
+
+    Images are resized (bilinear, antialiased) and turned from RGB to grey (ITU-R 601 luma) or from grey to RGB
+    in integer arithmetic, so that every site computes the same bytes and hence the same fingerprint.
+
+    Args:
+        source: the other data.
+        size: number of proxy inputs P.
+        like: one input of the peers, [C, H, W] for images.
+        seed: of the run.
+
+    Raises:
+        SettingError: on `proxy-size` unless 1 ≤ size ≤ number of samples; on `proxy` if the forms cannot be matched.
+    """
+    chosen = _draw(len(source.train), size, largest=len(source.train), seed=seed)
+    inputs = source.train.inputs[torch.from_numpy(chosen)]
+    if inputs.dtype == like.dtype and inputs.shape[1:] == like.shape:
+        return _proxy(inputs)
+    if not (inputs.dtype == like.dtype == torch.uint8 and inputs.ndim == 4 and like.ndim == 3):
+        raise SettingError(
+            "proxy",
+            source.name,
+            f"a source of images, or of inputs like the peers' own, {like.dtype} {list(like.shape)}; "
+            f"its inputs are {inputs.dtype} {list(inputs.shape[1:])}",
+        )
+    if not {inputs.shape[1], like.shape[0]} <= {1, 3}:
+        raise SettingError(
+            "proxy",
+            source.name,
+            f"a source of images with the peers' {like.shape[0]} channels, or grey and RGB on both sides; "
+            f"its images have {inputs.shape[1]}",
+        )
+    return _proxy(_match_images(inputs, channels=like.shape[0], height=like.shape[1], width=like.shape[2]))
+
+
+def fingerprint(inputs: Tensor) -> str:
+    """Return 32 hexadecimal digits over type, shape, content and order of a tensor (BLAKE2b, 16 bytes).
+
+    >>> a = torch.tensor([[1, 2], [3, 4]])
+    >>> fingerprint(a) == fingerprint(a.clone()), fingerprint(a) == fingerprint(a.flip(0))
+    (True, False)
+    """
+    array = inputs.detach().cpu().contiguous().numpy()
+    digest = hashlib.blake2b(f"{array.dtype.str} {array.shape} ".encode(), digest_size=16)
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _proxy(inputs: Tensor) -> Proxy:
+    return Proxy(inputs, fingerprint(inputs))
+
+
+def _draw(samples: int, size: int, *, largest: int, seed: int) -> npt.NDArray[np.int64]:
+    if not 1 <= size <= largest:
+        raise SettingError("proxy-size", size, f"from 1 to {largest}, as there are {samples} training samples")
+    return np.random.default_rng(derive(seed, "proxy")).permutation(samples)[:size]
+
+
+def _match_images(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
+    """[N, 1 or 3, h, w] uint8 -> [N, channels, height, width] uint8."""
+    from PIL import Image
+
+    mode = "L" if channels == 1 else "RGB"
+    matched = np.empty((len(images), height, width, channels), dtype=np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR).convert(mode)
+        matched[i] = np.asarray(resized).reshape(height, width, channels)
+    return torch.from_numpy(matched).permute(0, 3, 1, 2).contiguous()

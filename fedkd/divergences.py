@@ -1,0 +1,449 @@
+r"""Divergences between a teacher's and a student's softened predictions, and the registry that names them.
+
+Notation: student logits ``z_s`` and teacher logits ``z_t`` are ``[B, C]``; ``q = softmax(z_s/T)``,
+``p = softmax(z_t/T)``, ``m = (p+q)/2``; ``H`` is the Shannon entropy in nats and ``C(v) = exp H(v)``. Every
+function returns one number per sample, ``[B]``, detaches the teacher and leaves the factor ``T²`` to the caller.
+
+Numerics. A divergence is computed together with its gradient ∂D/∂z_s in closed form, and one autograd node
+hands that gradient on. This gives what autograd through the formula cannot: at p = q the gradient is exactly
+zero, it stays finite where classes are masked (logits of −∞) or probabilities underflow, and a backward pass
+costs one multiplication. The price is that there is no second derivative. bfloat16 and float16 are computed, and
+returned, in float32.
+
+Masked classes. A class with p = q = 0 contributes nothing. Where p > 0 = q, ``ce``, ``kl`` and ``jeffreys`` are
++∞ by definition and are returned so, with a finite gradient (for ``kl``, (q − p)/T as ever). Where q > 0 = p,
+``reverse_kl`` and ``jeffreys`` are +∞ whatever the student does: the infinite terms carry no gradient, the others
+theirs. The bounded divergences are finite throughout. NaN and +∞ logits give NaN.
+
+Sources: Molo et al., SISAP 2024, https://doi.org/10.1007/978-3-031-75823-2_12, and its extension in FGCS 176,
+https://doi.org/10.1016/j.future.2025.108171, for the choice of measures.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = [
+    "Divergence",
+    "ce",
+    "get",
+    "jeffreys",
+    "js",
+    "kl",
+    "msed",
+    "names",
+    "register",
+    "reverse_kl",
+    "sed",
+    "td",
+]
+
+
+class Distribution(NamedTuple):
+    """A softened prediction of one softmax: ``log_probs`` and ``probs``, each ``[..., B, C]``."""
+
+    log_probs: Tensor
+    probs: Tensor
+
+
+# (student, *terms of the teacher) -> values [..., B] and slopes ∂D/∂(z_s/T) [..., B, C].
+Compare = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TeacherTerms:
+    """All of a divergence that the teacher alone decides: made once, used at every step of a student.
+
+    ``terms`` have the teacher logits' leading dimensions, ``[..., B, *]``. Called with student logits ``[B, C]``,
+    gives the divergence ``[..., B]``.
+    """
+
+    compare: Compare
+    terms: tuple[Tensor, ...]
+    temperature: float
+
+    def __call__(self, student_logits: Tensor) -> Tensor:
+        """Return the divergence, differentiable in the student logits."""
+        student_logits = student_logits.to(compute_dtype(student_logits))
+        value, slope = self.compare(soften(student_logits, self.temperature), *self.terms)
+        return attach(student_logits, value, slope, self.temperature)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence and what is known of it; called like the function it holds.
+
+    Args:
+        name: what a run's settings call it.
+        function: ``f(student_logits, teacher_logits, *, temperature) -> Tensor[B]``.
+        bound: its supremum, in the function's unit.
+        symmetric: D(p, q) = D(q, p).
+        root_is_metric: its square root obeys the triangle inequality.
+        multiway: takes all teachers at once, ``[K, B, C]``.
+        prepare: ``(teacher_logits, *, temperature, labels, **options) -> TeacherTerms``; ``None`` for a plain
+            function, whose gradient is autograd's.
+
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    bound: float = math.inf
+    symmetric: bool = False
+    root_is_metric: bool = False
+    multiway: bool = False
+    prepare: Callable[..., TeacherTerms] | None = None
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+        """Return the divergence ``[B]``."""
+        return self.function(student_logits, teacher_logits, **options)
+
+
+_REGISTRY: dict[str, Divergence] = {}
+_ELSEWHERE = {"cakd": "fedkd.decoupled", "dkd": "fedkd.decoupled", "bdkd": "fedkd.balanced"}
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def register(
+    name: str,
+    *,
+    bound: float = math.inf,
+    symmetric: bool = False,
+    root_is_metric: bool = False,
+    multiway: bool = False,
+    prepare: Callable[..., TeacherTerms] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Name a function ``f(student_logits, teacher_logits, *, temperature) -> Tensor[B]``, in a run's settings too.
+
+    The options declare what is known of it: see :class:`Divergence`. The function is returned unchanged. A name
+    that another function has is a ``ValueError``.
+
+    >>> @register("total-variation", bound=1.0, symmetric=True)
+    ... def total_variation(student_logits, teacher_logits, *, temperature=1.0):
+    ...     q = torch.softmax(student_logits / temperature, dim=-1)
+    ...     p = torch.softmax(teacher_logits.detach() / temperature, dim=-1)
+    ...     return (p - q).abs().sum(dim=-1) / 2
+    >>> get("total-variation")(torch.zeros(1, 3), torch.zeros(1, 3))
+    tensor([0.])
+    """
+
+    def add(function: _Function) -> _Function:
+        home = (function.__module__, function.__qualname__)
+        known = _REGISTRY.get(name)
+        # A module that is imported again registers again; that is no conflict.
+        taken = known is not None and (known.function.__module__, known.function.__qualname__) != home
+        if taken or _ELSEWHERE.get(name, function.__module__) != function.__module__:
+            raise ValueError(f"Expected argument `name` to be a name not yet taken, but got {name!r}.")
+        _REGISTRY[name] = Divergence(name, function, bound, symmetric, root_is_metric, multiway, prepare)
+        return function
+
+    return add
+
+
+def get(name: str) -> Divergence:
+    """Return the divergence of that name; a name that is not among :func:`names` is a ``ValueError``.
+
+    >>> get("js").symmetric, get("js").root_is_metric, round(get("js").bound, 6)
+    (True, True, 0.693147)
+    """
+    if name not in _REGISTRY and name in _ELSEWHERE:
+        importlib.import_module(_ELSEWHERE[name])
+    if name not in _REGISTRY:
+        raise ValueError(f"Expected argument `name` to be one of {names()}, but got {name!r}.")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    """Return the names of all divergences, a user's own included, in alphabetical order."""
+    return sorted(_REGISTRY.keys() | _ELSEWHERE.keys())
+
+
+# Steps that every divergence shares.
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ``ValueError`` unless the temperature is a finite number > 0."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"Expected argument `temperature` to be a finite number > 0, but got {temperature!r}.")
+
+
+def check_logits(**logits: Tensor) -> None:
+    """Raise ``ValueError`` unless all are floating-point ``[..., B, C]`` with B, C ≥ 1; keywords name them."""
+    for name, tensor in logits.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"Expected argument `{name}` to have a floating-point dtype, but got {tensor.dtype}.")
+        if tensor.dim() < 2 or tensor.numel() == 0:
+            raise ValueError(
+                f"Expected argument `{name}` to be logits of shape [B, C] with B, C >= 1, but got {list(tensor.shape)}."
+            )
+
+
+def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise ``ValueError`` unless both are floating-point logits of one shape ``[B, C]``."""
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "Expected arguments `student_logits` and `teacher_logits` to have one shape [B, C], "
+            f"but got {list(student_logits.shape)} and {list(teacher_logits.shape)}."
+        )
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float64 for float64, float32 for all others."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def soften(logits: Tensor, temperature: float, dtype: torch.dtype | None = None) -> Distribution:
+    """Return softmax(z/T) of the detached logits ``[..., C]``."""
+    logits = logits.detach().to(dtype or compute_dtype(logits))
+    log_probs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    return Distribution(log_probs, log_probs.exp())
+
+
+def weigh(probs: Tensor, values: Tensor) -> Tensor:
+    """Return ``probs * values``, and 0 where the probability is 0, whatever the value."""
+    return (probs * values).masked_fill_(probs == 0, 0)
+
+
+def tilt(probs: Tensor, score: Tensor) -> Tensor:
+    """Return q·(score − Σ q·score), the gradient in z where ``score`` is that in q = softmax(z)."""
+    return (score - (probs * score).sum(dim=-1, keepdim=True)).mul_(probs)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.temperature = temperature
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (grad / ctx.temperature).unsqueeze(-1) * slope, None, None, None
+
+
+def attach(student_logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
+    """Return ``value`` ``[B]`` as a function of ``student_logits`` ``[B, C]`` with gradient ``slope/T``."""
+    attached: Tensor = _Attach.apply(student_logits, value, slope, temperature)
+    return attached
+
+
+def preparing(compare: Compare) -> Callable[..., TeacherTerms]:
+    """Return the ``prepare`` of a divergence whose teacher terms are the softened teacher itself."""
+
+    def prepare(teacher_logits: Tensor, *, temperature: float, labels: Tensor | None = None) -> TeacherTerms:
+        return TeacherTerms(compare, soften(teacher_logits, temperature), temperature)
+
+    return prepare
+
+
+def _compute(compare: Compare, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    check_pair(student_logits, teacher_logits)
+    check_temperature(temperature)
+    teacher = soften(teacher_logits, temperature, compute_dtype(student_logits))
+    return TeacherTerms(compare, teacher, temperature)(student_logits)
+
+
+# Values and slopes. Rounding alone can take a divergence below zero, hence the clamps of the finished values.
+
+
+def compare_ce(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return -weigh(p, student.log_probs).sum(dim=-1), student.probs - p
+
+
+def compare_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return weigh(p, log_p - student.log_probs).sum(dim=-1).clamp_min_(0), student.probs - p
+
+
+def compare_reverse_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, q = student
+    log_ratio = (log_q - log_p).masked_fill_(q == 0, 0)
+    value = (q * log_ratio).sum(dim=-1).clamp_min_(0)
+    return value, tilt(q, log_ratio.masked_fill_(log_ratio == math.inf, 0))
+
+
+def compare_jeffreys(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    forward, forward_slope = compare_kl(student, log_p, p)
+    reverse, reverse_slope = compare_reverse_kl(student, log_p, p)
+    return forward.add_(reverse), forward_slope.add_(reverse_slope)
+
+
+def compare_td(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    q = student.probs
+    gap = p - q
+    contrast = gap / (p + q).clamp_min_(torch.finfo(q.dtype).tiny)  # (p−q)/(p+q), in [−1, 1]
+    value = (gap * contrast).sum(dim=-1).div_(2)
+    return value, tilt(q, contrast * (contrast / -2 - 1))
+
+
+def _skewed_js(q: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(1−s)·KL(p‖m) + s·KL(q‖m) with m = (1−s)·p + s·q, s the student's share: ``js`` at one half.
+
+    By log1p of the gap, and not as a difference of entropies, for full precision near p = q.
+    """
+    tiny = torch.finfo(q.dtype).tiny
+    gap = p - q
+    log_p_m = (gap * -share).div_(p.clamp_min(tiny)).log1p_().neg_()
+    log_q_m = gap.mul_(1 - share).div_(q.clamp_min(tiny)).log1p_().neg_()
+    value = (p * log_p_m).sum(dim=-1) * (1 - share) + (q * log_q_m).sum(dim=-1) * share
+    return value.clamp_min_(0), tilt(q, log_q_m).mul_(share)
+
+
+def compare_js(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return _skewed_js(student.probs, p, 0.5)
+
+
+def compare_sed(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _skewed_js(student.probs, p, 0.5)
+    return value.expm1_(), slope * (value + 1).unsqueeze(-1)
+
+
+def compare_msed(student: Distribution, p: Tensor, spread: Tensor, *, teachers: int) -> tuple[Tensor, Tensor]:
+    value, slope = _skewed_js(student.probs, p, 1 / (teachers + 1))
+    value = value.add_(spread).expm1_()
+    return value / teachers, slope * ((value + 1) / teachers).unsqueeze(-1)
+
+
+def _prepare_msed(
+    teacher_logits: Tensor, *, temperature: float, labels: Tensor | None = None, weights: Tensor | None = None
+) -> TeacherTerms:
+    # The entropy of a mixture splits: JS of all n members = JS among the K teachers (their spread, which no
+    # student changes) + the skewed JS between the student and the teachers' mean.
+    probs = soften(teacher_logits, temperature).probs
+    teachers = len(probs)
+    shares = torch.ones(teachers) / teachers if weights is None else weights / weights.sum()
+    shares = shares.to(probs).reshape(-1, 1, 1)
+    # From the first teacher on, so that equal teachers have exactly their own mean.
+    mean = probs[:1] + ((probs - probs[:1]) * shares).sum(dim=0, keepdim=True)
+    log_ratio = -torch.log1p((mean - probs) / probs.clamp_min(torch.finfo(probs.dtype).tiny))
+    spread = (probs * log_ratio * shares).sum(dim=(0, 2), keepdim=True).squeeze(-1).clamp_min_(0)
+    compare = partial(compare_msed, teachers=teachers)
+    return TeacherTerms(compare, (mean, spread * (teachers / (teachers + 1))), temperature)
+
+
+# The divergences.
+
+
+@register("ce", prepare=preparing(compare_ce))
+def ce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy to the teacher, −Σ p log q = H(p) + KL(p‖q), unbounded.  [B, C], [B, C] -> [B], nats.
+
+    Its student gradient is that of :func:`kl`: the built-in control of a comparison.
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, eq. 1 [paper].
+
+    >>> ce(torch.zeros(1, 4), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([1.3863])
+    """
+    return _compute(compare_ce, student_logits, teacher_logits, temperature)
+
+
+@register("kl", prepare=preparing(compare_kl))
+def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Forward Kullback-Leibler divergence, KL(p‖q) = Σ p log(p/q), unbounded.  [B, C], [B, C] -> [B], nats.
+
+    Source: Molo et al., SISAP 2024, https://doi.org/10.1007/978-3-031-75823-2_12 [paper].
+
+    >>> kl(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.2447])
+    """
+    return _compute(compare_kl, student_logits, teacher_logits, temperature)
+
+
+@register("reverse_kl", prepare=preparing(compare_reverse_kl))
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Reverse Kullback-Leibler divergence, KL(q‖p) = Σ q log(q/p), unbounded.  [B, C], [B, C] -> [B], nats.
+
+    Source: one half of BD-KD, https://arxiv.org/abs/2212.12965 [paper].
+
+    >>> reverse_kl(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.2449])
+    """
+    return _compute(compare_reverse_kl, student_logits, teacher_logits, temperature)
+
+
+@register("jeffreys", symmetric=True, prepare=preparing(compare_jeffreys))
+def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Jeffreys divergence, KL(p‖q) + KL(q‖p) = Σ (p−q) log(p/q), unbounded.  [B, C], [B, C] -> [B], nats.
+
+    Source: Jeffreys 1946, https://doi.org/10.1098/rspa.1946.0056; BD-KD at equal weights [ours].
+
+    >>> jeffreys(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.4897])
+    """
+    return _compute(compare_jeffreys, student_logits, teacher_logits, temperature)
+
+
+@register("js", bound=math.log(2), symmetric=True, root_is_metric=True, prepare=preparing(compare_js))
+def js(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon divergence, H(m) − (H(p) + H(q))/2, bounded by ln 2.  [B, C], [B, C] -> [B], nats.
+
+    Not square-rooted [code]; its root is a metric (Endres & Schindelin 2003, https://doi.org/10.1109/TIT.2003.813506).
+
+    Source: Lin 1991, https://doi.org/10.1109/18.61115; Molo et al., SISAP 2024 [paper].
+
+    >>> js(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.0598])
+    """
+    return _compute(compare_js, student_logits, teacher_logits, temperature)
+
+
+@register("td", bound=1.0, symmetric=True, root_is_metric=True, prepare=preparing(compare_td))
+def td(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Triangular divergence, ½ Σ (p−q)²/(p+q), bounded by 1.  [B, C], [B, C] -> [B], dimensionless.
+
+    Not square-rooted [code]; its root is a metric.
+
+    Source: Topsøe 2000, https://doi.org/10.1109/18.850703; Molo et al., SISAP 2024 [paper].
+
+    >>> td(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.1171])
+    """
+    return _compute(compare_td, student_logits, teacher_logits, temperature)
+
+
+@register("sed", bound=1.0, symmetric=True, prepare=preparing(compare_sed))
+def sed(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Structural entropic distance, C(m)/√(C(p)·C(q)) − 1, bounded by 1.  [B, C], [B, C] -> [B].
+
+    Dimensionless; computed as exp(js) − 1, to which it is identical.
+
+    Source: Connor et al. 2011, https://doi.org/10.1016/j.is.2010.12.003; Molo et al., SISAP 2024 [paper].
+
+    >>> sed(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
+    tensor([0.0617])
+    """
+    return _compute(compare_sed, student_logits, teacher_logits, temperature)
+
+
+@register("msed", bound=1.0, symmetric=True, multiway=True, prepare=_prepare_msed)
+def msed(student_logits: Tensor, teachers_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Multi-way structural entropic distance of the student and its K teachers.  [B, C], [K, B, C] -> [B].
+
+    1/(n−1) · [C(mean)/(Π C(p_i))^(1/n) − 1] over the n = K + 1 members, bounded by 1, dimensionless; at n = 2
+    it is :func:`sed`.
+
+    Source: Molo et al., FGCS 2025, https://doi.org/10.1016/j.future.2025.108171 [code].
+
+    >>> student, teacher = torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    >>> msed(student, teacher.expand(3, 1, 4)), msed(student, teacher.expand(1, 1, 4))
+    (tensor([0.0154]), tensor([0.0617]))
+    """
+    check_logits(student_logits=student_logits, teachers_logits=teachers_logits)
+    if teachers_logits.dim() != 3 or student_logits.shape != teachers_logits.shape[1:]:
+        raise ValueError(
+            "Expected arguments `student_logits` and `teachers_logits` to have shapes [B, C] and [K, B, C], "
+            f"but got {list(student_logits.shape)} and {list(teachers_logits.shape)}."
+        )
+    check_temperature(temperature)
+    teachers = _prepare_msed(teachers_logits.to(compute_dtype(student_logits)), temperature=temperature)
+    one_teacher = tuple(term.squeeze(0) for term in teachers.terms)
+    return TeacherTerms(teachers.compare, one_teacher, temperature)(student_logits)

@@ -1,0 +1,55 @@
+"""The picture of one run."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedkd.results import Row, Summary
+
+
+def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: str) -> None:
+    """Draw test accuracy by round: a line per peer, the mean bold, the controls dashed.
+
+    Args:
+        path: the file to write.
+        rows: all rows of the run; those without a measurement are left out.
+        summary: of the same run.
+        title: above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(8.5, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    measured = [row for row in rows if math.isfinite(row.test_accuracy)]
+    for peer in dict.fromkeys(row.peer for row in rows):
+        own = [row for row in measured if row.peer == peer]
+        if own:
+            label = f"{peer} ({own[0].model})"
+            axes.plot([r.round for r in own], [r.test_accuracy for r in own], linewidth=1.2, alpha=0.8, label=label)
+    rounds = sorted({row.round for row in measured})
+    means = [_mean([row.test_accuracy for row in measured if row.round == round]) for round in rounds]
+    axes.plot(rounds, means, color="black", linewidth=3, label="mean")
+    if summary.isolated_by_round:
+        points = [(r, a) for r, a in enumerate(summary.isolated_by_round) if math.isfinite(a)]
+        axes.plot(*zip(*points, strict=True), "--", color="black", linewidth=1.5, label="isolated (mean)")
+    if math.isfinite(summary.pooled):
+        axes.axhline(
+            summary.pooled,
+            linestyle="--",
+            color="tab:red",
+            linewidth=1.5,
+            label=f"pooled ({summary.pooled_model})",
+        )
+    axes.set(xlabel="round", ylabel="test accuracy", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,165 @@
+"""What a run leaves on disk: ``config.json``, ``rounds.jsonl``, ``summary.json`` and ``accuracy.png``."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedkd import __version__
+
+_PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "flwr-datasets", "scikit-learn", "safetensors")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of ``rounds.jsonl``: one peer in one round. NaN becomes null."""
+
+    round: int
+    peer: str
+    model: str
+    teachers: Sequence[str]
+    test_accuracy: float = math.nan
+    own_accuracy: float = math.nan
+    test_loss: float = math.nan
+    ece: float = math.nan
+    brier: float = math.nan
+    kd_loss: float = math.nan
+    local_loss: float = math.nan
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = math.nan
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class PeerSummary:
+    """One peer before and after."""
+
+    peer: str
+    model: str
+    parameters: int
+    samples: int
+    before: float
+    after: float
+    own_before: float
+    own_after: float
+    isolated: float = math.nan
+
+    @property
+    def gain(self) -> float:
+        """Return the accuracy gained since before round 1."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run.
+
+    Attributes:
+        peers: one entry per peer.
+        isolated: mean final accuracy of the same peers with local training only; NaN without that control.
+        isolated_by_round: its mean by round, from round 0; empty without that control.
+        pooled: final accuracy of one model on all private data; NaN without that control.
+        totals: rounds, bytes and seconds of the whole run.
+    """
+
+    peers: Sequence[PeerSummary]
+    isolated: float = math.nan
+    isolated_by_round: Sequence[float] = ()
+    pooled: float = math.nan
+    pooled_model: str = ""
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+    def mean(self, what: str) -> float:
+        """Return the mean of a number over the peers (``before``, ``after``, ``gain``, ...)."""
+        values = [getattr(peer, what) for peer in self.peers]
+        return sum(values) / len(values) if values else math.nan
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write ``config.json``: every setting, the versions, the commit, and facts about this run."""
+        self._write("config.json", {"settings": dict(settings), **facts, "environment": environment()})
+
+    def begin_rounds(self) -> None:
+        """Empty ``rounds.jsonl``."""
+        (self.path / "rounds.jsonl").write_text("")
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append the rows of a closed round, in one write."""
+        lines = "".join(json.dumps(_plain(asdict(row))) + "\n" for row in rows)
+        with (self.path / "rounds.jsonl").open("a") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write ``summary.json``."""
+        content = asdict(summary)
+        for entry, peer in zip(content["peers"], summary.peers, strict=True):
+            entry["gain"] = peer.gain
+        content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
+        content["gain_over_isolated"] = summary.mean("after") - summary.isolated
+        self._write("summary.json", content)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(_plain(content), indent=2) + "\n")
+        partial.replace(self.path / name)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to know to run it again: versions, machine, git commit."""
+    versions = {"fedkd": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+        "commit": os.environ.get("FEDKD_COMMIT") or git_commit(Path(__file__).parent),
+    }
+
+
+def git_commit(folder: Path) -> str:
+    """Return the commit that is checked out in a folder, with ``+`` where files differ; empty outside git."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON of it: NaN and infinities become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,155 @@
+"""Loops over in-memory tensors on one device: fit, distil, predict.
+
+The data of a site fit in memory, so a batch is an index into a tensor: no loader, no workers, no copy.
+An optimiser lives for one phase: its moments would be stale after the other phase moved the weights, and a
+peer's state stays the size of its model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedkd.config import RunConfig
+from fedkd.distillation import Distillation
+from fedkd.seeding import seeded
+from fedkd.teachers import Prepared
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How every training phase descends.
+
+    Attributes:
+        name: ``adam``, ``adamw`` or ``sgd``.
+        learning_rate: step size.
+        momentum: of ``sgd``; ignored by the others.
+        weight_decay: decoupled for ``adamw``, as an L2 term otherwise.
+        batch_size: samples per step.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 32
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "Optimization":
+        """Take the settings of a run."""
+        return cls(config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return a fresh optimiser over a model's trainable parameters."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.name == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+        return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield a random permutation of ``range(count)`` in chunks of ``size``.
+
+    A last chunk of one is joined to the one before it: batch normalisation has no variance over one sample.
+
+    >>> [len(batch) for batch in batches(9, 4, torch.Generator().manual_seed(0))]
+    [4, 5]
+    """
+    order = torch.randperm(count, generator=generator)
+    chunks = list(order.split(size))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    yield from chunks
+
+
+def fit(model: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, how: Optimization, seed: int) -> float:
+    """Train on labelled data with cross-entropy, in place.
+
+    Args:
+        model: on the device of the data.
+        inputs: ``[N, ...]`` float.
+        labels: ``[N]`` int64.
+        epochs: passes over the data.
+        how: the optimiser and its settings.
+        seed: of the batch order and of dropout.
+
+    Returns:
+        The mean loss of the last epoch in nats; NaN if there was none.
+    """
+    return _descend(
+        model,
+        lambda batch: F.cross_entropy(model(inputs[batch]), labels[batch]),
+        count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device,
+    )  # fmt: skip
+
+
+def distil(
+    model: nn.Module,
+    inputs: Tensor,
+    teachers: Prepared,
+    distillation: Distillation,
+    *,
+    epochs: int,
+    how: Optimization,
+    seed: int,
+) -> float:
+    """Train towards teachers on unlabelled proxy inputs, in place.
+
+    Args:
+        model: the student, on the device of the inputs.
+        inputs: ``[N, ...]`` float, the proxy samples that the teachers' logits belong to.
+        teachers: the teachers' side of the objective, prepared once for all N samples.
+        distillation: the loss.
+        epochs: passes over the proxy samples.
+        how: the optimiser and its settings.
+        seed: of the batch order and of dropout.
+
+    Returns:
+        The mean loss of the last epoch, in the unit of the divergence; NaN if there was none.
+    """
+    return _descend(
+        model,
+        lambda batch: distillation(model(inputs[batch]), teachers[batch]),
+        count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
+    """Return the model's logits ``[N, C]`` in float32, in evaluation mode."""
+    model.eval()
+    return torch.cat([model(chunk).float() for chunk in inputs.split(batch_size)])
+
+
+def _descend(
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    count: int,
+    epochs: int,
+    how: Optimization,
+    seed: int,
+    device: torch.device,
+) -> float:
+    if epochs == 0 or count == 0:
+        return float("nan")
+    model.train(count > 1)
+    optimizer = how.optimizer(model)
+    order = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), device=device)
+    with seeded(seed):
+        for _ in range(epochs):
+            total.zero_()
+            for batch in batches(count, how.batch_size, order):
+                loss = loss_of(batch.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(batch)
+    model.eval()
+    return float(total) / count

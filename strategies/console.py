@@ -1,0 +1,98 @@
+"""What a run says while it goes on, and the table at its end."""
+
+import math
+from collections.abc import Sequence
+
+from fedkd.results import Row, Summary
+
+
+def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence[float]) -> str:
+    """Return the progress line of a closed round.
+
+    Args:
+        round: the round that closed; 0 is the start.
+        rounds: how many there are.
+        rows: its rows.
+        durations: seconds that every round so far took, round 0 first.
+    """
+    accuracies = [row.test_accuracy for row in rows if math.isfinite(row.test_accuracy)]
+    found = "accuracy not measured".ljust(43)
+    if accuracies:
+        mean = sum(accuracies) / len(accuracies)
+        found = f"accuracy mean {mean:6.1%}  min {min(accuracies):6.1%}  max {max(accuracies):6.1%}"
+    up, down = sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)
+    line = f"round {round:>3}/{rounds}  {found}  up {size(up)}  down {size(down)}  {durations[-1]:5.1f} s"
+    if 0 < round < rounds:
+        ours = durations[1:]
+        line += f"  ~{sum(ours) / len(ours) * (rounds - round):.0f} s left"
+    problems = [f"{row.peer}: {row.error}" for row in rows if row.error]
+    return "\n".join([line, *problems])
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in words of constant width.
+
+    >>> size(48_000)
+    ' 48.0 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95 or unit == "GB":
+            return f"{count:5.1f} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    raise AssertionError("unreachable")
+
+
+def summary_table(summary: Summary) -> str:
+    """Return the table at the end of a run: every peer before and after, then the controls."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="test accuracy", title_justify="left")
+    for name in ("peer", "model"):
+        table.add_column(name)
+    for name in ("parameters", "samples", "before", "after", "gain", "own classes", "isolated"):
+        table.add_column(name, justify="right")
+    for p in summary.peers:
+        table.add_row(
+            p.peer, p.model, f"{p.parameters:,}", f"{p.samples:,}", _share(p.before), _share(p.after),
+            _points(p.gain), f"{_share(p.own_before)} → {_share(p.own_after)}", _share(p.isolated),
+        )  # fmt: skip
+    table.add_section()
+    mean = summary.mean
+    table.add_row(
+        "mean", "", "", "", _share(mean("before")), _share(mean("after")), _points(mean("gain")),
+        f"{_share(mean('own_before'))} → {_share(mean('own_after'))}", _share(summary.isolated), style="bold",
+    )  # fmt: skip
+    table.add_section()
+    before = mean("before")
+    for name, model, after in (
+        ("isolated", "local training only", summary.isolated),
+        ("pooled", f"{summary.pooled_model} on all data", summary.pooled),
+    ):
+        if math.isfinite(after):
+            table.add_row(name, model, "", "", _share(before) if name == "isolated" else "", _share(after),
+                          _points(after - before) if name == "isolated" else "")  # fmt: skip
+    console = Console(width=120, force_terminal=False, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
+
+
+def closing_line(summary: Summary) -> str:
+    """Return the one sentence that answers the user's question."""
+    totals = summary.totals
+    line = f"mean accuracy {_share(summary.mean('before'))} → {_share(summary.mean('after'))}"
+    if math.isfinite(summary.isolated):
+        line += f", {_points(summary.mean('after') - summary.isolated)} points over isolated"
+    return (
+        f"{line}; {totals['rounds']:.0f} rounds, {size(int(totals['bytes_up'])).strip()} up, "
+        f"{size(int(totals['bytes_down'])).strip()} down, {totals['seconds']:.1f} s"
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "–"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}" if math.isfinite(value) else "–"

@@ -1,0 +1,121 @@
+"""The post office's counter: pushes messages, pulls replies, keeps one outstanding message per node.
+
+Flower runs two messages of one node at once, on stale state, if it is given them, and maps some error
+replies to the wrong node; both are settled here.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedkd.protocol import PEER_MESSAGE, Answer, BadMessage, Mail, pack_mail, unpack_answer, wire_bytes
+
+_FIRST_POLL, _LAST_POLL = 0.02, 0.25  # seconds; the pause grows while nothing comes
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What came back from one node.
+
+    Attributes:
+        node: Flower's node id.
+        mail: what it was sent.
+        answer: the answer, or None if there was none that could be read.
+        bytes_up: bytes of the encoded arrays in the reply.
+        bytes_down: bytes of the encoded arrays in the message it replies to.
+        error: why there is no usable answer; empty if there is.
+    """
+
+    node: int
+    mail: Mail
+    answer: Answer | None
+    bytes_up: int
+    bytes_down: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    node: int
+    mail: Mail
+    bytes_down: int
+
+
+class Post:
+    """Carries messages between the relay and the nodes.
+
+    Args:
+        grid: Flower's.
+        time_to_live: seconds after which Flower drops an unanswered message.
+    """
+
+    def __init__(self, grid: Grid, *, time_to_live: float) -> None:
+        self._grid = grid
+        self._time_to_live = time_to_live
+        self._pending: dict[str, _Sent] = {}  # by message id
+
+    def nodes(self) -> list[int]:
+        """Return the connected nodes, in ascending order."""
+        return sorted(self._grid.get_node_ids())
+
+    def busy(self) -> set[int]:
+        """Return the nodes that still owe a reply."""
+        return {sent.node for sent in self._pending.values()}
+
+    def send(self, mails: Mapping[int, Mail]) -> None:
+        """Push one mail to each node. None of them may be busy."""
+        if owing := self.busy() & mails.keys():
+            raise ValueError(f"nodes {sorted(owing)} still owe a reply")
+        contents = {node: pack_mail(mail) for node, mail in mails.items()}
+        messages = [Message(content, node, PEER_MESSAGE, ttl=self._time_to_live) for node, content in contents.items()]
+        ids = list(self._grid.push_messages(messages))
+        for id_, (node, content) in zip(ids, contents.items(), strict=True):
+            self._pending[id_] = _Sent(node, mails[node], wire_bytes(content))
+
+    def receive(self, awaited: Iterable[int], *, deadline: float) -> Iterator[Receipt]:
+        """Yield replies as they come, until every awaited node has replied or the deadline has passed.
+
+        Replies of other nodes that were still owed are yielded too: they are late, not lost.
+
+        Args:
+            awaited: node ids.
+            deadline: on the clock of ``time.monotonic``.
+        """
+        missing, pause = set(awaited), _FIRST_POLL
+        while missing:
+            receipts = self._pull()
+            for receipt in receipts:
+                missing.discard(receipt.node)
+                yield receipt
+            if not missing or time.monotonic() >= deadline:
+                return
+            pause = _FIRST_POLL if receipts else min(pause * 1.5, _LAST_POLL)
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+
+    def _pull(self) -> list[Receipt]:
+        receipts = []
+        for message in self._grid.pull_messages(list(self._pending)):
+            # The node in an error reply can be wrong (codes 3 and 5 come from node 1): the message id is not.
+            sent = self._pending.pop(message.metadata.reply_to_message_id, None)
+            if sent is not None:
+                receipts.append(_receipt(message, sent))
+        return receipts
+
+
+def _receipt(message: Message, sent: _Sent) -> Receipt:
+    node, mail, bytes_down = sent.node, sent.mail, sent.bytes_down
+    if message.has_error():
+        error = f"Flower error {message.error.code}: {message.error.reason}"
+        return Receipt(node, mail, None, 0, bytes_down, error)
+    bytes_up = wire_bytes(message.content)
+    try:
+        answer = unpack_answer(message.content)
+    except BadMessage as error:
+        return Receipt(node, mail, None, bytes_up, bytes_down, str(error))
+    if answer.round != mail.round and not answer.error:
+        error = f"Expected an answer to round {mail.round}, but got one to round {answer.round}."
+        return Receipt(node, mail, None, bytes_up, bytes_down, error)
+    return Receipt(node, mail, answer, bytes_up, bytes_down, answer.error)

@@ -1,0 +1,54 @@
+"""Runs a small federation in this process, for the tests that look at what it did."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from local_grid import LocalGrid
+
+from clients.client_app import app as client_app
+from fedkd.config import RunConfig
+from strategies.server_app import app as server_app
+
+SMALL = {
+    "partition": "iid",
+    "models": "mlp,cnn-small",
+    "proxy-size": 60,
+    "pretrain-epochs": 2,
+    "rounds": 2,
+    "distill-epochs": 1,
+    "controls": "",
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A federation that ran to its end."""
+
+    folder: Path
+    grid: LocalGrid
+    settings: dict[str, Any]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text().splitlines()]
+
+    def timeless_rows(self) -> list[dict[str, Any]]:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in self.rows()]
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+
+def local_grid(path: Path, peers: int = 3, **options: Any) -> LocalGrid:
+    return LocalGrid(client_app, peers, path / "state", **options)
+
+
+def federate(path: Path, peers: int = 3, *, grid: LocalGrid | None = None, **settings: Any) -> Finished:
+    """Run a federation; settings with underscores for hyphens."""
+    grid = grid or local_grid(path, peers)
+    changed = {name.replace("_", "-"): value for name, value in settings.items()}
+    config = {**RunConfig().to_mapping(), **SMALL, "out-dir": str(path / "run"), **changed}
+    server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+    return Finished(path / "run", grid, config)

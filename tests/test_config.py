@@ -1,0 +1,68 @@
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkd.config import RunConfig, key, settings_table
+from fedkd.errors import SettingError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_app_ships_the_defaults_of_the_dataclass():
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+    assert app == RunConfig().to_mapping()
+    assert RunConfig.from_mapping(app) == RunConfig()
+
+
+def test_the_readme_documents_every_setting_as_it_is():
+    assert settings_table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("partition-alpha", 0, "a number > 0"),
+        ("partition-alpha", float("nan"), "a number > 0"),
+        ("rounds", 2.5, "a whole number"),
+        ("rounds", True, "a whole number"),
+        ("rounds", -1, ">= 0"),
+        ("dataset", 3, "text"),
+        ("download", "yes", "true or false"),
+        ("strategy", "telepathy", "averaged"),
+        ("average", "votes", "probs, logits"),
+        ("controls", "isolated,cheating", "isolated, pooled"),
+        ("batch-size", 1, ">= 2"),
+        ("run-name", "a/b", "letters"),
+        ("temprature", 2.0, "temperature"),
+    ],
+)
+def test_a_wrong_setting_names_key_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(SettingError) as caught:
+        RunConfig.from_mapping({name: value})
+
+    message = str(caught.value)
+    assert f"`{name}`" in message and repr(value) in message and allowed in message
+
+
+def test_whole_numbers_are_numbers():
+    assert RunConfig.from_mapping({"temperature": 4}).temperature == 4.0
+
+
+def test_settings_survive_flowers_mapping():
+    config = dataclasses.replace(RunConfig(), rounds=3, codec="fp16", partition_alpha=0.7)
+
+    assert RunConfig.from_mapping(config.to_mapping()) == config
+
+
+def test_keys_are_kebab_case():
+    assert all(re.fullmatch(r"[a-z0-9-]+", key(f.name)) for f in dataclasses.fields(RunConfig))
+
+
+def test_evaluation_is_due_every_nth_round_and_in_the_last():
+    config = dataclasses.replace(RunConfig(), rounds=7, eval_every=3)
+
+    assert [round for round in range(8) if config.evaluates(round)] == [0, 3, 6, 7]
