@@ -58,7 +58,7 @@ def _peer_answer(mail: Mail, context: Context) -> Answer:
         checkpoint=str(own.get("checkpoint", "")),
         dataset=str(own.get("dataset", "")),
     )
-    return Peer(place, config).answer(mail)
+    return Peer(place, config, mail.run).answer(mail)
 
 
 def peer_name(context: Context) -> str:

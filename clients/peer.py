@@ -7,22 +7,28 @@ proxy set and numbers about itself go out.
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.learner import Heard, Learner, Memo, stack
 from clients.site import Place, Site, open_pool, open_site, proxy_subset
 from clients.store import Store
 from fedkd import metrics, models
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
-from fedkd.distillation import Distillation
 from fedkd.errors import SettingError
 from fedkd.protocol import Answer, Arrays, Letter, Mail
 from fedkd.seeding import derive
 from fedkd.source import source_hash, source_root
-from fedkd.training import Optimization, distil, fit, predict
+from fedkd.training import predict
+
+if TYPE_CHECKING:
+    from clients.secrets import Secrets
 
 NOT_MEASURED = float("nan")
 
@@ -33,6 +39,7 @@ class _Warm:
 
     round: int
     model: nn.Module
+    memo: Memo
 
 
 _warm: dict[str, _Warm] = {}  # the process's cache, keyed by state folder; the truth is on disk
@@ -45,20 +52,21 @@ class Peer:
     Args:
         place: who and where the peer is.
         config: the run's settings.
+        run: the run's token.
 
     Raises:
         SettingError: the settings ask for what this peer does not have.
     """
 
-    def __init__(self, place: Place, config: RunConfig) -> None:
+    def __init__(self, place: Place, config: RunConfig, run: str) -> None:
         torch.set_num_threads(config.threads)
         self.place, self.config = place, config
         self.device = pick_device(config.device)
         self.site: Site = open_site(config, place, self.device)
-        self.distillation = Distillation.from_config(config)
+        self.learner = Learner(config, self.site, place.index)
         self.codec = codec(config.codec)
-        self.how = Optimization.from_config(config)
-        self.store = Store(place.state_dir)
+        self.store = Store(place.state_dir, run)
+        self.secrets = _secrets(place, run) if config.sealed else None
         self.classes = len(self.site.commons.source.classes)
 
     def answer(self, mail: Mail) -> Answer:
@@ -93,34 +101,58 @@ class Peer:
                 "index": self.place.index,
                 "simulated": int(self.place.simulated),
                 "device": str(self.device),
+                "public-key": self.secrets.public if self.secrets else "",
             },
         )
 
     def _start(self, mail: Mail) -> Answer:
         """Round 0: load or make the model, pre-train it on private data, and answer with its first knowledge."""
-        model = self._build()
-        self._local(model, round=0, epochs=self.config.pretrain_epochs)
         self.store.begin()
-        return self._close(mail, model, self._measure(model))
+        if self.config.strategy == "fedavg" and self.config.fedavg_start == "cold":
+            return self._average(mail, self._common())
+        model = self._build()
+        self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
+        return self._close(mail, model, self._measure(model), memo={})
 
     def _learn(self, mail: Mail) -> Answer:
         """A round: distil from the teachers, train on private data, measure, and answer with new knowledge."""
-        model = self._recall(mail.round)
-        kd_loss, refused = self._distil(model, mail)
-        local_loss = self._local(model, round=mail.round, epochs=self.config.local_epochs)
+        if self.config.strategy == "fedavg":
+            return self._average(mail, self._given(mail))
+        model, memo = self._recall(mail.round)
+        heard, refused = self._hear(mail, memo)
+        found = self.learner.learn(model, heard, round=mail.round, memo=memo)
+        if self.config.evaluates(mail.round):
+            found |= self._measure(model)
+        return self._close(mail, model, found, memo=memo, refused=refused)
+
+    def _average(self, mail: Mail, model: nn.Module) -> Answer:
+        """Federated averaging, the baseline: measure what the server averaged, train it, and send its weights."""
         found = self._measure(model) if self.config.evaluates(mail.round) else {}
-        return self._close(
-            mail, model, {**found, "kd_loss": kd_loss, "local_loss": local_loss}, refused="; ".join(refused)
-        )
+        found["samples"] = len(self.site.labels)
+        self.store.save(mail.round, model)
+        if mail.round == self.config.rounds:
+            return self._reply(mail, metrics=found)
+        found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
+        return self._reply(mail, metrics=found, arrays=_weights(model))
+
+    def _merge(self, mail: Mail) -> Answer:
+        """Distil all peers' knowledge into the common model that federated averaging starts from."""
+        model = self._common()
+        heard, refused = self._hear(mail, {})
+        if heard is None:
+            raise BadKnowledge(f"no peer's knowledge can be used: {'; '.join(refused)}")
+        self.learner.merge(model, heard)
+        return self._reply(mail, metrics=self._measure(model), arrays=_weights(model))
 
     def _isolated(self, mail: Mail) -> Answer:
         """The control: the same start and the same private batches, without any teacher."""
-        model = self._build()
+        averaged = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
+        model = self._common() if averaged else self._build()
         self.store.load(0, model)
         accuracies = [self._measure(model)["test_accuracy"]]
         found: dict[str, float] = {}
         for round in range(1, self.config.rounds + 1):
-            self._local(model, round=round, epochs=self.config.local_epochs)
+            self.learner.local(model, round=round, epochs=self.config.local_epochs)
             found = self._measure(model) if self.config.evaluates(round) else {}
             accuracies.append(found.get("test_accuracy", NOT_MEASURED))
         return self._reply(mail, metrics=found or self._measure(model), series={"test_accuracy": accuracies})
@@ -130,80 +162,81 @@ class Peer:
         if not self.place.simulated:
             raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
         self.site = open_pool(self.config, self.place, self.device)
-        model = self._new(self.config.pooled_model, key="pooled-model")
+        model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
-        self._local(model, round=0, epochs=epochs)
+        Learner(self.config, self.site, self.place.index).local(model, round=0, epochs=epochs)
         return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
 
     def _build(self) -> nn.Module:
-        model = self._new(self.place.model_spec(self.config), key="models")
+        """Return this peer's model as it comes: its checkpoint, or its own initialisation."""
+        model = self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
         checkpoint = self.place.checkpoint_path(self.config)
         if checkpoint is not None:
             models.load_checkpoint(model, checkpoint, key="checkpoints")
         return model
 
-    def _new(self, spec: str, *, key: str) -> nn.Module:
-        shape = tuple(self.site.commons.proxy_inputs.shape[1:])
-        seed = derive(self.config.seed, "init", self.place.index)
-        return models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed).to(self.device)
+    def _common(self) -> nn.Module:
+        """Return the one architecture that is averaged, with the initialisation that all peers derive alike."""
+        return self._new(self.config.fedavg_model, key="fedavg-model", seed_key="common")
 
-    def _recall(self, round: int) -> nn.Module:
+    def _given(self, mail: Mail) -> nn.Module:
+        """Return the common model with the weights that the server sent."""
+        model = self._common()
+        if len(mail.letters) != 1:
+            raise BadKnowledge(f"expected one letter with the server's weights, but got {len(mail.letters)}")
+        _load_weights(model, mail.letters[0].arrays)
+        return model
+
+    def _new(self, spec: str, *, key: str, seed_key: int | str) -> nn.Module:
+        shape = tuple(self.site.commons.proxy_inputs.shape[1:])
+        seed = derive(self.config.seed, "init", seed_key)
+        return models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed, key=key).to(self.device)
+
+    def _recall(self, round: int) -> tuple[nn.Module, Memo]:
         """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
         before = self.store.latest(before=round)
         warm = _warm.pop(str(self.store.folder), None)
         if warm is not None and warm.round == before:
-            return warm.model
-        model = self._new(self.place.model_spec(self.config), key="models")
-        self.store.load(before, model)
-        return model
+            return warm.model, dict(warm.memo)
+        model = self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
+        return model, self.store.load(before, model)
 
-    def _close(self, mail: Mail, model: nn.Module, found: dict[str, float], refused: str = "") -> Answer:
+    def _close(
+        self, mail: Mail, model: nn.Module, found: dict[str, float], *, memo: Memo, refused: list[str] | None = None
+    ) -> Answer:
         """Save the state, remember the model, and predict what travels next."""
-        self.store.save(mail.round, model)
+        self.store.save(mail.round, model, memo)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
-        _warm[str(self.store.folder)] = _Warm(mail.round, model)
+        _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
         subset = proxy_subset(self.config, mail.round + 1, self.device)
         logits = predict(model, self.site.commons.proxy_inputs[subset])
-        return self._reply(
-            mail, metrics=found, arrays=self.codec.encode(logits.cpu().numpy()), facts={"refused": refused}
-        )
+        arrays: Arrays = self.codec.encode(logits.cpu().numpy())
+        if self.secrets:
+            arrays = self.secrets.seal(arrays, mail.keys, round=mail.round)
+        found["refused_letters"] = len(refused or [])
+        return self._reply(mail, metrics=found, arrays=arrays, facts={"refused": "; ".join(refused or [])})
 
-    def _distil(self, model: nn.Module, mail: Mail) -> tuple[float, list[str]]:
-        subset = proxy_subset(self.config, mail.round, self.device)
-        heard, weights, refused = self._decode(mail.letters, len(subset))
-        if not heard:
-            return NOT_MEASURED, refused
-        teachers = self.distillation.prepare(torch.stack(heard), weights)
-        loss = distil(
-            model,
-            self.site.commons.proxy_inputs[subset],
-            teachers,
-            self.distillation,
-            epochs=self.config.distill_epochs,
-            how=self.how,
-            seed=derive(self.config.seed, "distil", self.place.index, mail.round),
-        )
-        return loss, refused
-
-    def _decode(self, letters: tuple[Letter, ...], count: int) -> tuple[list[Tensor], list[float], list[str]]:
+    def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
-        heard: list[Tensor] = []
+        logits: list[Tensor] = []
         weights: list[float] = []
         refused: list[str] = []
-        for letter in letters:
+        for letter in mail.letters:
             try:
-                logits = self.codec.decode(letter.arrays, shape=(count, self.classes))
+                arrays = self._unsealed(letter, mail, memo)
+                decoded = self.codec.decode(arrays, shape=(self.config.travelling, self.classes))
             except BadKnowledge as error:
                 refused.append(f"{letter.sender}: {error}")
                 continue
-            heard.append(torch.from_numpy(logits).to(self.device))
+            logits.append(torch.from_numpy(decoded).to(self.device))
             weights.append(letter.weight)
-        return heard, weights, refused
+        return stack(logits, weights), refused
 
-    def _local(self, model: nn.Module, *, round: int, epochs: int) -> float:
-        seed = derive(self.config.seed, "local", self.place.index, round)
-        return fit(model, self.site.inputs, self.site.labels, epochs=epochs, how=self.how, seed=seed)
+    def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
+        if self.secrets is None:
+            return letter.arrays
+        return self.secrets.open(letter, mail, memo, oldest=mail.round - 1 - self.config.max_staleness)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         commons = self.site.commons
@@ -226,6 +259,27 @@ class Peer:
         arrays: Arrays | None = None,
     ) -> Answer:
         return Answer(self.place.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
+
+
+def _secrets(place: Place, run: str) -> "Secrets":
+    from clients.secrets import Secrets  # only sealed mail pays for the import of the ciphers
+
+    return Secrets(place.state_dir, place.name, run)
+
+
+def _weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """Return a model's floating-point state, which federated averaging averages."""
+    state = model.state_dict().items()
+    return {name: value.cpu().float().numpy() for name, value in state if value.is_floating_point()}
+
+
+def _load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    expected = {name: tuple(array.shape) for name, array in _weights(model).items()}
+    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(expected.items() ^ found.items())
+        raise BadKnowledge(f"the server's weights do not fit the common model: {wrong[:4]}")
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, strict=False)
 
 
 def pick_device(name: str) -> torch.device:

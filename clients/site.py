@@ -126,8 +126,12 @@ def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
 
 
 def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
-    """Return the indices of the proxy samples whose logits travel at the start of a round, ``[P]`` int64."""
-    return torch.arange(config.proxy_size, device=device)
+    """Return the indices of the proxy samples that a round is about, ``[P]`` int64, drawn from (seed, round)."""
+    if config.travelling == config.proxy_size:
+        return torch.arange(config.proxy_size, device=device)
+    generator = torch.Generator().manual_seed(derive(config.seed, "proxy-subset", round))
+    drawn = torch.randperm(config.proxy_size, generator=generator)[: config.travelling]
+    return drawn.sort().values.to(device)
 
 
 def _site(own: np.ndarray, commons: Commons, device: torch.device) -> Site:

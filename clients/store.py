@@ -1,10 +1,13 @@
 """A peer's state on its own disk: one safetensors file per round, written whole or not at all."""
 
+import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -21,13 +24,18 @@ class StateError(FedkdError):
 class Store:
     """The states of one peer in one run.
 
-    A state is the model at the end of a round (optimisers live for one phase, random streams are derived), in
-    one file that is renamed into place: a kill at any moment leaves the old files or the old files and the new
-    one. Round 0, the peer as it came, is kept for the controls; of the others the newest two.
+    Args:
+        folder: the peer's own.
+        run: the run's token; a state of another run is not read.
+
+    A state is the model at the end of a round and a few numbers that the peer chose itself, its memo; optimisers
+    live for one phase and random streams are derived. It is one file that is renamed into place: a kill at any
+    moment leaves the old files, or the old files and the new one. Round 0, the peer as it came, is kept for the
+    controls; of the others the newest two.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder, self.run = folder, run
 
     def begin(self) -> None:
         """Make the folder, or empty it of an earlier run's states."""
@@ -55,7 +63,7 @@ class Store:
             )
         return earlier[-1]
 
-    def save(self, round: int, model: nn.Module) -> None:
+    def save(self, round: int, model: nn.Module, memo: Mapping[str, float] | None = None) -> None:
         """Write the state of a round; on any error the earlier states stay as they were.
 
         Raises:
@@ -66,7 +74,7 @@ class Store:
             os.close(handle)
             partial = Path(name)
             try:
-                save_model(model, name)
+                save_model(model, name, metadata={"run": self.run, "memo": json.dumps(dict(memo or {}))})
                 with partial.open("rb") as written:
                     os.fsync(written.fileno())
                 partial.replace(self._path(round))
@@ -77,14 +85,19 @@ class Store:
         for old in [r for r in self.rounds() if 0 < r < round][: -(_KEEP - 1) or None]:
             self._path(old).unlink(missing_ok=True)
 
-    def load(self, round: int, model: nn.Module) -> None:
-        """Read the state of a round into a model of the same architecture.
+    def load(self, round: int, model: nn.Module) -> dict[str, float]:
+        """Read the state of a round into a model of the same architecture; return its memo.
 
         Raises:
             StateError: the file is missing, damaged or of another architecture.
         """
         try:
+            with safe_open(self._path(round), framework="pt") as file:
+                head = file.metadata()
+            if head["run"] != self.run:
+                raise StateError(f"it belongs to run {head['run']}, not to {self.run}")
             load_model(model, self._path(round))
+            return dict(json.loads(head["memo"]))
         except Exception as error:
             raise StateError(f"cannot read the state of round {round} in {self.folder}: {error}") from error
 

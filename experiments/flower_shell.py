@@ -1,7 +1,7 @@
 """Flower's command line as one long-lived process: it takes commands on stdin, answers on stdout.
 
-Run as a script by `experiments.launch`, as a process of its own because Flower's ``--format json`` prints to the real
-standard output and resets `sys.stdout`. Importing `flwr` takes 0.7–2 s; this pays it once, while the SuperLink starts.
+`experiments.superlink` runs it as a script, in a process of its own because Flower's ``--format json`` prints to the
+real standard output and resets `sys.stdout`. Importing `flwr` takes 0.7–2 s: once here, while the SuperLink starts.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import entry_points
 
 END = "\x1e"
-"""Begins the line that ends an answer; the command's exit status follows."""
+"""Ends an answer; the command's exit status follows on the same line."""
 
 
 def serve() -> None:
@@ -20,12 +20,10 @@ def serve() -> None:
         status = 0
         try:
             flwr(json.loads(line), standalone_mode=False)
-        except KeyboardInterrupt:  # how `experiments.launch` ends a log stream
-            status = 130
         except Exception as error:  # whatever a command raises is its answer, not the end of the shell
             print(f"{type(error).__name__}: {error}")
             status = 1
-        print(f"\n{END}{status}", flush=True)
+        print(f"{END}{status}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,43 +7,28 @@ Flower's own verdict.
 """
 
 import contextlib
-import http.client
-import json
 import os
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import FrameType
 
-import psutil
-
-from experiments import flower_shell
 from experiments.quiet import QuietLog
-from fedkd.errors import FedkdError, SettingError
+from experiments.superlink import FlowerCommand, LaunchError, SuperLink, process_environment
+from fedkd.errors import SettingError
 
 Setting = str | int | float | bool
 
-COMPLETED = "finished:completed"
-STOPPED = "finished:stopped"
-_START_TIMEOUT = 60.0
-_STOP_GRACE = 3.0
+COMPLETED, STOPPED = "finished:completed", "finished:stopped"
 _TAIL = 200
-_FAILURE_PREFIXES = ("Simulation failed with exception: ", "ServerApp failed with exception: ")
-
-
-class LaunchError(FedkdError):
-    """Flower could not be started, or refused the run."""
+_WRAPPED = "An error was encountered. Ending simulation."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +52,14 @@ class Federation:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("peers", "cpus_per_peer", "actors"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise SettingError(_flag(key), value, "a whole number >= 1")
-        for key in ("gpus_per_peer", "gpus"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < float("inf"):
-                raise SettingError(_flag(key), value, "a number >= 0")
-        if self.ray_address:
-            for key in ("actors", "gpus"):
-                if getattr(self, key) is not None:
-                    raise SettingError(_flag(key), getattr(self, key), "left out with --ray-address: the cluster decides")
+        for name, least in (("peers", 1), ("cpus_per_peer", 1), ("actors", 1), ("gpus_per_peer", 0), ("gpus", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise SettingError(_flag(name), value, f"a number >= {least}")
+        for name in ("actors", "gpus"):
+            value = getattr(self, name)
+            if self.ray_address and value is not None:
+                raise SettingError(_flag(name), value, "left out with --ray-address: the cluster has its own size")
 
     def config(self) -> str:
         """Return the value of `flwr run --federation-config`.
@@ -89,7 +70,7 @@ class Federation:
         parts: dict[str, int | float | None] = {
             "num-supernodes": self.peers,
             "client-resources-num-cpus": self.cpus_per_peer,
-            "client-resources-num-gpus": self.gpus_per_peer,
+            "client-resources-num-gpus": float(self.gpus_per_peer),
             "init-args-num-cpus": self.actors and self.actors * self.cpus_per_peer,
             "init-args-num-gpus": self.gpus,
         }
@@ -101,11 +82,11 @@ class Outcome:
     """What became of a run.
 
     Args:
-        run_id: Flower's number of the run.
+        run_id: Flower's number of the run; empty if it was stopped before it had one.
         status: Flower's verdict; only ``finished:completed`` is a success.
-        reason: why it failed, in the app's own words; empty after a success.
-        phases: wall time in seconds of ``superlink``, ``submit``, ``start`` (until the app's first line), ``app`` (until
-            its last), ``end`` (until Flower's verdict) and ``teardown``, in this order.
+        reason: why it did not complete, in the app's own words; empty after a success.
+        phases: wall time in seconds of ``superlink``, ``submit``, ``start`` (until the app's first line), ``app``
+            (until its last), ``end`` (until Flower's verdict) and ``teardown``.
         tail: the log's last lines, as the user saw them.
         signal: the signal that stopped the run, if one did.
     """
@@ -124,7 +105,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Return the status a shell should see: 0, 1, or 128 + the signal that stopped the run."""
+        """Return what a shell should see: 0, 1, or 128 + the signal that stopped the run."""
         return 128 + self.signal if self.signal else int(not self.completed)
 
     @property
@@ -134,7 +115,7 @@ class Outcome:
 
     @property
     def flower_seconds(self) -> float:
-        """Return the part of it that went by before the app's first line and after its last."""
+        """Return the part of it before the app's first line and after its last; Ray starts up within the app's part."""
         return self.seconds - self.phases["app"]
 
 
@@ -148,14 +129,14 @@ def launch(
     scratch: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run a Flower app in simulation and wait for its end. Ctrl-C (or SIGTERM) stops it, a second one at once.
+    """Run a Flower app in simulation and wait for its end. Ctrl-C or SIGTERM stops it; a second one does so at once.
 
     Args:
         app: the folder with the app's pyproject.toml.
         settings: the run config's keys that differ from the app's defaults.
         federation: the peers and their resources.
         out: takes every line meant for the user.
-        verbose: pass Flower's and Ray's own lines on as they come.
+        verbose: pass on Flower's and Ray's own lines too, as they are.
         scratch: folder for Flower's temporary files; every machine of a Ray cluster must see it. None: the system's.
         env: environment of all processes; None: this process's.
 
@@ -163,32 +144,36 @@ def launch(
         LaunchError: the SuperLink did not start, or Flower refused the app or its settings.
     """
     out(f"$ {command_line(app, settings, federation)}")
-    log = _Log(out, verbose)
-    clock = _Clock()
-    with _signals_interrupt() as received, _home(scratch) as home:
-        environment = _environment(os.environ if env is None else env, home, federation)
-        with _SuperLink(home, environment) as superlink, _Flwr(home, environment) as flwr:
-            superlink.wait_until_ready()
-            clock.lap("superlink")
-            run_id = _submit(flwr, app, settings, federation)
-            clock.lap("submit")
+    log, clock = _Log(out, quiet=not verbose), _Clock()
+    run_id, status, details = "", STOPPED, ""
+    with _Interrupts() as interrupts, _temporary_home(scratch) as home:
+        environment = process_environment(os.environ if env is None else env, home, ray_address=federation.ray_address)
+        with (
+            SuperLink(home, environment, hurry=interrupts.repeated) as superlink,
+            FlowerCommand(home, environment) as flwr,
+        ):
             try:
-                for line in flwr.stream("log", run_id, "--stream"):
+                interrupts.arm()
+                superlink.wait_until_ready()
+                clock.mark("superlink")
+                run_id = _submit(flwr, app, settings, federation)
+                clock.mark("submit")
+                for line in flwr.lines("log", run_id, "--stream"):
                     log.add(line)
                 verdict = flwr.json("ls", "--run-id", run_id)["runs"][0]
-                superlink.grace = 0.0  # the run is over and on record: nothing is left to be saved
+                status, details = str(verdict["status"]), str(verdict["status-details"])
+                superlink.grace = 0.0  # the run is over: its processes have nothing left to say
             except KeyboardInterrupt:
-                out("stopping the run (once more: at once) ...")
-                flwr.interrupt()
-                verdict = {"status": STOPPED, "status-details": f"stopped by {_name(received)}"}
-            clock.lap("start", until=log.first)
-            clock.lap("app", until=log.last)
-            clock.lap("end")
-    clock.lap("teardown")
-    status, stopped = str(verdict["status"]), verdict["status"] == STOPPED
-    reason = "" if status == COMPLETED else _reason(str(verdict["status-details"]), log.tail)
-    signum = received[0] if stopped and received else None
-    return Outcome(run_id, status, reason, clock.laps, tuple(log.tail), signum)
+                out("stopping the run (Ctrl-C once more: at once) ...")
+            finally:
+                interrupts.disarm()
+            clock.mark("start", at=log.first)
+            clock.mark("app", at=log.last)
+            clock.mark("end")
+    clock.mark("teardown")
+    signum = interrupts.received[0] if status == STOPPED and interrupts.received else None
+    reason = f"stopped by {signal.Signals(signum).name}" if signum else _reason(status, details, log.tail)
+    return Outcome(run_id, status, reason, clock.laps(), tuple(log.tail), signum)
 
 
 def command_line(app: Path, settings: Mapping[str, Setting], federation: Federation) -> str:
@@ -199,8 +184,7 @@ def command_line(app: Path, settings: Mapping[str, Setting], federation: Federat
     variables = ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"]
     if federation.ray_address:
         variables.append(f"RAY_ADDRESS={shlex.quote(federation.ray_address)}")
-    arguments = ["flwr", "run", str(app), *_overrides(settings, federation), "--stream"]
-    return " ".join([*variables, shlex.join(arguments)])
+    return " ".join([*variables, shlex.join(["flwr", *_run_command(app, settings, federation), "--stream"])])
 
 
 def run_config(settings: Mapping[str, Setting]) -> str:
@@ -228,139 +212,108 @@ def _flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def _overrides(settings: Mapping[str, Setting], federation: Federation) -> list[str]:
-    run = ["--run-config", run_config(settings)] if settings else []
-    return ["--federation-config", federation.config(), *run]
+def _run_command(app: Path, settings: Mapping[str, Setting], federation: Federation) -> list[str]:
+    overrides = ["--run-config", run_config(settings)] if settings else []
+    return ["run", str(app), "--federation-config", federation.config(), *overrides]
 
 
-def _submit(flwr: "_Flwr", app: Path, settings: Mapping[str, Setting], federation: Federation) -> str:
-    answer = flwr.json("run", str(app), *_overrides(settings, federation))
+def _submit(flwr: FlowerCommand, app: Path, settings: Mapping[str, Setting], federation: Federation) -> str:
+    answer = flwr.json(*_run_command(app, settings, federation))
     if not answer.get("success"):
         raise LaunchError("Flower refused the run: " + str(answer.get("error-message", "")).strip())
     return str(answer["run-id"])
 
 
-def _reason(details: str, tail: "deque[str]") -> str:
-    for prefix in _FAILURE_PREFIXES:
-        details = details.removeprefix(prefix)
-    if details != "An error was encountered. Ending simulation.":
-        return details.strip()
-    # Flower wraps what breaks Ray or the ClientApp's import into this phrase; the cause stands in the log alone.
-    causes = [line for line in tail if line.split(":")[0].endswith(("Error", "Exception")) and "Ending simu" not in line]
-    return causes[0] if causes else details
+def _reason(status: str, details: str, tail: "deque[str]") -> str:
+    if status == COMPLETED:
+        return ""
+    said = details.partition("failed with exception: ")[2] or details
+    # Flower wraps whatever breaks Ray or the ClientApp's import in one phrase; the cause stands in the log alone.
+    causes = [line for line in tail if line.split(": ")[0].endswith(("Error", "Exception")) and _WRAPPED not in line]
+    return causes[0] if said == _WRAPPED and causes else said.strip()
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+class _Log:
+    """Passes the log on and remembers its end, and when the app first and last spoke."""
+
+    def __init__(self, out: Callable[[str], None], *, quiet: bool) -> None:
+        self._out, self._quiet, self._filter = out, quiet, QuietLog()
+        self.tail: deque[str] = deque(maxlen=_TAIL)
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def add(self, line: str) -> None:
+        told = self._filter.line(line)
+        if told is not None:
+            self.last = time.monotonic()
+            self.first = self.first or self.last
+            self.tail.append(told)
+        shown = told if self._quiet else line
+        if shown is not None:
+            self._out(shown)
 
 
-def _environment(base: Mapping[str, str], home: Path, federation: Federation) -> dict[str, str]:
-    def extended(name: str, *first: str) -> str:
-        return os.pathsep.join([*first, base[name]] if base.get(name) else first)
+class _Clock:
+    """Wall time between marks."""
 
-    ours = {
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # "local" keeps Ray from joining a cluster that happens to run on this machine.
-        "RAY_ADDRESS": federation.ray_address or "local",
-        # Flower starts its parts by name: they must come from the environment this process runs in.
-        "PATH": extended("PATH", sysconfig.get_path("scripts")),
-        "NO_PROXY": ",".join(filter(None, ["127.0.0.1,localhost", base.get("NO_PROXY", base.get("no_proxy", ""))])),
-    }
-    if base.get("PYTHONPATH"):  # relative entries mean the user's folder, not the SuperLink's
-        ours["PYTHONPATH"] = os.pathsep.join(str(Path(p).absolute()) for p in base["PYTHONPATH"].split(os.pathsep) if p)
-    inherited = {key: value for key, value in base.items() if not key.startswith("FLWR_LOCAL_")}
-    # A dozen processes import the same modules; without stored bytecode that takes twice as long in each.
-    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
-    return inherited | ours
+    def __init__(self) -> None:
+        self._marks = [("", time.monotonic())]
+
+    def mark(self, name: str, *, at: float | None = None) -> None:
+        """End a phase now, or at an earlier moment."""
+        self._marks.append((name, time.monotonic() if at is None else at))
+
+    def laps(self) -> dict[str, float]:
+        """Return the seconds of each phase."""
+        moments = [moment for _, moment in self._marks]
+        return {name: now - before for (name, now), before in zip(self._marks[1:], moments, strict=False)}
 
 
-class _SuperLink:
-    """A SuperLink in simulation mode on a port of its own, with its state in memory."""
+class _Interrupts:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a `KeyboardInterrupt`, while armed; only records the rest.
 
-    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
-        self.grace = _STOP_GRACE
-        self._port = _free_port()
-        self._log = home / "superlink.log"
-        self._command = [
-            "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
-            "--host", "127.0.0.1", "--port", str(self._port),
-        ]  # fmt: skip
-        # The empty folder is what Ray will put first on its actors' path: nothing in it can be taken for the app.
-        self._cwd = home / "empty"
-        self._environment = environment
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
-        )
+    Starting and ending processes is done disarmed, so that no process can be lost between its start and its record.
+    """
 
-    def __enter__(self) -> Self:
-        self._cwd.mkdir()
-        with self._log.open("w") as log:
-            self._process = _spawn(self._command, self._environment, cwd=self._cwd, stdout=log, stdin=subprocess.DEVNULL)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._armed = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+                    self._before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _take_down(self._process.pid, grace=self.grace)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_STOP_GRACE)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=1.0)
-            with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-                connection.request("GET", "/health")
-                if connection.getresponse().status == http.client.OK:
-                    return
-            time.sleep(0.03)
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-        raise LaunchError(f"Flower's SuperLink did not start within {_START_TIMEOUT:.0f} s. Its log ends with:\n{last}")
+    def arm(self) -> None:
+        self._armed = True
+        if self.received:
+            raise KeyboardInterrupt
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def repeated(self) -> bool:
+        """Tell whether the user has asked twice."""
+        return len(self.received) > 1
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
 
 
-class _Flwr:
-    """The `flwr` command, in the process of `experiments.flower_shell`."""
-
-    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
-        self._home, self._environment = home, environment
-        self._streams = False
-
-    def __enter__(self) -> Self:
-        # -P: the script's folder must not become an import root.
-        command = [sys.executable, "-P", "-u", str(Path(flower_shell.__file__))]
-        self._process = _spawn(
-            command, self._environment, cwd=self._home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def stream(self, *arguments: str) -> Iterator[str]:
-        """Yield the lines that a command prints, as it prints them."""
-        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101 - opened as pipes
-        self._process.stdin.write(json.dumps(arguments) + "\n")
-        self._process.stdin.flush()
-        self._streams = True
-        for line in self._process.stdout:
-            if line.startswith(flower_shell.END):
-                self._streams = False
-                return
-            yield line.rstrip("\n")
-        raise LaunchError(f"Flower's command line ended during `flwr {arguments[0]}`.")
-
-    def json(self, *arguments: str) -> dict[str, Any]:
-        """Return what a command answers with ``--format json``."""
-        text = "\n".join(self.stream(*arguments, "--format", "json"))
-        start, end = text.find("{"), text.rfind("}")
-        try:
-            answer: dict[str, Any] = json.loads(text[start : end + 1])
-        except json.JSONDecodeError:
-            raise LaunchError(f"`flwr {arguments[0]}` failed: {text.strip()}") from None
-        return answer
+@contextlib.contextmanager
+def _temporary_home(scratch: Path | None) -> Iterator[Path]:
+    home = Path(tempfile.mkdtemp(prefix="fedkd-", dir=scratch))
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)

@@ -24,7 +24,6 @@ from fedkd.divergences import (
     kl,
     register,
     soften,
-    weigh,
 )
 
 __all__ = ["OnlineLosses", "balanced", "online"]
@@ -54,7 +53,7 @@ def _compare(
 
 
 def _entropy(softened: Distribution) -> Tensor:
-    return -weigh(softened.probs, softened.log_probs).sum(dim=-1)
+    return -(softened.probs * softened.log_probs).sum(dim=-1)
 
 
 def _prepare(

@@ -20,7 +20,7 @@ from fedkd.errors import SettingError
 
 Scalar = str | int | float | bool
 PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
-STRATEGIES = ("averaged",)
+STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
 CONTROLS = ("isolated", "pooled")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -62,6 +62,7 @@ def some_of(*names: str) -> Rule:  # noqa: D103
 
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
+NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)
 NAME = Rule("letters, digits, '.', '_' or '-'", lambda v: bool(v) and all(c.isalnum() or c in "._-" for c in v))
 
 
@@ -72,6 +73,23 @@ def split_list(text: str) -> tuple[str, ...]:
     ('mlp', 'cnn-small')
     """
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read a comma-separated list of numbers.
+
+    >>> numbers("1, 0.5")
+    (1.0, 0.5)
+    """
+    return tuple(float(part) for part in split_list(text))
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    try:
+        found = numbers(text)
+    except ValueError:
+        return None
+    return found if found and all(_finite(v) and v > 0 for v in found) else None
 
 
 def _setting(default: Scalar, rule: Rule, help: str) -> Any:
@@ -92,9 +110,7 @@ class RunConfig:
     data_dir: str = _setting("", ANY, "folder where torchvision's data sets lie; empty: `~/.cache/fedkd/data`")
     download: bool = _setting(False, ANY, "let torchvision download a missing data set")
     partition: str = _setting("dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers")
-    partition_alpha: float = _setting(
-        0.3, above(0), "concentration of `dirichlet`: small is skewed"
-    )
+    partition_alpha: float = _setting(0.3, above(0), "concentration of `dirichlet`: small is skewed")
     classes_per_peer: int = _setting(
         2, at_least(1), "classes a peer holds under `classes`, own classes under `overlap`"
     )
@@ -125,25 +141,84 @@ class RunConfig:
     weight_decay: float = _setting(0.0, at_least(0), "weight decay")
     batch_size: int = _setting(32, at_least(2), "images per step")
 
-    # The exchange
+    # Who hears whom
     rounds: int = _setting(10, at_least(0), "communication rounds")
     strategy: str = _setting("averaged", one_of(*STRATEGIES), "who hears whom and how a peer combines what it hears")
+    topology: str = _setting(
+        "complete",
+        NON_EMPTY,
+        "`complete`, `ring`, `torus`, `star`, `k-regular`, `erdos-renyi`, `small-world`, `exponential` or `file:PATH`",
+    )
+    topology_degree: int = _setting(4, at_least(1), "neighbours of a peer under `k-regular` and `small-world`")
+    topology_probability: float = _setting(0.3, between(0, 1), "edge or rewiring probability of the random topologies")
+    matching: str = _setting(
+        "all", one_of("all", "round-robin"), "`pairwise`: hear every neighbour, or one partner a round"
+    )
+    fanout: int = _setting(1, at_least(1), "`gossip`: neighbours drawn by each peer in a round")
+    gossip_style: str = _setting("pull", one_of("pull", "push", "push-pull"), "`gossip`: who hears whom after a draw")
+    mode: str = _setting(
+        "sync", one_of("sync", "async"), "`gossip`: rounds with a barrier, or new mail for whoever answers"
+    )
+    updates: int = _setting(0, at_least(0), "`async`: answers after which the run ends; 0: peers × rounds")
+    max_seconds: float = _setting(0.0, at_least(0), "`async`: seconds after which the run ends; 0: no limit")
+    participation: float = _setting(1.0, between(0.001, 1), "share of the peers that take part in a round")
+    consensus: str = _setting(
+        "fedmd", one_of("fedmd", "ds-fl"), "`consensus`: the server's mean (a baseline with a server)"
+    )
+    fedavg_start: str = _setting(
+        "cold", one_of("cold", "distilled"), "`fedavg`: start from scratch, or from a model distilled from the peers"
+    )
+    fedavg_model: str = _setting("cnn-wide", NON_EMPTY, "`fedavg`: the one architecture that is averaged")
+
+    # What a peer does with what it hears
     divergence: str = _setting("js", NON_EMPTY, "loss between student and teacher")
     temperature: float = _setting(1.0, above(0), "softmax temperature of both sides")
-    kd_weight: float = _setting(1.0, above(0), "factor of the distillation loss")
+    kd_weight: float = _setting(1.0, above(0), "weight of the distillation loss; α in (1−α)·CE + α·KD under `mixed`")
     t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
-    average: str = _setting("probs", one_of("probs", "logits"), "what `averaged` averages over the teachers")
-    distill_epochs: int = _setting(2, at_least(0), "epochs over the proxy set per round")
-    local_epochs: int = _setting(1, at_least(0), "epochs over private data per round")
-    codec: str = _setting(
-        "fp32",
-        NON_EMPTY,
-        "encoding of logits on the wire: `fp32`, `fp16`, `int8` or `topk:K`, with `+zstd` compressed",
+    match_gradients: bool = _setting(
+        False, ANY, "scale the distillation loss so that its first gradient has the norm of `kl`'s"
     )
+    combine: str = _setting("averaged", one_of("averaged", "pairwise"), "`gossip`: how a peer combines its teachers")
+    average: str = _setting("probs", one_of("probs", "logits"), "what `averaged` averages over the teachers")
+    reduction: str = _setting("mean", one_of("mean", "sum"), "how `pairwise` adds up one divergence per teacher")
+    sharpen: float = _setting(0.0, at_least(0), "`averaged`: ERA temperature that sharpens the teacher; 0: off")
+    robust: str = _setting(
+        "none", one_of("none", "median", "trimmed", "agreement"), "defence of `averaged` against poisoned knowledge"
+    )
+    trim: float = _setting(0.2, between(0, 0.49), "`trimmed`: share of the teachers cut at each end")
+    regime: str = _setting(
+        "vanilla", one_of("vanilla", "tuned", "dml", "dp"), "how teacher, student and labels are weighed"
+    )
+    tune_temperatures: str = _setting("1,2,4,8,16", NUMBERS, "`tuned`: temperatures tried")
+    tune_weights: str = _setting("0.1,0.3,0.5,0.7,0.9,1", NUMBERS, "`tuned`: weights tried")
+    tune_every: int = _setting(0, at_least(0), "`tuned`: search again every n rounds; 0: before round 1 only")
+    validation_share: float = _setting(
+        0.2, between(0.01, 0.9), "`tuned`: share of the private data held out in a search"
+    )
+    schedule: str = _setting(
+        "alternate", one_of("alternate", "mixed"), "distil, then train on private data; or both losses in every step"
+    )
+    distill_epochs: int = _setting(2, at_least(0), "epochs over the proxy set per round")
+    local_epochs: int = _setting(1, at_least(0), "epochs over private data per round; `mixed` does not use it")
+
+    # What travels
+    codec: str = _setting(
+        "fp32", NON_EMPTY, "encoding of logits on the wire: `fp32`, `fp16`, `int8` or `topk:K`, with `+zstd` compressed"
+    )
+    proxy_per_round: int = _setting(0, at_least(0), "proxy samples whose logits travel, drawn anew each round; 0: all")
+    sealed: bool = _setting(False, ANY, "encrypt knowledge end to end: the relay sees sizes only")
+
+    # Rounds that close
+    round_timeout: float = _setting(3600.0, above(0), "seconds after which a round closes with the answers it has")
+    min_answers: int = _setting(1, at_least(1), "fewest answers with which a round may close")
+    max_staleness: int = _setting(3, at_least(0), "rounds for which a silent peer's last knowledge still serves")
+    staleness_decay: float = _setting(
+        0.5, between(0, 1), "factor on a teacher's weight per round of its knowledge's age"
+    )
+    resume: str = _setting("", ANY, "folder of a run that was stopped, to be continued from its last closed round")
 
     # The run
     peers: int = _setting(0, at_least(0), "peers to wait for; 0: as many as Flower started")
-    round_timeout: float = _setting(3600.0, above(0), "seconds after which a round closes with the answers it has")
     eval_every: int = _setting(1, at_least(1), "evaluate in every n-th round (and always in the last)")
     controls: str = _setting("isolated,pooled", some_of(*CONTROLS), "control runs added to the result")
     pooled_model: str = _setting("cnn-wide", NON_EMPTY, "model of the pooled control")
@@ -173,7 +248,39 @@ class RunConfig:
                 near = difflib.get_close_matches(name, known, n=3) or sorted(known)
                 raise SettingError(name, value, "a known key (nearest: " + ", ".join(near) + ")")
             values[known[name].name] = _checked(known[name], name, value)
-        return cls(**values)  # type: ignore[arg-type]
+        config = cls(**values)  # type: ignore[arg-type]
+        config._check_together()
+        return config
+
+    def _check_together(self) -> None:
+        """Check what one key alone cannot tell."""
+        server_free = self.strategy in ("averaged", "pairwise", "gossip")
+        if self.mode == "async" and self.strategy != "gossip":
+            raise SettingError("mode", self.mode, f"sync under strategy {self.strategy}")
+        if self.mode == "async" and self.proxy_per_round:
+            raise SettingError("proxy-per-round", self.proxy_per_round, "0 under mode async: ages mix there")
+        if self.sealed and not server_free:
+            raise SettingError("sealed", True, f"false under {self.strategy}, whose server has to read the knowledge")
+        if self.schedule == "mixed" and self.regime != "dml" and self.kd_weight > 1:
+            raise SettingError("kd-weight", self.kd_weight, "at most 1 under schedule mixed")
+        if self.combination != "averaged":
+            for name, value, off in (("robust", self.robust, "none"), ("sharpen", self.sharpen, 0.0)):
+                if value != off:
+                    raise SettingError(name, value, f"{off} unless teachers are averaged")
+        if self.proxy_per_round > self.proxy_size:
+            raise SettingError("proxy-per-round", self.proxy_per_round, f"at most `proxy-size` ({self.proxy_size})")
+
+    @property
+    def combination(self) -> str:
+        """How a peer combines its teachers: ``averaged`` or ``pairwise``."""
+        if self.strategy == "gossip":
+            return self.combine
+        return "pairwise" if self.strategy == "pairwise" else "averaged"
+
+    @property
+    def travelling(self) -> int:
+        """How many proxy samples' logits travel in a round."""
+        return self.proxy_per_round or self.proxy_size
 
     def to_mapping(self) -> dict[str, Scalar]:
         """Return the settings as Flower's flat mapping."""

@@ -1,14 +1,29 @@
-"""The objective that a peer minimises on the proxy set: divergence, teachers, weight and temperature."""
+"""The objective that a peer minimises on the proxy set: divergence, teachers, weight, temperature and regime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedkd import divergences
 from fedkd.config import RunConfig
+from fedkd.divergences import register
 from fedkd.errors import SettingError
 from fedkd.teachers import Objective, Prepared, objective
+
+_ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
+
+
+@register("mae")
+def mean_absolute_error(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Mean absolute difference of the logits, 1/C Σ |z_t − z_s| / T.  [B, C], [B, C] -> [B], in logits.
+
+    Source: FedMD, Li and Wang 2019, arXiv 1910.03581, §3 [paper].
+
+    >>> mean_absolute_error(torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]))
+    tensor([2.])
+    """
+    return (teacher_logits.detach() - student_logits).abs().mean(dim=-1) / temperature
 
 
 @dataclass(frozen=True)
@@ -17,37 +32,99 @@ class Distillation:
 
     Attributes:
         objective: per-sample loss of a student against its teachers.
-        scale: ``kd-weight``, times T² under ``t2-scaling`` (Hinton et al., 2015): the gradient of a softmax
-            at temperature T shrinks by 1/T².
+        weight: ``kd-weight``; α of (1−α)·CE + α·KD where both losses share a step.
+        factor: T² under ``t2-scaling`` (Hinton et al., 2015): the gradient of a softmax at temperature T shrinks by
+            1/T²; times what ``match-gradients`` asks for.
+        label_weight: weight of the private cross-entropy where both losses share a step.
     """
 
     objective: Objective
-    scale: float
+    weight: float
+    factor: float = 1.0
+    label_weight: float = 1.0
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> "Distillation":
+    def from_config(
+        cls, config: RunConfig, *, temperature: float | None = None, weight: float | None = None
+    ) -> "Distillation":
         """Build what a run's settings ask for.
 
+        Args:
+            config: the settings.
+            temperature: instead of the setting's.
+            weight: instead of the setting's ``kd-weight``.
+
         Raises:
-            SettingError: the divergence does not exist.
+            SettingError: the divergence does not exist, or not with these options.
         """
+        temperature, weight = temperature or config.temperature, weight or config.kd_weight
         if config.divergence not in divergences.names():
             raise SettingError("divergence", config.divergence, "one of " + ", ".join(divergences.names()))
-        scale = config.kd_weight * (config.temperature**2 if config.t2_scaling else 1.0)
-        return cls(
-            objective(config.divergence, combine="averaged", average=config.average, temperature=config.temperature),
-            scale,
+        found = objective(
+            config.divergence,
+            combine=config.combination,
+            average=config.average,
+            reduction=config.reduction,
+            robust=_ROBUST.get(config.robust, config.robust),
+            trim=config.trim,
+            sharpen=config.sharpen or None,
+            temperature=temperature,
         )
+        # Deep mutual learning adds the divergence to the labels' loss; the others trade one for the other.
+        label_weight = 1.0 if config.regime == "dml" else 1.0 - weight
+        return cls(found, weight, temperature**2 if config.t2_scaling else 1.0, label_weight)
 
-    def prepare(self, teacher_logits: Tensor, weights: list[float]) -> Prepared:
+    def times(self, factor: float) -> "Distillation":
+        """Return the same loss, times a factor."""
+        return replace(self, factor=self.factor * factor)
+
+    def matched(self, student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> float:
+        """Return the factor that gives this objective's gradient the norm of forward KL's at these logits.
+
+        Args:
+            student_logits: ``[N, C]``.
+            teacher_logits: ``[K, N, C]``.
+            weights: ``[K]``.
+
+        Source: [ours]; near agreement kl : td : js : sed are as 4 : 2 : 1 : 1.
+        """
+        reference = replace(self.objective, divergence=divergences.get("kl"), options={})
+        own = self.objective.gradient_norm(student_logits, self.objective.prepare(teacher_logits, weights=weights))
+        kl = reference.gradient_norm(student_logits, reference.prepare(teacher_logits, weights=weights))
+        return kl / own if own > 0 else 1.0
+
+    def prepare(self, teacher_logits: Tensor, weights: Tensor) -> Prepared:
         """Compute what depends on the teachers alone, once for the whole proxy set.
 
         Args:
             teacher_logits: ``[K, N, C]``.
-            weights: one number >= 0 per teacher.
+            weights: ``[K]``, each >= 0.
         """
-        return self.objective.prepare(teacher_logits, weights=torch.tensor(weights, device=teacher_logits.device))
+        return self.objective.prepare(teacher_logits, weights=weights)
 
     def __call__(self, student_logits: Tensor, teachers: Prepared) -> Tensor:
-        """Return the scaled batch mean, a scalar."""
-        return self.scale * self.objective(student_logits, teachers).mean()
+        """Return the weighted batch mean, a scalar."""
+        return self.weight * self.factor * self.objective(student_logits, teachers).mean()
+
+
+def teacher_or_self(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
+    """Replace each teacher, sample by sample, by the student's own start where that is the more confident.
+
+    Confidence is the largest probability, since the proxy set's labels are not used.
+
+    Args:
+        teacher_logits: ``[K, N, C]``.
+        own_logits: ``[N, C]``, a frozen copy of the student's predictions at the start of the round.
+
+    Returns:
+        ``[K, N, C]``.
+
+    Source: data partitioning of arXiv 2402.14922 [paper], read as the method of "Fantastic Gains" (ICLR 2024)
+    with the start of the round as the frozen self [ours].
+
+    >>> teacher_or_self(torch.tensor([[[3.0, 0.0], [1.0, 0.0]]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    tensor([[[3., 0.],
+             [0., 2.]]])
+    """
+    trusted = teacher_logits.softmax(dim=-1).amax(dim=-1) > own_logits.softmax(dim=-1).amax(dim=-1)
+    return torch.where(trusted.unsqueeze(-1), teacher_logits, own_logits)

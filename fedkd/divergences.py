@@ -10,10 +10,11 @@ zero, it stays finite where classes are masked (logits of −∞) or probabiliti
 costs one multiplication. The price is that there is no second derivative. bfloat16 and float16 are computed, and
 returned, in float32.
 
-Masked classes. A class with p = q = 0 contributes nothing. Where p > 0 = q, ``ce``, ``kl`` and ``jeffreys`` are
-+∞ by definition and are returned so, with a finite gradient (for ``kl``, (q − p)/T as ever). Where q > 0 = p,
-``reverse_kl`` and ``jeffreys`` are +∞ whatever the student does: the infinite terms carry no gradient, the others
-theirs. The bounded divergences are finite throughout. NaN and +∞ logits give NaN.
+Masked classes. log 0 counts as −1e30, so every value is finite. A class with p = q = 0 contributes nothing. Where
+p > 0 = q, ``ce``, ``kl`` and ``jeffreys``, infinite by definition, are p·1e30, and their gradient is that of a q which
+is only very small (for ``kl``, (q − p)/T as ever). Where q > 0 = p, ``reverse_kl`` and ``jeffreys`` are q·1e30; no
+finite step mends that, so such a class carries no gradient of reverse KL, and the others theirs. The bounded
+divergences take any mask in their stride. NaN and +∞ logits give NaN.
 
 Sources: Molo et al., SISAP 2024, https://doi.org/10.1007/978-3-031-75823-2_12, and its extension in FGCS 176,
 https://doi.org/10.1016/j.future.2025.108171, for the choice of measures.
@@ -46,8 +47,12 @@ __all__ = [
 ]
 
 
+# −log 0, far above any other −log p and far below overflow, even summed over a batch.
+FAR = 1e30
+
+
 class Distribution(NamedTuple):
-    """A softened prediction of one softmax: ``log_probs`` and ``probs``, each ``[..., B, C]``."""
+    """A softened prediction of one softmax: ``log_probs``, −1e30 or more, and ``probs``, each ``[..., B, C]``."""
 
     log_probs: Tensor
     probs: Tensor
@@ -202,18 +207,13 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 def soften(logits: Tensor, temperature: float, dtype: torch.dtype | None = None) -> Distribution:
     """Return softmax(z/T) of the detached logits ``[..., C]``."""
     logits = logits.detach().to(dtype or compute_dtype(logits))
-    log_probs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    log_probs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1).clamp_min_(-FAR)
     return Distribution(log_probs, log_probs.exp())
 
 
-def weigh(probs: Tensor, values: Tensor) -> Tensor:
-    """Return ``probs * values``, and 0 where the probability is 0, whatever the value."""
-    return (probs * values).masked_fill_(probs == 0, 0)
-
-
 def tilt(probs: Tensor, score: Tensor) -> Tensor:
-    """Return q·(score − Σ q·score), the gradient in z where ``score`` is that in q = softmax(z)."""
-    return (score - (probs * score).sum(dim=-1, keepdim=True)).mul_(probs)
+    """Return q·(score − Σ q·score), the gradient in z where ``score``, overwritten, is that in q = softmax(z)."""
+    return score.sub_((probs * score).sum(dim=-1, keepdim=True)).mul_(probs)
 
 
 class _Attach(torch.autograd.Function):
@@ -252,22 +252,22 @@ def _compute(compare: Compare, student_logits: Tensor, teacher_logits: Tensor, t
     return TeacherTerms(compare, teacher, temperature)(student_logits)
 
 
-# Values and slopes. Rounding alone can take a divergence below zero, hence the clamps of the finished values.
+# Values and slopes. Near p = q rounding alone can take a divergence below zero: hence the clamps of finished values.
 
 
 def compare_ce(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return -weigh(p, student.log_probs).sum(dim=-1), student.probs - p
+    return -(p * student.log_probs).sum(dim=-1), student.probs - p
 
 
 def compare_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return weigh(p, log_p - student.log_probs).sum(dim=-1).clamp_min_(0), student.probs - p
+    return (log_p - student.log_probs).mul_(p).sum(dim=-1).clamp_min_(0), student.probs - p
 
 
 def compare_reverse_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     log_q, q = student
-    log_ratio = (log_q - log_p).masked_fill_(q == 0, 0)
-    value = (q * log_ratio).sum(dim=-1).clamp_min_(0)
-    return value, tilt(q, log_ratio.masked_fill_(log_ratio == math.inf, 0))
+    log_ratio = log_p - log_q
+    value = (q * log_ratio).sum(dim=-1).neg_().clamp_min_(0)
+    return value, tilt(q, torch.threshold_(log_ratio, -FAR / 2, 0)).neg_()
 
 
 def compare_jeffreys(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,10 +278,11 @@ def compare_jeffreys(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[T
 
 def compare_td(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     q = student.probs
+    total = (p + q).clamp_min_(torch.finfo(q.dtype).tiny)
     gap = p - q
-    contrast = gap / (p + q).clamp_min_(torch.finfo(q.dtype).tiny)  # (p−q)/(p+q), in [−1, 1]
-    value = (gap * contrast).sum(dim=-1).div_(2)
-    return value, tilt(q, contrast * (contrast / -2 - 1))
+    value = gap.square().div_(total).sum(dim=-1).div_(2)
+    contrast = gap.div_(total)  # in [−1, 1]
+    return value, tilt(q, contrast.mul_(contrast + 2)).div_(-2)
 
 
 def _skewed_js(q: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -303,13 +304,13 @@ def compare_js(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor,
 
 def compare_sed(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     value, slope = _skewed_js(student.probs, p, 0.5)
-    return value.expm1_(), slope * (value + 1).unsqueeze(-1)
+    return value.expm1_(), slope.mul_((value + 1).unsqueeze(-1))
 
 
 def compare_msed(student: Distribution, p: Tensor, spread: Tensor, *, teachers: int) -> tuple[Tensor, Tensor]:
     value, slope = _skewed_js(student.probs, p, 1 / (teachers + 1))
     value = value.add_(spread).expm1_()
-    return value / teachers, slope * ((value + 1) / teachers).unsqueeze(-1)
+    return value / teachers, slope.mul_(((value + 1) / teachers).unsqueeze(-1))
 
 
 def _prepare_msed(
@@ -319,8 +320,8 @@ def _prepare_msed(
     # student changes) + the skewed JS between the student and the teachers' mean.
     probs = soften(teacher_logits, temperature).probs
     teachers = len(probs)
-    shares = torch.ones(teachers) / teachers if weights is None else weights / weights.sum()
-    shares = shares.to(probs).reshape(-1, 1, 1)
+    weights = probs.new_ones(teachers) if weights is None else weights
+    shares = (weights / weights.sum()).to(probs).reshape(-1, 1, 1)
     # From the first teacher on, so that equal teachers have exactly their own mean.
     mean = probs[:1] + ((probs - probs[:1]) * shares).sum(dim=0, keepdim=True)
     log_ratio = -torch.log1p((mean - probs) / probs.clamp_min(torch.finfo(probs.dtype).tiny))
@@ -414,7 +415,8 @@ def td(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
 def sed(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Structural entropic distance, C(m)/√(C(p)·C(q)) − 1, bounded by 1.  [B, C], [B, C] -> [B].
 
-    Dimensionless; computed as exp(js) − 1, to which it is identical.
+    Dimensionless; computed as exp(js) − 1, to which it is identical. Its root is no metric: from (1, 0) to (0, 1) it
+    is nearer by way of (½, ½).
 
     Source: Connor et al. 2011, https://doi.org/10.1016/j.is.2010.12.003; Molo et al., SISAP 2024 [paper].
 

@@ -53,3 +53,47 @@ def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: st
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def topology_png(
+    path: Path, edges: Sequence[tuple[int, int]], accuracies: Sequence[float], *, title: str, directed: bool = False
+) -> None:
+    """Draw who can hear whom: peers on a circle, coloured by their final accuracy.
+
+    Args:
+        path: the file to write.
+        edges: pairs of peer indices; (heard, hearer) where directed.
+        accuracies: of each peer, in [0, 1]; NaN is grey.
+        title: above the picture.
+        directed: draw arrows.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    angles = [2 * math.pi * i / len(accuracies) for i in range(len(accuracies))]
+    spots = [(math.sin(angle), math.cos(angle)) for angle in angles]
+    if directed:
+        for heard, hearer in edges:
+            arrow = {"arrowstyle": "-|>", "color": "0.6", "shrinkA": 9, "shrinkB": 9}
+            axes.annotate("", xy=spots[hearer], xytext=spots[heard], arrowprops=arrow)
+    else:
+        width = 1.0 if len(edges) < 200 else 0.2
+        axes.add_collection(LineCollection([(spots[a], spots[b]) for a, b in edges], colors="0.7", linewidths=width))
+    few = len(accuracies) <= 40
+    colors = colormaps["viridis"].with_extremes(bad="0.85")
+    dots = axes.scatter(
+        *zip(*spots, strict=True), c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True
+    )
+    if few:
+        for i, (x, y) in enumerate(spots):
+            axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color="white", zorder=3)
+    figure.colorbar(dots, ax=axes, label="test accuracy", format=PercentFormatter(1.0), shrink=0.8)
+    axes.set(title=title, aspect="equal")
+    axes.axis("off")
+    figure.savefig(path, dpi=150)

@@ -18,12 +18,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedkd.errors import FedkdError
 
 PEER_MESSAGE = "train.mail"
-Kind = Literal["introduce", "start", "learn", "isolated", "pooled"]
+Kind = Literal["introduce", "start", "learn", "isolated", "pooled", "merge"]
 Scalar = str | int | float | bool
 Arrays = Mapping[str, np.ndarray]
 
 _LETTER = "letter."
-_MAX_ARRAYS = 64
+_MAX_ARRAYS = 4096
 
 
 class BadMessage(FedkdError):
@@ -55,14 +55,18 @@ class Mail:
         kind: what the peer is asked to do.
         round: the round, counted from 1; 0 is the start.
         settings: the run's settings.
+        run: a token of this run, the same when it is resumed: state and sealed mail of another run are refused.
         letters: the knowledge of the peer's teachers.
+        keys: the public keys of all peers in hex, by name in the order of their indices, when mail is sealed.
         state_dir: where a simulated peer keeps its state; a deployed peer uses its own folder and ignores it.
     """
 
     kind: Kind
     round: int
     settings: Mapping[str, Scalar]
+    run: str = ""
     letters: tuple[Letter, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
     state_dir: str = ""
 
 
@@ -98,8 +102,11 @@ def pack_mail(mail: Mail) -> RecordDict:
     """Turn a mail into a Flower message's content."""
     content = RecordDict(
         {
-            "mail": ConfigRecord({"kind": mail.kind, "round": mail.round, "state-dir": mail.state_dir}),
+            "mail": ConfigRecord(
+                {"kind": mail.kind, "round": mail.round, "run": mail.run, "state-dir": mail.state_dir}
+            ),
             "settings": ConfigRecord(dict(mail.settings)),
+            "keys": ConfigRecord(dict(mail.keys)),
             "senders": ConfigRecord(
                 {
                     "names": [letter.sender for letter in mail.letters],
@@ -131,12 +138,21 @@ def unpack_mail(content: RecordDict) -> Mail:
         Letter(name, _round(sent), _from_record(content, f"{_LETTER}{position}"), _weight(weight))
         for position, (name, sent, weight) in enumerate(zip(names, rounds, weights, strict=True))
     )
+    keys = _config(content, "keys")
     settings: dict[str, Scalar] = {}
     for name, value in _config(content, "settings").items():
         if not isinstance(value, str | int | float | bool):
             raise BadMessage(f"Expected setting `{name}` to be text or a number, but got {type(value).__name__}.")
         settings[name] = value
-    return Mail(kind, _round(head.get("round")), settings, letters, _text(head, "state-dir"))  # type: ignore[arg-type]
+    return Mail(
+        kind,  # type: ignore[arg-type]
+        _round(head.get("round")),
+        settings,
+        _text(head, "run"),
+        letters,
+        {name: _text(keys, name) for name in keys},
+        _text(head, "state-dir"),
+    )
 
 
 def pack_answer(answer: Answer) -> RecordDict:

@@ -7,19 +7,24 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fedkd import __version__
+from fedkd.errors import SettingError
 
 _PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "flwr-datasets", "scikit-learn", "safetensors")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``rounds.jsonl``: one peer in one round. NaN becomes null."""
+    """One line of ``rounds.jsonl``: one peer in one round. NaN becomes null.
+
+    ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time), ``refused`` (its
+    knowledge could not be used) or ``absent`` (not drawn for this round); ``error`` has the reason.
+    """
 
     round: int
     peer: str
@@ -35,12 +40,27 @@ class Row:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = math.nan
+    temperature: float = math.nan
+    kd_weight: float = math.nan
+    refused_letters: int = 0
+    status: str = "ok"
     error: str = ""
 
 
 @dataclass(frozen=True)
 class PeerSummary:
-    """One peer before and after."""
+    """One peer before and after.
+
+    Attributes:
+        peer: its name.
+        model: the name of its model.
+        parameters: trainable parameters.
+        samples: private samples.
+        before: test accuracy before round 1; ``after``: at the last measurement; ``own_*``: on its own classes.
+        isolated: final test accuracy of the same peer with local training only; NaN without that control.
+        temperature: the one it ended with; ``kd_weight`` likewise.
+        failures: rounds by status, where that was not ``ok``.
+    """
 
     peer: str
     model: str
@@ -51,6 +71,9 @@ class PeerSummary:
     own_before: float
     own_after: float
     isolated: float = math.nan
+    temperature: float = math.nan
+    kd_weight: float = math.nan
+    failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def gain(self) -> float:
@@ -68,6 +91,7 @@ class Summary:
         isolated_by_round: its mean by round, from round 0; empty without that control.
         pooled: final accuracy of one model on all private data; NaN without that control.
         totals: rounds, bytes and seconds of the whole run.
+        topology: degree, diameter and spectral gap of the graph; empty without one.
     """
 
     peers: Sequence[PeerSummary]
@@ -76,6 +100,7 @@ class Summary:
     pooled: float = math.nan
     pooled_model: str = ""
     totals: Mapping[str, float] = field(default_factory=dict)
+    topology: Mapping[str, float | str] = field(default_factory=dict)
 
     def mean(self, what: str) -> float:
         """Return the mean of a number over the peers (``before``, ``after``, ``gain``, ...)."""
@@ -102,9 +127,34 @@ class RunFolder:
         """Empty ``rounds.jsonl``."""
         (self.path / "rounds.jsonl").write_text("")
 
+    def read_config(self) -> dict[str, Any]:
+        """Read ``config.json``.
+
+        Raises:
+            SettingError: it is not there or cannot be read.
+        """
+        try:
+            content = json.loads((self.path / "config.json").read_text())
+            return {**content, "settings": dict(content["settings"]), "run": str(content["run"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingError("resume", str(self.path), f"the folder of a run with a config.json ({error})") from error
+
+    def rewind(self, round: int) -> list[Row]:
+        """Cut ``rounds.jsonl`` back to the rows of rounds up to one, a line cut off by a kill included; return them."""
+        rows = []
+        for line in (self.path / "rounds.jsonl").read_text().splitlines():
+            try:
+                row = read_row(line)
+            except ValueError:
+                continue
+            if row.round <= round:
+                rows.append(row)
+        self._write_text("rounds.jsonl", "".join(row_line(row) for row in rows))
+        return rows
+
     def append(self, rows: Sequence[Row]) -> None:
         """Append the rows of a closed round, in one write."""
-        lines = "".join(json.dumps(_plain(asdict(row))) + "\n" for row in rows)
+        lines = "".join(row_line(row) for row in rows)
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(lines)
             file.flush()
@@ -120,9 +170,33 @@ class RunFolder:
         self._write("summary.json", content)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write_text(name, json.dumps(_plain(content), indent=2) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(_plain(content), indent=2) + "\n")
+        partial.write_text(text)
         partial.replace(self.path / name)
+
+
+def row_line(row: Row) -> str:
+    """Return a row as a line of ``rounds.jsonl``."""
+    return json.dumps(_plain(asdict(row))) + "\n"
+
+
+def read_row(line: str) -> Row:
+    """Read a line of ``rounds.jsonl``.
+
+    Raises:
+        ValueError: it is not a row.
+    """
+    content = json.loads(line)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a row, but got {line!r}")
+    numbers = {f.name for f in fields(Row) if f.type is float}
+    try:
+        return Row(**{k: math.nan if v is None and k in numbers else v for k, v in content.items()})
+    except TypeError as error:
+        raise ValueError(f"expected a row, but got {line!r}") from error
 
 
 def environment() -> dict[str, Any]:

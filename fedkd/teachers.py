@@ -23,7 +23,6 @@ from fedkd.divergences import (
     compute_dtype,
     get,
     soften,
-    weigh,
 )
 
 __all__ = ["Objective", "Prepared", "objective"]
@@ -97,7 +96,8 @@ class Objective:
             teacher_logits = self._combine(teacher_logits, shares, self.temperature).unsqueeze(0)
         scale = scale.to(compute_dtype(teacher_logits))
         if self.divergence.prepare is None:
-            return Prepared(None, (teacher_logits.detach(),), scale)
+            # A copy, as autograd could not save tensors that were made in inference mode.
+            return Prepared(None, (teacher_logits.detach().clone(),), scale)
         side = self.divergence.prepare(teacher_logits, temperature=self.temperature, labels=labels, **options)
         return Prepared(side.compare, side.terms, scale)
 
@@ -296,4 +296,5 @@ def _trimmed_mean(values: Tensor, shares: Tensor, trim: float) -> Tensor:
     """Mean of what lies within the weight quantiles [trim, 1 − trim], parts of a teacher included."""
     ordered, starts, ends = _ranked(values, shares)
     kept = (ends.clamp(trim, 1 - trim) - starts.clamp(trim, 1 - trim)) / (1 - 2 * trim)
-    return weigh(kept.masked_fill(kept < 1e-9, 0).to(values), ordered).sum(dim=0)
+    out = kept < 1e-9  # but for rounding, and maybe −∞
+    return (kept.to(values) * ordered).masked_fill(out, 0).sum(dim=0)

@@ -7,6 +7,7 @@ peer's state stays the size of its model.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from fedkd.config import RunConfig
 from fedkd.distillation import Distillation
-from fedkd.seeding import seeded
+from fedkd.seeding import derive, seeded
 from fedkd.teachers import Prepared
 
 
@@ -119,7 +120,49 @@ def distil(
     )  # fmt: skip
 
 
-@torch.inference_mode()
+def fit_and_distil(
+    model: nn.Module,
+    private: tuple[Tensor, Tensor],
+    proxy: Tensor,
+    teachers: Prepared,
+    distillation: Distillation,
+    *,
+    epochs: int,
+    how: Optimization,
+    seed: int,
+) -> float:
+    """Train on labels and towards teachers in every step, in place.
+
+    A step takes a batch of the proxy set and one of the private data, which are gone through again and again.
+
+    Args:
+        model: the student, on the device of the data.
+        private: inputs ``[M, ...]`` and labels ``[M]``.
+        proxy: ``[N, ...]``, the proxy samples that the teachers' logits belong to.
+        teachers: the teachers' side of the objective, prepared once for all N samples.
+        distillation: the loss, with the weight of the labels' loss beside it.
+        epochs: passes over the proxy samples.
+        how: the optimiser and its settings.
+        seed: of the batch orders and of dropout.
+
+    Returns:
+        The mean of the whole loss over the last epoch; NaN if there was none.
+    """
+    inputs, labels = private
+    order = torch.Generator().manual_seed(derive(seed, "private"))
+    private_batches = chain.from_iterable(batches(len(inputs), how.batch_size, order) for _ in repeat(None))
+
+    def loss_of(batch: Tensor) -> Tensor:
+        loss = distillation(model(proxy[batch]), teachers[batch])
+        if distillation.label_weight > 0:
+            own = next(private_batches).to(inputs.device)
+            loss = loss + distillation.label_weight * F.cross_entropy(model(inputs[own]), labels[own])
+        return loss
+
+    return _descend(model, loss_of, count=len(proxy), epochs=epochs, how=how, seed=seed, device=proxy.device)
+
+
+@torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
     """Return the model's logits ``[N, C]`` in float32, in evaluation mode."""
     model.eval()

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from fedkd.results import Row, Summary
+from strategies.topology import Topology
 
 
-def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence[float]) -> str:
+def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence[float], *, unit: str = "round") -> str:
     """Return the progress line of a closed round.
 
     Args:
@@ -14,6 +15,7 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
         rounds: how many there are.
         rows: its rows.
         durations: seconds that every round so far took, round 0 first.
+        unit: what is counted.
     """
     accuracies = [row.test_accuracy for row in rows if math.isfinite(row.test_accuracy)]
     found = "accuracy not measured".ljust(43)
@@ -21,7 +23,7 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
         mean = sum(accuracies) / len(accuracies)
         found = f"accuracy mean {mean:6.1%}  min {min(accuracies):6.1%}  max {max(accuracies):6.1%}"
     up, down = sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)
-    line = f"round {round:>3}/{rounds}  {found}  up {size(up)}  down {size(down)}  {durations[-1]:5.1f} s"
+    line = f"{unit} {round:>3}/{rounds}  {found}  up {size(up)}  down {size(down)}  {durations[-1]:5.1f} s"
     if 0 < round < rounds:
         ours = durations[1:]
         line += f"  ~{sum(ours) / len(ours) * (rounds - round):.0f} s left"
@@ -76,6 +78,18 @@ def summary_table(summary: Summary) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
+
+
+def topology_line(topology: Topology) -> str:
+    """Return what a run says of its topology."""
+    stats = topology.stats()
+    degree = f"{stats.degree_mean:.3g}"
+    if stats.degree_min != stats.degree_max:
+        degree += f" ({stats.degree_min} to {stats.degree_max})"
+    return (
+        f"topology {topology.name}: {topology.peers} peers, degree {degree}, diameter {stats.diameter}, "
+        f"spectral gap {stats.spectral_gap:.3f}"
+    )
 
 
 def closing_line(summary: Summary) -> str:

@@ -75,6 +75,21 @@ class Post:
         for id_, (node, content) in zip(ids, contents.items(), strict=True):
             self._pending[id_] = _Sent(node, mails[node], wire_bytes(content))
 
+    def next(self, *, deadline: float) -> list[Receipt]:
+        """Wait for at least one reply; return all that are there, or none once the deadline has passed.
+
+        Args:
+            deadline: on the clock of ``time.monotonic``.
+        """
+        pause = _FIRST_POLL
+        while not (receipts := self._pull()):
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._pending:
+                break
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, _LAST_POLL)
+        return receipts
+
     def receive(self, awaited: Iterable[int], *, deadline: float) -> Iterator[Receipt]:
         """Yield replies as they come, until every awaited node has replied or the deadline has passed.
 
@@ -84,16 +99,11 @@ class Post:
             awaited: node ids.
             deadline: on the clock of ``time.monotonic``.
         """
-        missing, pause = set(awaited), _FIRST_POLL
-        while missing:
-            receipts = self._pull()
+        missing = set(awaited)
+        while missing and (receipts := self.next(deadline=deadline)):
             for receipt in receipts:
                 missing.discard(receipt.node)
                 yield receipt
-            if not missing or time.monotonic() >= deadline:
-                return
-            pause = _FIRST_POLL if receipts else min(pause * 1.5, _LAST_POLL)
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
 
     def _pull(self) -> list[Receipt]:
         receipts = []

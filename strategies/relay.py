@@ -2,276 +2,221 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 
-from fedkd.codec import BadKnowledge, codec
-from fedkd.config import RunConfig, split_list
+from fedkd.codec import BadKnowledge
+from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
 from fedkd.protocol import Kind, Letter, Mail
-from fedkd.results import PeerSummary, Row, RunFolder, Summary
+from fedkd.results import Row, RunFolder
 from strategies.console import round_line
+from strategies.ledger import Ledger
+from strategies.mailbox import SERVER
+from strategies.participation import participants
 from strategies.post import Post, Receipt
-from strategies.roster import Member, member, roster
+from strategies.roster import Member
 from strategies.strategy import Strategy
 
-_NODE_WAIT = 0.1  # seconds between looks at the list of nodes
-_SETTLED = 10  # looks without a newcomer after which a federation of unknown size is taken as complete
+_MEASURES = {f.name for f in fields(Row) if f.type in (float, int)} - {"round", "bytes_up", "bytes_down"}
 
 
 class RelayError(FedkdError):
     """The run cannot go on."""
 
 
-@dataclass
-class _Tally:
-    """What the run has cost so far."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    began: float = field(default_factory=time.monotonic)
-
-
 class Relay:
-    """Runs the rounds of one run.
+    """Runs the rounds of one run, on peers that have been introduced.
 
     Args:
         post: carries the messages.
+        members: the peers, by index.
         config: the run's settings.
-        strategy: makes the strategy for a number of peers.
+        strategy: who hears whom.
         folder: where the results go, and where simulated peers keep their state.
+        run: the token of this run.
         say: prints one line.
+        resume: go on after the last round that closed in this folder.
+
+    Attributes:
+        rows: all rows so far.
+        ledger: what it needs to go on.
     """
 
     def __init__(
         self,
         post: Post,
+        members: Sequence[Member],
         config: RunConfig,
-        strategy: Callable[[int], Strategy],
+        strategy: Strategy,
         folder: RunFolder,
+        *,
+        run: str,
         say: Callable[[str], None] = print,
+        resume: bool = False,
     ) -> None:
+        self.members, self.strategy = members, strategy
         self._post, self._config, self._folder, self._say = post, config, folder, say
-        self._make_strategy = strategy
-        self._codec = codec(config.codec)
-        self._members: list[Member] = []
-        self._mailbox: dict[int, Letter] = {}  # the newest knowledge of each peer, by index
-        self._started: set[int] = set()
-        self._rows: list[Row] = []
-        self._durations: list[float] = []
-        self._tally = _Tally()
+        self._run_token = run
+        self._settings = strategy.peer_settings().to_mapping()
+        self._by_node = {m.node: m for m in members}
+        self._keys = {m.name: m.public_key for m in members} if config.sealed else {}
+        self.ledger = Ledger.load(folder.path) if resume else Ledger()
+        self.rows: list[Row] = []
+        if self.ledger.round >= 0:
+            self.rows = folder.rewind(self.ledger.round)
+            say(f"resumed after round {self.ledger.round}")
+        else:
+            folder.begin_rounds()
 
-    @property
-    def members(self) -> Sequence[Member]:
-        """The peers, by index."""
-        return self._members
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """All rows so far."""
-        return self._rows
-
-    def run(self) -> Summary:
-        """Introduce, start, run all rounds and the controls; return what came of it.
+    def run(self) -> None:
+        """Run all rounds that have not closed yet.
 
         Raises:
-            FedkdError: the peers cannot work together, or none of them answers.
+            RelayError: too few peers answer.
         """
-        self._introduce()
-        strategy = self._make_strategy(len(self._members))
-        self._folder.begin_rounds()
-        for round in range(self._config.rounds + 1):
-            self._run_round(round, strategy)
-        return self._conclude()
+        last = 0 if self._config.mode == "async" else self._config.rounds
+        for round in range(self.ledger.round + 1, last + 1):
+            self._run_round(round)
+            if round == 0 and (letters := self.strategy.to_merge(self.ledger.mailbox)):
+                self._merge(letters)
+        if self._config.mode == "async":
+            self._run_async()
 
-    def _introduce(self) -> None:
-        """Learn who is there. Peers check everything they can before anyone trains."""
-        nodes = self._wait_for_nodes(self._config.peers)
-        members = self._introductions(nodes)
-        expected = max(m.expected for m in members)
-        if expected > len(members):
-            late = set(self._wait_for_nodes(expected)) - set(nodes)
-            members += self._introductions(late)
-        self._members = roster(members)
-        for m in self._members:
-            self._say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples")
-
-    def _wait_for_nodes(self, count: int) -> list[int]:
-        """Wait for ``count`` nodes; for 0, until some are there and no more have come for a while."""
-        deadline = time.monotonic() + self._config.round_timeout
-        seen, quiet = -1, 0
-        while True:
-            nodes = self._post.nodes()
-            quiet = quiet + 1 if len(nodes) == seen else 0
-            seen = len(nodes)
-            if (count and seen >= count) or (not count and nodes and quiet >= _SETTLED):
-                return nodes
-            if time.monotonic() > deadline:
-                raise RelayError(f"only {seen} of {count or 'at least 1'} peers connected in time (`round-timeout`)")
-            time.sleep(_NODE_WAIT)
-
-    def _introductions(self, nodes: Iterable[int]) -> list[Member]:
-        receipts = list(self._exchange(dict.fromkeys(nodes, self._mail("introduce", 0))))
-        problems = [(_sender(receipt), receipt.error) for receipt in receipts if receipt.error]
-        if problems:
-            raise RelayError(_same_said_once(problems))
-        silent = len(set(nodes)) - len(receipts)
-        if silent:
-            raise RelayError(f"{silent} peers did not introduce themselves in time (`round-timeout`)")
-        return [member(r.node, r.answer) for r in receipts if r.answer is not None]
-
-    def _run_round(self, round: int, strategy: Strategy) -> None:
-        began = time.monotonic()
-        mails: dict[int, Mail] = {}
-        for m in self._members:
-            if m.node in self._post.busy():
-                continue
-            if m.index in self._started:
-                mails[m.node] = self._mail("learn", round, self._letters(m.index, round, strategy))
-            else:
-                mails[m.node] = self._mail("start", round)
-        receipts: dict[int, Receipt] = {}
-        for receipt in self._exchange(mails):
-            self._accept(receipt)
-            if receipt.mail.round == round:
-                receipts[receipt.node] = receipt
-        rows = [self._row(m, round, receipts.get(m.node)) for m in self._members]
-        if not self._started:
-            raise RelayError("no peer could start: " + _same_said_once([(row.peer, row.error) for row in rows]))
-        self._rows += rows
-        self._folder.append(rows)
-        self._durations.append(time.monotonic() - began)
-        self._say(round_line(round, self._config.rounds, rows, self._durations))
-
-    def _letters(self, peer: int, round: int, strategy: Strategy) -> tuple[Letter, ...]:
-        return tuple(self._mailbox[t] for t in strategy.teachers(peer, round) if t in self._mailbox)
-
-    def _accept(self, receipt: Receipt) -> None:
-        """Put an answer's knowledge in the mailbox, late or not; refuse what cannot be used."""
-        answer, index = receipt.answer, self._index(receipt)
-        if answer is None or answer.error or answer.peer != self._members[index].name:
-            return
-        self._started.add(index)
-        try:
-            shape = (self._config.proxy_size, len(self._members[0].classes))
-            self._codec.decode(answer.arrays, shape=shape)
-        except BadKnowledge as error:
-            self._say(f"refused the knowledge of {answer.peer} in round {answer.round}: {error}")
-        else:
-            self._mailbox[index] = Letter(answer.peer, answer.round, answer.arrays)
-
-    def _row(self, m: Member, round: int, receipt: Receipt | None) -> Row:
-        heard = () if receipt is None else [letter.sender for letter in receipt.mail.letters]
-        row = Row(round=round, peer=m.name, model=m.model, teachers=heard)
-        if receipt is None:
-            return replace(row, error=f"no answer within {self._config.round_timeout:g} s")
-        row = replace(row, bytes_up=receipt.bytes_up, bytes_down=receipt.bytes_down, error=receipt.error)
-        if receipt.answer is None:
-            return row
-        names = (
-            "test_accuracy",
-            "own_accuracy",
-            "test_loss",
-            "ece",
-            "brier",
-            "kd_loss",
-            "local_loss",
-            "seconds",
-        )
-        found = {name: receipt.answer.metrics[name] for name in names if name in receipt.answer.metrics}
-        return replace(row, **found)  # type: ignore[arg-type]
-
-    def _mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = ()) -> Mail:
-        return Mail(kind, round, self._config.to_mapping(), letters, str(self._folder.path / "peers"))
-
-    def _exchange(self, mails: Mapping[int, Mail]) -> Iterator[Receipt]:
+    def exchange(self, mails: Mapping[int, Mail]) -> Iterator[Receipt]:
         """Send mails; yield what comes back until all have answered or the round's time is over."""
         self._post.send(mails)
         deadline = time.monotonic() + self._config.round_timeout
         for receipt in self._post.receive(mails, deadline=deadline):
-            self._tally.bytes_up += receipt.bytes_up
-            self._tally.bytes_down += receipt.bytes_down
+            self._count(receipt)
             yield receipt
 
-    def _conclude(self) -> Summary:
-        controls = split_list(self._config.controls)
-        isolated = self._isolated() if "isolated" in controls else {}
-        pooled = self._pooled() if "pooled" in controls else math.nan
-        peers = [self._peer_summary(m, isolated.get(m.index, [])) for m in self._members]
-        return Summary(
-            peers=peers,
-            isolated=_mean([peer.isolated for peer in peers]),
-            isolated_by_round=[_mean(column) for column in zip(*isolated.values(), strict=True)],
-            pooled=pooled,
-            pooled_model=self._config.pooled_model if math.isfinite(pooled) else "",
-            totals={
-                "rounds": self._config.rounds,
-                "bytes_up": self._tally.bytes_up,
-                "bytes_down": self._tally.bytes_down,
-                "seconds": time.monotonic() - self._tally.began,
-            },
-        )
+    def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = ()) -> Mail:
+        """Return a mail with this run's settings."""
+        state_dir = str(self._folder.path / "peers")
+        return Mail(kind, round, self._settings, self._run_token, letters, self._keys, state_dir)
 
-    def _isolated(self) -> dict[int, list[float]]:
-        """Run every peer again without teachers; return its test accuracy by round, by index."""
-        mails = {m.node: self._mail("isolated", self._config.rounds) for m in self._ready()}
-        found: dict[int, list[float]] = {}
-        for receipt in self._exchange(mails):
-            if receipt.answer is None or receipt.error:
-                self._say(f"control isolated: no result from {self._name(receipt)}: {receipt.error}")
-            elif receipt.mail.kind == "isolated":
-                found[self._index(receipt)] = list(receipt.answer.series["test_accuracy"])
-        return found
-
-    def _pooled(self) -> float:
-        """Train one model on all private data, where all peers are stand-ins on this machine."""
-        ready = self._ready()
-        if not all(m.simulated for m in self._members) or not ready:
-            self._say("control pooled: left out, since no real peer may see the others' data")
-            return math.nan
-        for receipt in self._exchange({ready[0].node: self._mail("pooled", self._config.rounds)}):
-            if receipt.mail.kind == "pooled" and receipt.answer is not None and not receipt.error:
-                return receipt.answer.metrics["test_accuracy"]
-            self._say(f"control pooled: no result: {receipt.error}")
-        return math.nan
-
-    def _ready(self) -> list[Member]:
+    def ready(self) -> list[Member]:
+        """Return the peers that have a state and owe no reply."""
         busy = self._post.busy()
-        return [m for m in self._members if m.index in self._started and m.node not in busy]
+        return [m for m in self.members if m.index in self.ledger.started and m.node not in busy]
 
-    def _peer_summary(self, m: Member, isolated: Sequence[float]) -> PeerSummary:
-        measured = [row for row in self._rows if row.peer == m.name and math.isfinite(row.test_accuracy)]
-        first, last = (measured[0], measured[-1]) if measured else (None, None)
-        return PeerSummary(
+    def member(self, receipt: Receipt) -> Member:
+        """Return who sent a reply."""
+        return self._by_node[receipt.node]
+
+    def _run_round(self, round: int) -> None:
+        began = time.monotonic()
+        busy = self._post.busy()
+        drawn = participants(len(self.members), self._config.participation, seed=self._config.seed, round=round)
+        mails = {m.node: self._round_mail(m, round) for m in self.members if m.index in drawn and m.node not in busy}
+        rows = {m.index: self._silent(m, round, absent=m.index not in drawn) for m in self.members}
+        for receipt in self.exchange(mails):
+            row = self._accept(receipt)
+            if receipt.mail.round == round:
+                rows[self.member(receipt).index] = row
+        self._close(round, list(rows.values()), time.monotonic() - began)
+
+    def _merge(self, letters: tuple[Letter, ...]) -> None:
+        """Have one peer distil all knowledge into the model that a baseline with a server starts from."""
+        ready = self.ready()
+        for receipt in self.exchange({ready[0].node: self.mail("merge", 1, letters)}):
+            if receipt.answer is None or receipt.error:
+                raise RelayError(f"{self.member(receipt).name} could not merge the peers' knowledge: {receipt.error}")
+            self.ledger.mailbox.put(SERVER, Letter("server", 0, receipt.answer.arrays))
+        self.ledger.save(self._folder.path)
+
+    def _close(self, round: int, rows: Sequence[Row], seconds: float) -> None:
+        self.rows += rows
+        self._folder.append(rows)
+        answered = sum(row.status in ("ok", "refused") for row in rows)
+        if answered < min(self._config.min_answers, len(self.members)):
+            problems = same_said_once([(row.peer, row.error) for row in rows if row.error])
+            raise RelayError(
+                f"round {round}: {answered} of {len(rows)} peers answered, `min-answers` is "
+                f"{self._config.min_answers}: {problems}"
+            )
+        self.ledger.round = round
+        self.ledger.seconds.append(seconds)
+        self.ledger.save(self._folder.path)
+        self._say(round_line(round, self._config.rounds, rows, self.ledger.seconds))
+
+    def _run_async(self) -> None:
+        """No barrier: a peer that answers gets new mail at once, from the freshest knowledge of its neighbours."""
+        total = self._config.updates or len(self.members) * self._config.rounds
+        began = time.monotonic()
+        ends = began + self._config.max_seconds if self._config.max_seconds else math.inf
+        rounds = dict.fromkeys((m.index for m in self.members), 0)
+        given_up: set[int] = set()  # nodes that owed an answer when nobody had answered for long
+        batch: list[Row] = []
+        done = 0
+        while done < total and time.monotonic() < ends:
+            owed = len(self._post.busy() - given_up)
+            for m in self.ready()[: total - done - owed]:
+                rounds[m.index] += 1
+                self._post.send({m.node: self._round_mail(m, rounds[m.index])})
+            receipts = self._post.next(deadline=min(ends, time.monotonic() + self._config.round_timeout))
+            for receipt in receipts:
+                self._count(receipt)
+                batch.append(self._accept(receipt))
+                given_up.discard(receipt.node)
+            done += len(receipts)
+            if len(batch) >= len(self.members) or (batch and not receipts) or done >= total:
+                self._close_batch(batch, done, total, time.monotonic() - began)
+                batch = []
+            if not receipts:
+                given_up |= self._post.busy()
+                if not self.ready():
+                    self._say(f"no peer answered within {self._config.round_timeout:g} s: the run ends here")
+                    return
+
+    def _close_batch(self, rows: list[Row], done: int, total: int, seconds: float) -> None:
+        self.rows += rows
+        self._folder.append(rows)
+        self._say(round_line(done, total, rows, [0.0, seconds / done], unit="update"))
+
+    def _round_mail(self, m: Member, round: int) -> Mail:
+        if m.index not in self.ledger.started:
+            return self.mail("start", round)
+        return self.mail("learn", round, self.strategy.letters(m.index, round, self.ledger.mailbox))
+
+    def _accept(self, receipt: Receipt) -> Row:
+        """Put an answer's knowledge in the mailbox, late or not; refuse what cannot be used. Return its row."""
+        m, answer = self.member(receipt), receipt.answer
+        row = Row(
+            round=receipt.mail.round,
             peer=m.name,
             model=m.model,
-            parameters=m.parameters,
-            samples=m.samples,
-            before=first.test_accuracy if first else math.nan,
-            after=last.test_accuracy if last else math.nan,
-            own_before=first.own_accuracy if first else math.nan,
-            own_after=last.own_accuracy if last else math.nan,
-            isolated=isolated[-1] if isolated else math.nan,
+            teachers=[letter.sender for letter in receipt.mail.letters],
+            bytes_up=receipt.bytes_up,
+            bytes_down=receipt.bytes_down,
         )
+        if answer is None or answer.error:
+            return replace(row, status="error", error=receipt.error)
+        if answer.peer != m.name:
+            return replace(row, status="refused", error=f"{m.name} answered as {answer.peer}")
+        self.ledger.started.add(m.index)
+        row = replace(row, **{name: value for name, value in answer.metrics.items() if name in _MEASURES})
+        try:
+            self.strategy.check(answer)
+        except BadKnowledge as error:
+            return replace(row, status="refused", error=f"knowledge refused: {error}")
+        self.ledger.mailbox.put(m.index, Letter(m.name, answer.round, answer.arrays))
+        return replace(row, error=str(answer.facts.get("refused", "")))
 
-    def _index(self, receipt: Receipt) -> int:
-        return next(m.index for m in self._members if m.node == receipt.node)
+    def _silent(self, m: Member, round: int, *, absent: bool) -> Row:
+        row = Row(round=round, peer=m.name, model=m.model, teachers=[])
+        if absent:
+            return replace(row, status="absent")
+        return replace(row, status="late", error=f"no answer within {self._config.round_timeout:g} s")
 
-    def _name(self, receipt: Receipt) -> str:
-        return self._members[self._index(receipt)].name
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def _sender(receipt: Receipt) -> str:
-    return receipt.answer.peer if receipt.answer is not None else f"node {receipt.node}"
+    def _count(self, receipt: Receipt) -> None:
+        self.ledger.bytes_up += receipt.bytes_up
+        self.ledger.bytes_down += receipt.bytes_down
 
 
-def _same_said_once(problems: Sequence[tuple[str, str]]) -> str:
-    """Join (peer, problem) pairs; peers mostly stumble over the same setting, so a shared problem is said once."""
+def same_said_once(problems: Sequence[tuple[str, str]]) -> str:
+    """Join (peer, problem) pairs; peers mostly stumble over the same thing, so a shared problem is said once."""
     by_text: dict[str, list[str]] = {}
     for name, text in problems:
         by_text.setdefault(text, []).append(name)

@@ -29,6 +29,7 @@ class Member:
         fingerprint: hash of its proxy set.
         expected: how many peers it was told there are.
         simulated: whether it is a stand-in on this machine.
+        public_key: to seal mail for it, in hex; empty unless mail is sealed.
     """
 
     node: int
@@ -41,6 +42,7 @@ class Member:
     fingerprint: str
     expected: int
     simulated: bool
+    public_key: str = ""
 
 
 def member(node: int, answer: Answer) -> Member:
@@ -68,6 +70,7 @@ def member(node: int, answer: Answer) -> Member:
             fingerprint=str(facts["fingerprint"]),
             expected=int(facts["peers"]),
             simulated=bool(facts["simulated"]),
+            public_key=str(facts.get("public-key", "")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise RosterError(f"{answer.peer} introduced itself incompletely: {error!r}") from error

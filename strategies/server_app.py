@@ -1,54 +1,103 @@
 """The Flower ServerApp: reads the settings, runs the relay, leaves the results."""
 
 import logging
+import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.config import RunConfig
-from fedkd.errors import FedkdError
-from fedkd.plots import accuracy_png
-from fedkd.results import RunFolder
+from fedkd.errors import FedkdError, SettingError
+from fedkd.plots import accuracy_png, topology_png
+from fedkd.results import RunFolder, Summary
 from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
 from strategies.averaged import Averaged
-from strategies.console import closing_line, summary_table
+from strategies.consensus import Consensus
+from strategies.console import closing_line, summary_table, topology_line
+from strategies.controls import conclude
+from strategies.fedavg import FedAvg
+from strategies.gossip import Gossip
+from strategies.introductions import introduce
+from strategies.pairwise import Pairwise
 from strategies.post import Post
 from strategies.relay import Relay
 from strategies.strategy import Strategy
 
-STRATEGIES: dict[str, type[Strategy]] = {"averaged": Averaged}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "averaged": Averaged,
+    "pairwise": Pairwise,
+    "gossip": Gossip,
+    "consensus": Consensus,
+    "fedavg": FedAvg,
+}
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation."""
-    config = RunConfig.from_mapping(context.run_config)
-    folder = RunFolder(_out_dir(config))
-    folder.write_config(config.to_mapping(), {"run_id": context.run_id, "source": source_hash()})
-    print(f"results go to {folder.path}", flush=True)
+    """Run one federation, or go on with one that was stopped."""
+    began = time.monotonic()
+    config, folder = _open(RunConfig.from_mapping(context.run_config))
+    if not config.resume:
+        facts = {"run": secrets.token_hex(8), "flower_run_id": context.run_id, "source": source_hash()}
+        folder.write_config(config.to_mapping(), facts)
+    run = str(folder.read_config()["run"])
+    _say(f"results go to {folder.path}")
     post = Post(grid, time_to_live=2 * config.round_timeout)
-    relay = Relay(post, config, STRATEGIES[config.strategy], folder, say=_say)
-    summary = relay.run()
+    members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))
+    for m in members:
+        _say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples")
+    strategy = STRATEGIES[config.strategy](config, len(members), len(members[0].classes))
+    if strategy.topology:
+        _say(topology_line(strategy.topology))
+    relay = Relay(post, members, config, strategy, folder, run=run, say=_say, resume=bool(config.resume))
+    relay.run()
+    summary = conclude(relay, config, seconds=time.monotonic() - began, say=_say)
+    _leave(relay, config, folder, summary)
+
+
+def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary) -> None:
+    """Write what a finished run leaves, and say what came of it."""
     folder.write_summary(summary)
-    accuracy_png(folder.path / "accuracy.png", relay.rows, summary, title=_title(config))
+    title = f"{config.run_name}: {config.strategy}, {config.divergence}, {config.dataset}, {config.partition}"
+    accuracy_png(folder.path / "accuracy.png", relay.rows, summary, title=title)
+    if topology := relay.strategy.topology:
+        accuracies = [peer.after for peer in summary.peers]
+        topology_png(
+            folder.path / "topology.png", topology.edges, accuracies, title=topology.name, directed=topology.directed
+        )
     _say(summary_table(summary))
     _say(closing_line(summary))
     _say(f"results: {folder.path}")
 
 
+def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
+    """Return the settings and the folder of a run: new ones, or those of the run that is resumed."""
+    if not config.resume:
+        return config, RunFolder(_out_dir(config))
+    path = _absolute(config.resume)
+    if not path.is_dir():
+        raise SettingError("resume", config.resume, "the folder of a run")
+    folder = RunFolder(path)
+    earlier = RunConfig.from_mapping(folder.read_config()["settings"])
+    if earlier.mode == "async" or earlier.strategy == "fedavg":
+        raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
+    return replace(earlier, resume=config.resume, out_dir=str(path)), folder
+
+
 def _out_dir(config: RunConfig) -> Path:
     if config.out_dir:
-        return (STARTED_IN / Path(config.out_dir).expanduser()).absolute()
+        return _absolute(config.out_dir)
     return STARTED_IN / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.run_name}"
 
 
-def _title(config: RunConfig) -> str:
-    return f"{config.run_name}: {config.strategy}, {config.divergence}, {config.dataset}, {config.partition}"
+def _absolute(path: str) -> Path:
+    return (STARTED_IN / Path(path).expanduser()).absolute()
 
 
 def _say(line: str) -> None:
@@ -56,13 +105,20 @@ def _say(line: str) -> None:
 
 
 class _NoStack(logging.Filter):
-    """A user's error is one line in the log: its message says it all."""
+    """Ends Flower's log of a user's error with that error: its message says it all, no stack and no exit code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Turn the record of the error into one line, and drop what follows it."""
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, FedkdError):
-            record.msg, record.args, record.exc_info = "error: %s", (str(error),), None
-        return True
+            record.msg, record.args, record.exc_info, record.exc_text = "%s", (str(error),), None, None
+            self._told = True
+            return True
+        return not self._told
 
 
 logging.getLogger("flwr").addFilter(_NoStack())

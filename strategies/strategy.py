@@ -1,19 +1,80 @@
-"""What a strategy decides: who hears whom in a round."""
+"""What a strategy decides: who hears whom in a round, and with what weight."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+
+from fedkd.codec import codec
+from fedkd.config import RunConfig
+from fedkd.protocol import Answer, Letter
+from strategies.mailbox import Mailbox
+from strategies.sealed import address, check_sealed
+from strategies.topology import Topology, topology
 
 
 class Strategy(ABC):
     """Who hears whom. How a peer combines what it hears follows from the settings, on the peer's side.
 
     Args:
-        peers: how many there are; they are numbered 0 .. peers − 1.
+        config: the run's settings.
+        peers: how many peers there are; they are numbered 0 .. peers − 1.
+        classes: how many classes their models tell apart.
+
+    Attributes:
+        topology: the graph of neighbours; None for a single peer.
     """
 
-    def __init__(self, peers: int) -> None:
-        self.peers = peers
+    def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
+        self.config, self.peers, self.classes = config, peers, classes
+        self._codec = codec(config.codec)
+        self.topology: Topology | None = None
+        if peers > 1:
+            self.topology = topology(
+                config.topology,
+                peers,
+                degree=config.topology_degree,
+                probability=config.topology_probability,
+                seed=config.seed,
+            )
 
     @abstractmethod
     def teachers(self, peer: int, round: int) -> Sequence[int]:
         """Return the peers that one peer hears in a round (counted from 1), ascending, itself not among them."""
+
+    def peer_settings(self) -> RunConfig:
+        """Return the settings that peers are sent."""
+        return self.config
+
+    def check(self, answer: Answer) -> None:
+        """Refuse knowledge that no peer could use.
+
+        Raises:
+            BadKnowledge: what is wrong with it.
+        """
+        if self.config.sealed:
+            check_sealed(answer.arrays, receivers=self.peers)
+        else:
+            self._codec.decode(answer.arrays, shape=(self.config.travelling, self.classes))
+
+    def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:
+        """Return what a peer hears in a round: its teachers' newest knowledge, weighed down by its age."""
+        letters = []
+        for teacher in self.teachers(peer, round):
+            letter = mailbox.get(teacher)
+            if letter is None:
+                continue
+            age = max(0, round - 1 - letter.round)
+            usable = age == 0 or (age <= self.config.max_staleness and not self.config.proxy_per_round)
+            weight = self.config.staleness_decay**age
+            if usable and weight > 0:
+                arrays = address(letter.arrays, peer) if self.config.sealed else letter.arrays
+                letters.append(replace(letter, arrays=arrays, weight=weight))
+        return tuple(letters)
+
+    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
+        """Return the knowledge that one peer is to distil into a common model after the start; usually none."""
+        return ()
+
+    def neighbours(self, peer: int, round: int) -> tuple[int, ...]:
+        """Return a peer's neighbours on the topology in a round."""
+        return self.topology.neighbours(peer, round) if self.topology else ()

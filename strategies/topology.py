@@ -1,11 +1,10 @@
 """Topologies: which peers are neighbours, how well such a graph mixes, and its edges for drawing."""
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,9 @@ from fedkd.seeding import derive
 if TYPE_CHECKING:
     from networkx import Graph
 
-NAMES = ("complete", "ring", "torus", "star", "k-regular", "erdos-renyi", "small-world", "exponential")
+FIXED = ("complete", "ring", "torus", "star")
+RANDOM = ("k-regular", "erdos-renyi", "small-world")
+NAMES = (*FIXED, *RANDOM, "exponential")
 _DRAWS = 100
 
 Neighbours = tuple[tuple[int, ...], ...]
@@ -26,9 +27,9 @@ Neighbours = tuple[tuple[int, ...], ...]
 class TopologyStats:
     """What a run reports of its topology.
 
-    ``degree_*`` count the peers that a peer hears in one round; ``diameter`` is in hops, over the edges of all rounds;
-    ``spectral_gap`` is 1 − ‖W_τ…W_1 − 11ᵀ/N‖₂^(1/τ) of the mixing matrices W of the τ rounds of a period (τ = 1 where
-    nothing varies: then 1 − |λ₂|): 1 mixes at once, 0 never.
+    ``degree_*`` count the peers that a peer hears in one round. ``diameter`` is in hops, over the edges of all
+    rounds. ``spectral_gap`` is 1 − ‖W_τ…W_1 − 11ᵀ/N‖₂^(1/τ) of the mixing matrices of the τ rounds of a period
+    (τ = 1 where nothing varies: then it is 1 − |λ₂|): 1 is the average after one period, 0 never.
     """
 
     degree_min: int
@@ -66,7 +67,7 @@ class Topology:
         """Metropolis–Hastings weights ``[N, N]``: W_ij = 1/(1 + max(d_i, d_j)) where i hears j, W_ii the remainder.
 
         Doubly stochastic. For `exponential`, where every degree is 1, these are the halves of its paper.
-        Source: Xiao, Boyd & Kim, J. Parallel Distrib. Comput. 2007, eq. 8 [paper].
+        Source: the Metropolis weights of Xiao, Boyd & Lall, IPSN 2005 [paper].
         """
         step = self._step(round)
         degree = np.array([len(heard) for heard in step])
@@ -90,14 +91,12 @@ class Topology:
         for step in range(len(self.hears)):
             mixed = self.mixing_matrix(step + 1) @ mixed
         distance = float(np.linalg.norm(mixed - 1 / self.peers, 2))
-        # Rounding leaves 1e-16 where the average is exact, whose τ-th root would be far from 0.
-        per_round = distance ** (1 / len(self.hears)) if distance > 1e-12 else 0.0
         return TopologyStats(
             degree_min=min(degrees),
             degree_mean=sum(degrees) / len(degrees),
             degree_max=max(degrees),
             diameter=self._diameter(),
-            spectral_gap=max(0.0, 1 - per_round),
+            spectral_gap=max(0.0, 1 - distance ** (1 / len(self.hears))),
         )
 
     def _step(self, round: int) -> Neighbours:
@@ -118,18 +117,16 @@ class Topology:
         return hops
 
 
-def topology(
-    spec: str, peers: int, *, degree: int = 4, probability: float = 0.3, seed: int
-) -> Topology:
+def topology(spec: str, peers: int, *, degree: int = 4, probability: float = 0.3, seed: int) -> Topology:
     """The topology that the setting ``topology`` names; connected, the same for the same arguments.
 
     Args:
-        spec: ``complete``, ``ring``, ``star`` (around peer 0), ``torus`` (the grid nearest to a square, wrapped around),
-            ``k-regular`` (random, every peer has ``degree`` neighbours), ``erdos-renyi`` (each edge with
-            ``probability``), ``small-world`` (Watts & Strogatz: a ring of ``degree`` nearest neighbours, each edge
-            rewired with ``probability``), ``exponential`` (directed, one neighbour a round: peer i hears
-            i + 2^((round−1) mod ⌈log₂ N⌉); Ying et al., NeurIPS 2021, eq. 6 [paper]) or ``file:PATH`` (a line per
-            edge, two peers counted from 0; ``#`` starts a comment).
+        spec: ``complete``, ``ring``, ``star`` (around peer 0), ``torus`` (the grid nearest to a square, wrapped
+            around), ``k-regular`` (random, every peer has ``degree`` neighbours), ``erdos-renyi`` (each edge with
+            ``probability``), ``small-world`` (Watts & Strogatz: a ring of ``degree`` nearest neighbours, each
+            edge rewired with ``probability``), ``exponential`` (directed, one neighbour a round: peer i hears
+            i + 2^((round−1) mod ⌈log₂ N⌉), modulo N; one-peer graph of Ying et al., NeurIPS 2021 [paper]) or
+            ``file:PATH`` (a line per edge, two peers counted from 0; ``#`` starts a comment).
         peers: how many peers, N ≥ 2.
         degree: the setting ``topology-degree``.
         probability: the setting ``topology-probability``.
@@ -141,25 +138,100 @@ def topology(
     if peers < 2:
         raise SettingError("peers", peers, "at least 2 for a topology")
     if spec == "exponential":
-        hops = [2**s % peers for s in range(math.ceil(math.log2(peers)))]
+        hops = [2**s for s in range((peers - 1).bit_length())]
         steps = tuple(tuple(((i + hop) % peers,) for i in range(peers)) for hop in hops)
         return Topology(spec, steps, directed=True)
     if spec.startswith("file:"):
         graph = _from_file(spec, peers)
-    elif spec in _FIXED:
-        graph = _FIXED[spec](peers)
-    elif spec in NAMES:
+    elif spec in FIXED:
+        graph = _fixed(spec, peers)
+    elif spec in RANDOM:
         graph = _random(spec, peers, degree=degree, probability=probability, seed=seed)
     else:
         raise SettingError("topology", spec, f"one of {list(NAMES)} or file:PATH")
     return Topology(spec, (tuple(tuple(sorted(graph[i])) for i in range(peers)),))
 
 
-def _torus(peers: int) -> "Graph[int]":
+def _fixed(spec: str, peers: int) -> "Graph[int]":
     import networkx as nx
 
+    if spec == "complete":
+        return nx.complete_graph(peers)
+    if spec == "ring":
+        return nx.cycle_graph(peers)
+    if spec == "star":
+        return nx.star_graph(peers - 1)
     rows = max(r for r in range(1, math.isqrt(peers) + 1) if peers % r == 0)
     if rows == 1:
-        raise SettingError("topology", "torus", f"one for {peers} peers (a torus needs rows × columns, both above 1)")
+        allowed = f"possible for {peers} peers (a torus has rows × columns of them, both above 1)"
+        raise SettingError("topology", spec, allowed)
     grid = nx.grid_2d_graph(rows, peers // rows, periodic=True)
     return nx.convert_node_labels_to_integers(grid, ordering="sorted")
+
+
+def _random(spec: str, peers: int, *, degree: int, probability: float, seed: int) -> "Graph[int]":
+    """The first connected one of a hundred drawn graphs."""
+    import networkx as nx
+
+    if spec == "k-regular":
+        if not 1 <= degree < peers or degree * peers % 2:
+            allowed = f"from 1 to {peers - 1} for {peers} peers, with degree × peers even"
+            raise SettingError("topology-degree", degree, allowed)
+    elif not 0 <= probability <= 1:
+        raise SettingError("topology-probability", probability, "from 0 to 1")
+    if spec == "small-world" and (not 2 <= degree < peers or degree % 2):
+        raise SettingError("topology-degree", degree, f"even, from 2 to {peers - 1} for {peers} peers")
+
+    for draw in range(_DRAWS):
+        stream = derive(seed, "topology", draw)
+        if spec == "k-regular":
+            graph = _regular(degree, peers, stream)
+        elif spec == "erdos-renyi":
+            graph = nx.gnp_random_graph(peers, probability, seed=stream)
+        else:
+            graph = nx.watts_strogatz_graph(peers, degree, probability, seed=stream)
+        if nx.is_connected(graph):
+            return graph
+    if spec == "erdos-renyi":
+        threshold = f"{math.log(peers) / peers:.2g}"
+        allowed = f"enough to connect {peers} peers (around {threshold}; {_DRAWS} graphs were drawn)"
+        raise SettingError("topology-probability", probability, allowed)
+    allowed = f"enough to connect {peers} peers ({_DRAWS} graphs were drawn)"
+    raise SettingError("topology-degree", degree, allowed)
+
+
+def _regular(degree: int, peers: int, stream: int) -> "Graph[int]":
+    import networkx as nx
+
+    # The drawing slows down steeply with the degree; the complement of a random regular graph is one too.
+    if degree <= peers // 2:
+        return nx.random_regular_graph(degree, peers, seed=stream)
+    return nx.complement(nx.random_regular_graph(peers - 1 - degree, peers, seed=stream))
+
+
+def _from_file(spec: str, peers: int) -> "Graph[int]":
+    import networkx as nx
+
+    path = Path(spec.removeprefix("file:")).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError("topology", spec, f"file:PATH of a readable list of edges ({error})") from error
+    graph = nx.empty_graph(peers)
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        ends = [int(word) for word in words if word.isascii() and word.isdigit() and len(word) < 10]
+        if len(words) != 2 or len(ends) != 2 or max(ends) >= peers or ends[0] == ends[1]:
+            allowed = f"a list of edges: line {number} should be two different peers from 0 to {peers - 1}"
+            raise SettingError("topology", f"{spec}, {line.strip()[:80]}", allowed)
+        graph.add_edge(*ends)
+    if not nx.is_connected(graph):
+        parts = sorted((sorted(part) for part in nx.connected_components(graph)), key=len)
+        raise SettingError("topology", spec, f"connected, but peers {_few(parts[0])} have no path to the others")
+    return graph
+
+
+def _few(peers: list[int]) -> str:
+    return ", ".join(map(str, peers[:10])) + (", …" if len(peers) > 10 else "")

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-Fault = Callable[[int, Message], Message | None]
+Fault = Callable[[int, Message], Any]
 
 
 class LocalGrid(Grid):
@@ -24,10 +24,12 @@ class LocalGrid(Grid):
         node_config: by partition, what a node's own configuration adds.
 
     Attributes:
-        fault: called with (partition, message) first: may return a reply of its own, raise (an error reply), or
-            return None for the app's own answer.
+        fault: called with (partition, message) first: may return a reply of its own, ``nothing`` for none, raise (an
+            error reply), or return None for the app's own answer.
         silent: partitions that never answer.
     """
+
+    nothing = object()
 
     def __init__(
         self, app: ClientApp, nodes: int, state_dir: Path, *, node_config: dict[int, dict[str, Any]] | None = None
@@ -86,13 +88,22 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
 
+    def answer(self, partition: int, message: Message) -> Message:
+        """Return what the app of a node really answers."""
+        return self.app(message, self._contexts[self._ids[partition]])
+
+    def deliver(self, message: Message, reply: Message) -> None:
+        """Let a held-back reply arrive."""
+        self._waiting[message.metadata.message_id] = reply
+
     def _reply(self, message: Message) -> Message | None:
-        node = message.metadata.dst_node_id
-        partition = self._ids.index(node)
+        partition = self._ids.index(message.metadata.dst_node_id)
         if partition in self.silent:
             return None
         try:
             faulty = self.fault(partition, message) if self.fault else None
-            return faulty or self.app(message, self._contexts[node])
+            if faulty is self.nothing:
+                return None
+            return faulty or self.answer(partition, message)
         except Exception as error:
             return Message(Error(code=2, reason=str(error)), reply_to=message)

@@ -1,9 +1,11 @@
 """Sources: what a name loads, and what a user is told when it can't be loaded."""
 
 import gzip
+import pickle
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,6 +323,54 @@ def test_files_that_are_not_the_published_ones_are_not_opened(tmp_path, name, pl
 
     with pytest.raises(SettingError, match="complete"):
         load_source(name, data_dir=tmp_path)
+
+
+@pytest.fixture
+def any_checksum(monkeypatch):
+    """Let torchvision take made-up files for the published ones."""
+    for module in ("cifar", "svhn"):
+        monkeypatch.setattr(
+            f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).is_file()
+        )
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+@pytest.mark.usefixtures("any_checksum")
+def test_cifar10_is_read_from_torchvisions_layout(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for n, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels = np.zeros((2, 3, 32, 32), dtype=np.uint8)
+        pixels[:, 0], pixels[:, 1, 4, 7] = n, 99
+        content = {"data": pixels.reshape(2, -1), "labels": [n, 9]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+    source = load_source("cifar10", data_dir=tmp_path)
+
+    assert source.train.inputs.shape == (10, 3, 32, 32)
+    assert source.train.inputs[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert source.test.inputs[0, 1, 4, 7] == 99
+    assert source.train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert source.test.labels.tolist() == [5, 9]
+    assert source.classes == tuple(names)
+
+
+@pytest.mark.usefixtures("any_checksum")
+def test_svhn_is_read_from_torchvisions_layout(tmp_path):
+    from scipy.io import savemat
+
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    for split in ("train", "test"):
+        # The files say 10 for the digit 0.
+        savemat(tmp_path / f"{split}_32x32.mat", {"X": images, "y": np.array([[1], [10], [2], [9]])})
+
+    source = load_source("svhn", data_dir=tmp_path)
+
+    assert source.train.inputs.shape == (4, 3, 32, 32)
+    assert source.train.inputs[2, 1, 30, 5] == images[30, 5, 1, 2]
+    assert source.test.labels.tolist() == [1, 0, 2, 9]
 
 
 def test_download_happens_once_and_only_where_allowed(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from fedkd import models
 from fedkd.data.sources import as_float, load_source
 from fedkd.errors import SettingError
 from fedkd.models import registry
+from fedkd.models.resnet import BasicBlock
 
 SMALL = ["mlp", "cnn-small", "cnn-wide", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"]
 TORCHVISION = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0"]
@@ -163,6 +164,17 @@ def test_resnet20_has_the_published_size():
     assert [round(count / 1e6, 2) for count in counts] == [0.27, 0.46, 0.66, 0.85]
 
 
+def test_resnet_shortcut_takes_every_second_position_and_pads_with_zeros():
+    block = BasicBlock(4, 8, stride=2).eval()
+    nn.init.zeros_(block.bn2.weight)  # what is left is the shortcut
+    x = torch.rand(2, 4, 6, 6)
+
+    out = block(x)
+
+    assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2])
+    assert out[:, :2].abs().max() == out[:, 6:].abs().max() == 0
+
+
 # --- the registry ---
 
 
@@ -191,11 +203,12 @@ def test_registered_factories_build_by_name(monkeypatch):
 
     @models.register("tiny")
     def tiny(*, input_shape, num_classes, width=1.0):
-        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes * round(width)))
+        hidden = round(2 * width)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, hidden), nn.Linear(hidden, num_classes))
 
     assert "tiny" in models.names()
-    assert build("tiny")(torch.zeros(2, *RGB)).shape == (2, 10)
-    assert build("tiny", width=2.0)(torch.zeros(2, *RGB)).shape == (2, 20)
+    assert build("tiny")[2].in_features == 2
+    assert build("tiny", width=2.0)[2].in_features == 4
 
 
 @pytest.mark.parametrize("name", ["", "a,b", "a:b", "a@b", "a b"])
@@ -213,6 +226,7 @@ def own_module(tmp_path, monkeypatch):
         "def positional(a, b): return nn.Flatten()\n"
         "def number(**form): return 3\n"
         "def broken(*, input_shape, num_classes): raise RuntimeError('no such layer')\n"
+        "def transposed(*, input_shape, num_classes): return nn.Flatten(0, 2)\n"
         "constant = 5\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -221,8 +235,12 @@ def own_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("own_module")
-def test_own_factory_builds():
-    assert build("own_models:tiny")(torch.zeros(2, *RGB)).shape == (2, 10)
+def test_own_factory_builds_from_the_seed():
+    first, second = build("own_models:tiny"), build("own_models:tiny")
+
+    assert first(torch.zeros(2, *RGB)).shape == (2, 10)
+    assert models.parameters_count(first) == 3 * 32 * 32 * 10 + 10
+    assert same_weights(first, second)
 
 
 @pytest.mark.usefixtures("own_module")
@@ -230,7 +248,8 @@ def test_own_factory_builds():
     ("spec", "words"),
     [
         ("own_models:positional", "input_shape"),
-        ("own_models:number", "not int"),
+        ("own_models:number", "returned int"),
+        ("own_models:transposed", r"two inputs with \[192, 32\]"),
         ("own_models:broken", "no such layer"),
         ("own_models:constant", "callable"),
         ("own_models:absent", "absent"),

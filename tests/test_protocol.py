@@ -111,7 +111,9 @@ def test_arrays_that_are_not_plain_numbers_are_refused(data):
 @given(st.binary(max_size=400))
 def test_random_bytes_are_never_anything_but_refused_or_numbers(noise):
     content = pack_answer(Answer("peer-0", 1))
-    content["knowledge"] = ArrayRecord({"logits": Array(dtype="x", shape=(1,), stype="x", data=npy(LOGITS)[:80] + noise)})
+    content["knowledge"] = ArrayRecord(
+        {"logits": Array(dtype="x", shape=(1,), stype="x", data=npy(LOGITS)[:80] + noise)}
+    )
 
     try:
         arrays = unpack_answer(content).arrays

@@ -29,6 +29,7 @@ _factories: dict[str, str | Factory] = {
     "cnn-small": "fedkd.models.small:cnn_small",
     "cnn-wide": "fedkd.models.small:cnn_wide",
     "resnet8": "fedkd.models.resnet:resnet8",
+    "resnet14": "fedkd.models.resnet:resnet14",
     "resnet20": "fedkd.models.resnet:resnet20",
     "resnet32": "fedkd.models.resnet:resnet32",
     "resnet44": "fedkd.models.resnet:resnet44",
@@ -131,14 +132,27 @@ def _call(
     widened = {} if width == 1.0 else {"width": width}
     if widened and "width" not in inspect.signature(factory).parameters:
         raise SettingError(key, spec, f"a model that can be widened by {width:g} (a factory with `width`)")
+    refused = f"a model for inputs {list(input_shape)} and {num_classes} classes"
     try:
         model = factory(input_shape=input_shape, num_classes=num_classes, **widened)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
+        logits = _try(model, input_shape)
     except SettingError:
         raise
-    except Exception as error:  # one's own factory may fail in any way
-        raise SettingError(
-            key, spec, f"a model for inputs {list(input_shape)} and {num_classes} classes ({error})"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise SettingError(key, spec, f"a factory that returns a torch.nn.Module, not {type(model).__name__}")
+    except Exception as error:  # one's own factory or model may fail in any way
+        raise SettingError(key, spec, f"{refused} ({error})") from error
+    if logits != (2, num_classes):
+        raise SettingError(key, spec, f"{refused} (it answers two inputs with {list(logits)})")
     return model
+
+
+def _try(model: "nn.Module", input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what a model answers to two inputs."""
+    import torch
+
+    training = model.training
+    with torch.no_grad():
+        shape = tuple(model.eval()(torch.zeros(2, *input_shape)).shape)
+    model.train(training)
+    return shape

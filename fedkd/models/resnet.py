@@ -68,6 +68,7 @@ def _stage(blocks: int, inputs: int, outputs: int, *, stride: int) -> nn.Sequent
 
 
 resnet8 = partial(SmallImageResNet, 1)
+resnet14 = partial(SmallImageResNet, 2)
 resnet20 = partial(SmallImageResNet, 3)
 resnet32 = partial(SmallImageResNet, 5)
 resnet44 = partial(SmallImageResNet, 7)

@@ -1,0 +1,5 @@
+"""`python -m experiments` is `fedkd`."""
+
+from experiments.cli import main
+
+main()

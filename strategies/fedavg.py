@@ -1,0 +1,88 @@
+"""Federated averaging: a server averages weights of one architecture. A baseline, not server-free."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+
+from fedkd.codec import BadKnowledge
+from fedkd.config import RunConfig
+from fedkd.protocol import Answer, Arrays, Letter
+from strategies.mailbox import SERVER, Mailbox
+from strategies.strategy import Strategy
+
+
+class FedAvg(Strategy):
+    """Flower's FedAvg over the peers' weights, weighed by their numbers of samples (McMahan et al., 2017).
+
+    Peers train ``fedavg-model``, whatever their own model is. A cold run starts from one initialisation that all
+    derive from the seed, with the first local epochs in round 0. A distilled run starts from the peers' own
+    pre-trained models: their logits are merged into one model on the proxy set, by one of the peers, and that model
+    is what everyone gets in round 1 (arXiv 2402.14922: clients' knowledge merged before FedAvg [paper]; on the
+    proxy set, with the exchange charged as bytes and as a round [ours]).
+
+    The accuracy of round t is that of the averaged model every peer receives in round t.
+    """
+
+    def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
+        super().__init__(replace(config, topology="complete"), peers, classes)
+        self._average: tuple[int, Letter] | None = None
+        self._samples: dict[str, int] = {}
+
+    def teachers(self, peer: int, round: int) -> Sequence[int]:
+        """Return everyone: the server reads all weights."""
+        return range(self.peers)
+
+    def check(self, answer: Answer) -> None:
+        """Refuse weights that are not finite; logits, sent for a distilled start, are checked as such."""
+        if answer.round == 0 and self.config.fedavg_start == "distilled":
+            return super().check(answer)
+        if answer.round == self.config.rounds and not answer.arrays:
+            return None  # the last average is only measured
+        if not answer.arrays:
+            raise BadKnowledge("expected weights, but got no array")
+        for name, array in answer.arrays.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise BadKnowledge(f"expected weights `{name}` to be finite float32, but got {array.dtype}")
+        self._samples[answer.peer] = int(answer.metrics.get("samples", 1))
+        return None
+
+    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
+        """Return all logits, for a distilled start."""
+        if self.config.fedavg_start == "cold":
+            return ()
+        return tuple(letter for _, letter in mailbox)
+
+    def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:
+        """Return the server's average of what came in the round before."""
+        if self._average is None or self._average[0] != round:
+            fresh = [letter for index, letter in mailbox if index != SERVER and letter.round == round - 1]
+            merged = mailbox.get(SERVER)
+            if round == 1 and merged is not None:
+                self._average = (round, merged)
+            elif fresh:
+                self._average = (round, Letter("server", round - 1, self._aggregate(fresh, round)))
+            elif self._average is None:
+                return ()
+        return (self._average[1],)
+
+    def _aggregate(self, letters: Sequence[Letter], round: int) -> Arrays:
+        replies = [
+            Message(
+                RecordDict(
+                    {
+                        "arrays": ArrayRecord({name: Array(array) for name, array in letter.arrays.items()}),
+                        "metrics": MetricRecord({"num-examples": self._samples.get(letter.sender, 1)}),
+                    }
+                ),
+                dst_node_id=index,
+                message_type="train",
+            )
+            for index, letter in enumerate(letters)
+        ]
+        arrays, _ = flower.FedAvg().aggregate_train(round, replies)
+        if arrays is None:
+            raise BadKnowledge(f"Flower's FedAvg averaged nothing in round {round}")
+        return {name: array.numpy().astype(np.float32) for name, array in arrays.items()}

@@ -1,0 +1,369 @@
+"""Every strategy, end to end in one process."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from federation import federate, local_grid
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+from fedkd.config import RunConfig
+from fedkd.distillation import Distillation
+from fedkd.errors import SettingError
+from fedkd.robust import agreement_weights
+from strategies.relay import RelayError
+
+PEERS = 4
+
+
+def teachers_by_round(run):
+    found = {}
+    for row in run.rows():
+        found.setdefault(row["round"], {})[row["peer"]] = set(row["teachers"])
+    return found
+
+
+def test_averaged_on_a_ring_hears_two_neighbours(tmp_path):
+    run = federate(tmp_path, PEERS, topology="ring", rounds=1)
+
+    assert teachers_by_round(run)[1]["peer-0"] == {"peer-1", "peer-3"}
+    assert run.summary()["topology"]["diameter"] == 2
+    assert (run.folder / "topology.png").stat().st_size > 1000
+
+
+def test_pairwise_round_robin_meets_everyone_once_in_n_minus_1_rounds(tmp_path):
+    run = federate(tmp_path, PEERS, strategy="pairwise", matching="round-robin", rounds=PEERS - 1)
+
+    met = [teachers_by_round(run)[round]["peer-0"] for round in range(1, PEERS)]
+    assert all(len(partner) == 1 for partner in met)
+    assert set().union(*met) == {"peer-1", "peer-2", "peer-3"}
+
+
+@pytest.mark.parametrize("style", ["pull", "push", "push-pull"])
+def test_gossip_draws_are_a_function_of_the_seed(tmp_path, style):
+    first = federate(tmp_path / "a", PEERS, strategy="gossip", gossip_style=style, rounds=2)
+    again = federate(tmp_path / "b", PEERS, strategy="gossip", gossip_style=style, rounds=2)
+
+    assert first.timeless_rows() == again.timeless_rows()
+    heard = [len(names) for names in teachers_by_round(first)[1].values()]
+    assert heard == [1] * PEERS if style == "pull" else sum(heard) >= PEERS
+
+
+def test_async_gossip_ends_after_its_updates_and_a_silent_peer_slows_nobody(tmp_path):
+    grid = local_grid(tmp_path, PEERS)
+    grid.fault = lambda partition, message: grid.silent.update({3} if grid.sent[7:] else set())
+
+    run = federate(tmp_path, PEERS, grid=grid, strategy="gossip", mode="async", updates=9, round_timeout=5.0)
+
+    learned = [row for row in run.rows() if row["round"] > 0]
+    assert len(learned) == 9
+    assert sum(row["peer"] == "peer-3" for row in learned) <= 1
+    assert max(row["round"] for row in learned) >= 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"mode": "async"}, "mode"),
+        ({"sealed": True, "strategy": "consensus"}, "sealed"),
+        ({"strategy": "pairwise", "robust": "median"}, "robust"),
+        ({"strategy": "pairwise", "sharpen": 0.1}, "sharpen"),
+        ({"schedule": "mixed", "kd-weight": 1.5}, "kd-weight"),
+        ({"proxy-per-round": 500}, "proxy-per-round"),
+        ({"strategy": "gossip", "mode": "async", "proxy-per-round": 5}, "proxy-per-round"),
+        ({"tune-weights": "0.5,-1"}, "tune-weights"),
+        ({"tune-temperatures": "warm"}, "tune-temperatures"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(settings, key):
+    with pytest.raises(SettingError, match=f"`{key}`"):
+        RunConfig.from_mapping(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"topology": "k-regular", "topology_degree": 3}, "topology"),
+        ({"topology": "moebius"}, "topology"),
+        ({"strategy": "pairwise", "matching": "round-robin", "topology": "ring"}, "topology"),
+    ],
+)
+def test_impossible_topologies_stop_the_run_before_training(tmp_path, settings, key):
+    grid = local_grid(tmp_path, 5)
+
+    with pytest.raises(SettingError, match=f"`{key}"):
+        federate(tmp_path, 5, grid=grid, **settings)
+
+    assert {message.content["mail"]["kind"] for message in grid.sent} == {"introduce"}
+
+
+def letter_of(run, round, peer=0):
+    mails = [m for m in run.grid.sent if m.content["mail"]["round"] == round and m.content["mail"]["kind"] == "learn"]
+    return mails[peer].content["letter.0"]["logits"].numpy()
+
+
+def knowledge(run, round):
+    answers = [m.content for m in run.grid.replies if "knowledge" in m.content]
+    return np.stack([a["knowledge"]["logits"].numpy() for a in answers if a["answer"]["round"] == round])
+
+
+def test_fedmd_sends_everyone_the_mean_of_all_logits(tmp_path):
+    run = federate(tmp_path, 3, strategy="consensus", rounds=1)
+
+    assert all(row["teachers"] == ["server"] for row in run.rows() if row["round"] == 1)
+    np.testing.assert_allclose(letter_of(run, 1), knowledge(run, 0).mean(axis=0), atol=1e-5)
+
+
+def test_ds_fl_sharpens_the_mean_of_all_probabilities(tmp_path):
+    from scipy.special import softmax
+
+    run = federate(tmp_path, 3, strategy="consensus", consensus="ds-fl", rounds=1)
+
+    expected = softmax(softmax(knowledge(run, 0), axis=-1).mean(axis=0) / 0.1, axis=-1)
+    np.testing.assert_allclose(softmax(letter_of(run, 1), axis=-1), expected, atol=1e-5)
+
+
+def test_fedavg_averages_weights_by_samples_and_measures_the_average(tmp_path):
+    run = federate(tmp_path, 3, strategy="fedavg", fedavg_model="mlp", rounds=2)
+
+    sent = [m.content["letter.0"] for m in run.grid.sent if m.content["mail"]["round"] == 1]
+    came = [m.content for m in run.grid.replies if "knowledge" in m.content and m.content["answer"]["round"] == 0]
+    samples = np.array([content["metrics"]["samples"] for content in came])
+    for name, array in sent[0].items():
+        weights = np.stack([content["knowledge"][name].numpy() for content in came])
+        np.testing.assert_allclose(array.numpy(), np.average(weights, axis=0, weights=samples), atol=1e-6)
+    last = [row["test_accuracy"] for row in run.rows() if row["round"] == 2]
+    assert len(set(last)) == 1  # one model, measured by everyone
+    assert all(row["bytes_up"] == 0 for row in run.rows() if row["round"] == 2)  # the last average is only measured
+
+
+def test_a_distilled_start_begins_fedavg_above_a_cold_one(tmp_path):
+    settings = {"strategy": "fedavg", "fedavg_model": "mlp", "rounds": 2, "pretrain_epochs": 15, "proxy_size": 300}
+    cold = federate(tmp_path / "cold", 3, **settings)
+    distilled = federate(tmp_path / "distilled", 3, fedavg_start="distilled", **settings)
+
+    def first_round(run):
+        return next(row["test_accuracy"] for row in run.rows() if row["round"] == 1)
+
+    assert first_round(distilled) > first_round(cold)
+
+
+def test_controls_of_a_server_free_run_do_not_count_as_bytes(tmp_path):
+    plain = federate(tmp_path / "plain", 3)
+    controlled = federate(tmp_path / "controlled", 3, controls="isolated,pooled")
+
+    assert plain.summary()["totals"]["bytes_up"] == controlled.summary()["totals"]["bytes_up"]
+
+
+@pytest.mark.parametrize("regime", ["vanilla", "tuned", "dml", "dp"])
+@pytest.mark.parametrize("schedule", ["alternate", "mixed"])
+def test_every_regime_learns(tmp_path, regime, schedule):
+    run = federate(
+        tmp_path, 3, regime=regime, schedule=schedule, rounds=3, proxy_size=300, pretrain_epochs=5, partition="dirichlet",
+        kd_weight=0.5, tune_temperatures="1,4", tune_weights="0.3,0.9", distill_epochs=4, learning_rate=0.003,
+    )  # fmt: skip
+
+    mean = run.summary()["mean"]
+    assert mean["after"] > mean["before"] + 0.05
+    if regime == "tuned":
+        assert all(
+            row["temperature"] in (1, 4) and row["kd_weight"] in (0.3, 0.9) for row in run.rows() if row["round"]
+        )
+        assert len({row["temperature"] for row in run.rows() if row["peer"] == "peer-0" and row["round"]}) == 1
+
+
+def test_matched_gradients_give_every_divergence_the_first_step_of_kl(tmp_path):
+    """With plain gradient descent and one full batch, the first step is as long as KL's, whatever the divergence."""
+    student, teachers = torch.randn(64, 10), torch.randn(3, 64, 10)
+    weights = torch.ones(3)
+    norms = {}
+    for name in ("kl", "js", "td", "sed", "jeffreys"):
+        plain = Distillation.from_config(RunConfig(divergence=name))
+        loss = plain.times(plain.matched(student, teachers, weights))
+        z = student.clone().requires_grad_()
+        loss(z, loss.prepare(teachers, weights)).backward()
+        norms[name] = float(z.grad.norm())
+
+    assert all(norm == pytest.approx(norms["kl"], rel=1e-4) for norm in norms.values())
+    run = federate(tmp_path, 3, match_gradients=True, optimizer="sgd", learning_rate=0.05)
+    assert run.timeless_rows() != federate(tmp_path / "plain", 3, optimizer="sgd", learning_rate=0.05).timeless_rows()
+
+
+def test_only_the_subset_of_the_round_travels(tmp_path):
+    run = federate(tmp_path, 3, proxy_per_round=20)
+
+    assert knowledge(run, 0).shape == (3, 20, 10)
+    assert not np.array_equal(knowledge(run, 0), knowledge(run, 1))
+
+
+@pytest.mark.parametrize(("codec", "share"), [("fp16", 0.5), ("int8", 0.5), ("topk:2", 0.35), ("fp16+zstd", 0.6)])
+def test_codecs_save_the_bytes_they_promise_and_still_teach(tmp_path, codec, share):
+    plain = federate(tmp_path / "plain", 3, proxy_size=300)
+    small = federate(tmp_path / "small", 3, proxy_size=300, codec=codec)
+
+    assert small.summary()["totals"]["bytes_up"] < (share + 0.1) * plain.summary()["totals"]["bytes_up"]
+    assert small.summary()["mean"]["after"] == pytest.approx(plain.summary()["mean"]["after"], abs=0.06)
+
+
+def test_participation_draws_some_peers_and_the_others_are_absent(tmp_path):
+    run = federate(tmp_path, PEERS, participation=0.5, rounds=4)
+
+    for round in range(1, 5):
+        rows = [row for row in run.rows() if row["round"] == round]
+        assert sorted(row["status"] for row in rows) == ["absent", "absent", "ok", "ok"]
+
+
+def test_old_knowledge_weighs_less_and_then_nothing(tmp_path):
+    """Peer 1 errs from round 1 on; its knowledge of round 0 serves, halved each round, until max-staleness."""
+    grid = local_grid(tmp_path, 3)
+
+    def mute(partition, message):
+        if partition == 1 and message.content["mail"]["kind"] == "learn":
+            raise RuntimeError("gone")
+
+    grid.fault = mute
+    run = federate(tmp_path, 3, grid=grid, rounds=5, max_staleness=2)
+
+    weights = {}
+    for message in run.grid.sent:
+        mail, senders = message.content["mail"], message.content["senders"]
+        if mail["kind"] == "learn" and message.metadata.dst_node_id == list(grid.get_node_ids())[0]:
+            weights[mail["round"]] = dict(zip(senders["names"], senders["weights"], strict=True)).get("peer-1")
+    assert weights == {1: 1.0, 2: 0.5, 3: 0.25, 4: None, 5: None}
+
+
+def test_a_round_closes_at_its_deadline_and_a_silent_peer_rejoins(tmp_path):
+    grid = local_grid(tmp_path, 3)
+    held = []
+
+    def late(partition, message):
+        """Peer 1's answer to round 1 arrives two rounds late."""
+        mail = message.content["mail"]
+        if partition == 1 and mail["kind"] == "learn" and mail["round"] == 1:
+            held.append((message, grid.answer(partition, message)))
+            return grid.nothing
+        if held and partition == 0 and mail["round"] == 3:
+            grid.deliver(*held.pop())
+        return None
+
+    grid.fault = late
+    run = federate(tmp_path, 3, grid=grid, rounds=5, round_timeout=0.5)
+
+    status = {row["round"]: row["status"] for row in run.rows() if row["peer"] == "peer-1"}
+    assert status[1] == status[2] == "late" and status[4] == status[5] == "ok"
+    assert run.summary()["peers"][1]["failures"]["late"] >= 2
+
+
+def test_too_few_answers_stop_the_run_with_the_reason(tmp_path):
+    grid = local_grid(tmp_path, 3)
+
+    def broken(partition, message):
+        if partition and message.content["mail"]["round"] == 2:
+            raise RuntimeError("power cut")
+
+    grid.fault = broken
+    with pytest.raises(RelayError, match=r"round 2: 1 of 3 peers answered, `min-answers` is 2: .*power cut"):
+        federate(tmp_path, 3, grid=grid, min_answers=2)
+
+
+def bad_knowledge(kind, good):
+    if kind == "nan":
+        return {"logits": np.full_like(good, math.nan)}
+    if kind == "shape":
+        return {"logits": good[:-1]}
+    if kind == "dtype":
+        return {"logits": good.astype(np.float64)}
+    if kind == "name":
+        return {"weights": good}
+    return {"logits": np.zeros((10**6, 10), dtype=np.float32)}
+
+
+@pytest.mark.parametrize("kind", ["nan", "shape", "dtype", "name", "large", "round", "peer"])
+def test_hostile_knowledge_is_refused_by_name_counted_and_costs_nothing_else(tmp_path, kind):
+    grid = local_grid(tmp_path, 3)
+
+    def hostile(partition, message):
+        mail = message.content["mail"]
+        if partition != 2 or mail["kind"] != "learn" or mail["round"] != 1:
+            return None
+        reply = grid.answer(partition, message)
+        if kind in ("round", "peer"):
+            forged = {"round": 7} if kind == "round" else {"peer": "peer-0"}
+            reply.content["answer"] = ConfigRecord({**reply.content["answer"], **forged})
+        else:
+            good = reply.content["knowledge"]["logits"].numpy()
+            spoiled = bad_knowledge(kind, good)
+            reply.content["knowledge"] = ArrayRecord({name: Array(array) for name, array in spoiled.items()})
+        return reply
+
+    grid.fault = hostile
+    run = federate(tmp_path, 3, grid=grid, rounds=3)
+
+    bad = next(row for row in run.rows() if row["peer"] == "peer-2" and row["round"] == 1)
+    assert bad["status"] in ("refused", "error") and bad["error"]
+    assert all(row["status"] == "ok" for row in run.rows() if row is not bad and row["peer"] != "peer-2")
+    assert sum(run.summary()["peers"][2]["failures"].values()) == 1
+    assert all(np.isfinite(row["kd_loss"]) for row in run.rows() if row["round"] and row["status"] == "ok")
+
+
+def test_a_peer_refuses_a_bad_letter_by_its_senders_name(tmp_path):
+    """The relay could be the liar: the peer checks again."""
+    grid = local_grid(tmp_path, 3)
+
+    def spoil(partition, message):
+        if partition == 0 and message.content["mail"]["kind"] == "learn":
+            message.content["letter.0"] = ArrayRecord({"logits": Array(np.full((60, 10), np.inf, dtype=np.float32))})
+
+    grid.fault = spoil
+    run = federate(tmp_path, 3, grid=grid, rounds=1)
+
+    row = next(row for row in run.rows() if row["peer"] == "peer-0" and row["round"] == 1)
+    assert row["refused_letters"] == 1 and row["error"].startswith("peer-1: ") and row["status"] == "ok"
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
+    whole = federate(tmp_path / "whole", 3, rounds=4)
+    grid = local_grid(tmp_path / "cut", 3)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(partition, message):
+        if message.content["mail"]["round"] == stop_after + 1 and partition == 1:
+            raise Killed
+
+    grid.fault = kill
+    with pytest.raises(Killed):
+        federate(tmp_path / "cut", 3, grid=grid, rounds=4)
+    with (tmp_path / "cut" / "run" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 4, "pee')  # the kill cut a line
+    grid.fault = None
+    grid._waiting.clear()
+
+    resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"), rounds=99)
+
+    assert resumed.timeless_rows() == whole.timeless_rows()
+    assert resumed.summary()["totals"]["bytes_up"] == whole.summary()["totals"]["bytes_up"]
+    assert json.loads((resumed.folder / "config.json").read_text())["settings"]["rounds"] == 4
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(SettingError, match="`resume`.*nowhere"):
+        federate(tmp_path, 3, resume=str(tmp_path / "nowhere"))
+
+
+def test_agreement_leaves_out_two_colluding_copies_of_five_peers():
+    torch.manual_seed(0)
+    truth = torch.randint(0, 10, (400,))
+
+    def honest():
+        logits = torch.nn.functional.one_hot(truth, 10).float() * 4 + torch.randn(400, 10) * 1.5
+        return logits
+
+    flipped = torch.nn.functional.one_hot((truth + 1) % 10, 10).float() * 9
+    teachers = torch.stack([honest(), honest(), flipped, flipped])
+
+    assert agreement_weights(teachers, honest()).tolist() == [1, 1, 0, 0]

@@ -1,0 +1,218 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkd.errors import SettingError
+from strategies.topology import NAMES, Topology, topology
+
+SIZES = [6, 10, 16]
+EVERY = pytest.mark.parametrize(("name", "peers"), [(name, peers) for name in NAMES for peers in SIZES])
+
+
+def union(found: Topology) -> "nx.Graph[int]":
+    return (nx.DiGraph if found.directed else nx.Graph)(found.edges)
+
+
+def expected_graph(name: str, peers: int) -> "nx.Graph[int]":
+    rows = {6: (2, 3), 10: (2, 5), 16: (4, 4)}[peers]
+    return {
+        "complete": nx.complete_graph(peers),
+        "ring": nx.cycle_graph(peers),
+        "star": nx.star_graph(peers - 1),
+        "torus": nx.grid_2d_graph(*rows, periodic=True),
+    }[name]
+
+
+@EVERY
+def test_everyone_can_reach_everyone_and_nobody_hears_itself(name: str, peers: int) -> None:
+    found = topology(name, peers, seed=0)
+    graph = union(found)
+    assert sorted(graph) == list(range(peers))
+    assert nx.is_strongly_connected(graph) if found.directed else nx.is_connected(graph)
+    for round in range(1, 9):
+        for peer in range(peers):
+            heard = found.neighbours(peer, round)
+            assert peer not in heard
+            assert list(heard) == sorted(set(heard)) and set(heard) <= set(range(peers))
+
+
+@EVERY
+def test_neighbours_hear_each_other_unless_directed(name: str, peers: int) -> None:
+    found = topology(name, peers, seed=0)
+    if not found.directed:
+        pairs = {(i, j) for i in range(peers) for j in found.neighbours(i, 1)}
+        assert pairs == {(j, i) for i, j in pairs}
+        assert pairs == {*found.edges, *((j, i) for i, j in found.edges)}
+
+
+@EVERY
+def test_mixing_matrices_are_doubly_stochastic_and_follow_the_neighbours(name: str, peers: int) -> None:
+    found = topology(name, peers, seed=0)
+    for round in range(1, 6):
+        weights = found.mixing_matrix(round)
+        np.testing.assert_allclose(weights.sum(axis=0), 1)
+        np.testing.assert_allclose(weights.sum(axis=1), 1)
+        assert (weights >= -1e-12).all()
+        off = weights - np.diag(np.diag(weights))
+        for peer in range(peers):
+            assert tuple(np.flatnonzero(off[peer])) == found.neighbours(peer, round)
+
+
+@given(
+    name=st.sampled_from(["k-regular", "erdos-renyi", "small-world"]),
+    peers=st.integers(6, 40),
+    probability=st.floats(0.4, 1.0),
+    seed=st.integers(0, 2**31),
+)
+def test_random_topologies_depend_on_the_seed_alone(name: str, peers: int, probability: float, seed: int) -> None:
+    found = topology(name, peers, probability=probability, seed=seed)
+    again = topology(name, peers, probability=probability, seed=seed)
+    assert found == again
+    np.testing.assert_allclose(found.mixing_matrix(1).sum(axis=0), 1)
+
+
+@pytest.mark.parametrize("name", ["k-regular", "erdos-renyi", "small-world"])
+def test_another_seed_is_another_graph(name: str) -> None:
+    assert len({topology(name, 30, seed=seed).edges for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("name", ["complete", "ring", "torus", "star"])
+@pytest.mark.parametrize("peers", SIZES)
+def test_named_graphs_are_what_their_name_says(name: str, peers: int) -> None:
+    assert nx.is_isomorphic(union(topology(name, peers, seed=0)), expected_graph(name, peers))
+
+
+@pytest.mark.parametrize(("degree", "peers"), [(1, 2), (2, 9), (3, 10), (4, 9), (7, 10), (8, 9), (9, 10)])
+def test_k_regular_peers_have_k_neighbours(degree: int, peers: int) -> None:
+    found = topology("k-regular", peers, degree=degree, seed=3)
+    assert {len(found.neighbours(peer, 1)) for peer in range(peers)} == {degree}
+
+
+def test_small_world_goes_from_a_lattice_to_a_random_graph() -> None:
+    lattice = topology("small-world", 20, degree=4, probability=0.0, seed=1)
+    assert all(lattice.neighbours(i, 1) == tuple(sorted((i + d) % 20 for d in (-2, -1, 1, 2))) for i in range(20))
+    assert topology("small-world", 20, degree=4, probability=0.5, seed=1).edges != lattice.edges
+
+
+@pytest.mark.parametrize("peers", [2, 4, 8, 32])
+def test_exponential_averages_exactly_in_one_period_of_a_power_of_two(peers: int) -> None:
+    found = topology("exponential", peers, seed=0)
+    period = peers.bit_length() - 1
+    for start in (1, 2, 7):
+        mixed = np.eye(peers)
+        for round in range(start, start + period):
+            mixed = found.mixing_matrix(round) @ mixed
+        np.testing.assert_allclose(mixed, 1 / peers, atol=1e-15)
+    assert found.stats().spectral_gap == pytest.approx(1)
+
+
+@pytest.mark.parametrize("peers", [2, 3, 5, 8, 13])
+def test_exponential_is_one_peer_each_way_and_varies(peers: int) -> None:
+    found = topology("exponential", peers, seed=0)
+    for round in range(1, 10):
+        heard = [found.neighbours(peer, round) for peer in range(peers)]
+        assert sorted(heard) == [(peer,) for peer in range(peers)]
+    assert (found.neighbours(0, 1) != found.neighbours(0, 2)) == (peers > 2)
+    arrows = {(found.neighbours(i, round)[0], i) for i in range(peers) for round in range(1, 10)}
+    assert set(found.edges) == arrows
+
+
+@EVERY
+def test_stats_agree_with_an_independent_calculation(name: str, peers: int) -> None:
+    found = topology(name, peers, seed=0)
+    stats = found.stats()
+    graph = union(found)
+    assert stats.diameter == nx.diameter(graph)
+    if not found.directed:
+        degrees = [degree for _, degree in graph.degree]
+        assert (stats.degree_min, stats.degree_max) == (min(degrees), max(degrees))
+        assert stats.degree_mean == pytest.approx(2 * len(found.edges) / peers)
+        sizes = np.sort(np.abs(np.linalg.eigvals(found.mixing_matrix(1))))
+        assert stats.spectral_gap == pytest.approx(1 - sizes[-2], abs=1e-7)
+
+
+def test_the_spectral_gap_of_a_ring_is_the_textbook_one() -> None:
+    gap = topology("ring", 12, seed=0).stats().spectral_gap
+    assert gap == pytest.approx(2 / 3 * (1 - np.cos(2 * np.pi / 12)))
+    assert topology("complete", 12, seed=0).stats().spectral_gap == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "peers", "options", "key"),
+    [
+        ("circle", 5, {}, "topology"),
+        ("", 5, {}, "topology"),
+        ("ring", 1, {}, "peers"),
+        ("torus", 7, {}, "topology"),
+        ("torus", 2, {}, "topology"),
+        ("k-regular", 5, {"degree": 3}, "topology-degree"),
+        ("k-regular", 4, {"degree": 4}, "topology-degree"),
+        ("k-regular", 4, {"degree": 0}, "topology-degree"),
+        ("k-regular", 6, {"degree": 1}, "topology-degree"),
+        ("small-world", 6, {"degree": 3}, "topology-degree"),
+        ("small-world", 4, {"degree": 4}, "topology-degree"),
+        ("small-world", 9, {"probability": -0.1}, "topology-probability"),
+        ("erdos-renyi", 9, {"probability": 1.1}, "topology-probability"),
+        ("erdos-renyi", 9, {"probability": float("nan")}, "topology-probability"),
+        ("erdos-renyi", 50, {"probability": 0.001}, "topology-probability"),
+    ],
+)  # fmt: skip
+def test_impossible_or_disconnected_topologies_are_refused_by_key(
+    spec: str, peers: int, options: dict[str, float], key: str
+) -> None:
+    with pytest.raises(SettingError, match=f"setting `{key}`"):
+        topology(spec, peers, seed=0, **options)  # type: ignore[arg-type]
+
+
+def test_a_file_of_edges(tmp_path: Path) -> None:
+    path = tmp_path / "sites.txt"
+    path.write_text("# two hospitals and a clinic\n0 1\n\n1 2  # twice, either way\n2 1\n", encoding="utf-8")
+    found = topology(f"file:{path}", 3, seed=0)
+    assert found.edges == ((0, 1), (1, 2))
+    assert found.neighbours(1, 1) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("0 1\n1 3\n", "line 2"),
+        ("0 1\n1 1\n", "line 2"),
+        ("0 1 2\n", "line 1"),
+        ("0 one\n", "line 1"),
+        ("0 -1\n", "line 1"),
+        ("0 ²\n", "line 1"),
+        (f"0 {'9' * 5000}\n", "line 1"),
+        ("0 1\n", "peers 2 have no path"),
+        ("", "no path"),
+    ],
+)
+def test_a_file_that_is_no_topology_is_refused_with_the_place(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "sites.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingError, match=f"(?s)`topology`.*{word}"):
+        topology(f"file:{path}", 3, seed=0)
+
+
+def test_a_file_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("absent", "binary", "."):
+        with pytest.raises(SettingError, match="`topology`"):
+            topology(f"file:{tmp_path / name}", 3, seed=0)
+
+
+def test_a_thousand_peers_look_up_their_neighbours_without_a_search() -> None:
+    found = topology("k-regular", 1000, seed=0)
+    assert found.stats().diameter >= 6  # (1 + 4 + 12 + …) first covers a thousand at six hops
+    assert len(found.neighbours(999, 10**9)) == 4
+
+
+def test_importing_costs_neither_networkx_nor_torch() -> None:
+    check = "import sys, strategies.topology, strategies.matching; print({'networkx', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
