@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class Secrets:
         self._sealer = Sealer(keys, me, run)
         self.public = keys.public_bytes.hex()
 
-    def seal(self, arrays: Arrays, keys: dict[str, str], *, round: int) -> Arrays:
+    def seal(self, arrays: Arrays, keys: Mapping[str, str], *, round: int) -> Arrays:
         """Encrypt knowledge once, and its key for every peer.
 
         Args:

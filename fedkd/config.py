@@ -296,8 +296,9 @@ def key(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
-def _checked(spec: "dataclasses.Field[Any]", name: str, value: Scalar) -> Scalar:
-    kind = type(spec.default)
+def _checked(spec: "dataclasses.Field[Scalar]", name: str, value: Scalar) -> Scalar:
+    default: Scalar = spec.default  # type: ignore[assignment]
+    kind = type(default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

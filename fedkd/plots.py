@@ -87,9 +87,8 @@ def topology_png(
         axes.add_collection(LineCollection([(spots[a], spots[b]) for a, b in edges], colors="0.7", linewidths=width))
     few = len(accuracies) <= 40
     colors = colormaps["viridis"].with_extremes(bad="0.85")
-    dots = axes.scatter(
-        *zip(*spots, strict=True), c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True
-    )
+    across, up = [x for x, _ in spots], [y for _, y in spots]
+    dots = axes.scatter(across, up, c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)
     if few:
         for i, (x, y) in enumerate(spots):
             axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color="white", zorder=3)

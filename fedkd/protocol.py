@@ -195,7 +195,7 @@ def unpack_answer(content: RecordDict) -> Answer:
         metrics,
         series,
         arrays,
-        _text(head, "error"),  # type: ignore[arg-type]
+        _text(head, "error"),
     )
 
 

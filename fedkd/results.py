@@ -193,8 +193,9 @@ def read_row(line: str) -> Row:
     if not isinstance(content, dict):
         raise ValueError(f"expected a row, but got {line!r}")
     numbers = {f.name for f in fields(Row) if f.type is float}
+    values: dict[str, Any] = {k: math.nan if v is None and k in numbers else v for k, v in content.items()}
     try:
-        return Row(**{k: math.nan if v is None and k in numbers else v for k, v in content.items()})
+        return Row(**values)
     except TypeError as error:
         raise ValueError(f"expected a row, but got {line!r}") from error
 

@@ -22,7 +22,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Run a block with torch's global generators (CPU and current CUDA device) seeded; restore them afterwards."""
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

@@ -62,7 +62,7 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
     [4, 5]
     """
     order = torch.randperm(count, generator=generator)
-    chunks = list(order.split(size))
+    chunks = list(torch.split(order, size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     yield from chunks
@@ -166,7 +166,7 @@ def fit_and_distil(
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
     """Return the model's logits ``[N, C]`` in float32, in evaluation mode."""
     model.eval()
-    return torch.cat([model(chunk).float() for chunk in inputs.split(batch_size)])
+    return torch.cat([model(chunk).float() for chunk in torch.split(inputs, batch_size)])
 
 
 def _descend(
@@ -191,7 +191,7 @@ def _descend(
             for batch in batches(count, how.batch_size, order):
                 loss = loss_of(batch.to(device))
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 total += loss.detach() * len(batch)
     model.eval()

@@ -116,16 +116,16 @@ class Post:
 
 
 def _receipt(message: Message, sent: _Sent) -> Receipt:
-    node, mail, bytes_down = sent.node, sent.mail, sent.bytes_down
+    def failed(why: str, bytes_up: int = 0) -> Receipt:
+        return Receipt(sent.node, sent.mail, None, bytes_up, sent.bytes_down, why)
+
     if message.has_error():
-        error = f"Flower error {message.error.code}: {message.error.reason}"
-        return Receipt(node, mail, None, 0, bytes_down, error)
+        return failed(f"Flower error {message.error.code}: {message.error.reason}")
     bytes_up = wire_bytes(message.content)
     try:
         answer = unpack_answer(message.content)
     except BadMessage as error:
-        return Receipt(node, mail, None, bytes_up, bytes_down, str(error))
-    if answer.round != mail.round and not answer.error:
-        error = f"Expected an answer to round {mail.round}, but got one to round {answer.round}."
-        return Receipt(node, mail, None, bytes_up, bytes_down, error)
-    return Receipt(node, mail, answer, bytes_up, bytes_down, answer.error)
+        return failed(str(error), bytes_up)
+    if answer.round != sent.mail.round and not answer.error:
+        return failed(f"expected an answer to round {sent.mail.round}, but got one to round {answer.round}", bytes_up)
+    return Receipt(sent.node, sent.mail, answer, bytes_up, sent.bytes_down, answer.error)

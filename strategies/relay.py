@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
@@ -196,7 +197,8 @@ class Relay:
         if answer.peer != m.name:
             return replace(row, status="refused", error=f"{m.name} answered as {answer.peer}")
         self.ledger.started.add(m.index)
-        row = replace(row, **{name: value for name, value in answer.metrics.items() if name in _MEASURES})
+        measured: dict[str, Any] = {name: value for name, value in answer.metrics.items() if name in _MEASURES}
+        row = replace(row, **measured)
         try:
             self.strategy.check(answer)
         except BadKnowledge as error:

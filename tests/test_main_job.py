@@ -205,5 +205,5 @@ def test_a_run_in_which_no_peer_can_start_says_why(tmp_path):
 
     grid.fault = broken
 
-    with pytest.raises(RelayError, match="round 0: 0 of 3 peers answered.*out of memory"):
+    with pytest.raises(RelayError, match=r"round 0: 0 of 3 peers answered.*out of memory"):
         federate(tmp_path, grid=grid)

@@ -161,8 +161,8 @@ def test_controls_of_a_server_free_run_do_not_count_as_bytes(tmp_path):
 @pytest.mark.parametrize("schedule", ["alternate", "mixed"])
 def test_every_regime_learns(tmp_path, regime, schedule):
     run = federate(
-        tmp_path, 3, regime=regime, schedule=schedule, rounds=3, proxy_size=300, pretrain_epochs=5, partition="dirichlet",
-        kd_weight=0.5, tune_temperatures="1,4", tune_weights="0.3,0.9", distill_epochs=4, learning_rate=0.003,
+        tmp_path, 3, regime=regime, schedule=schedule, rounds=3, proxy_size=300, pretrain_epochs=5,
+        partition="dirichlet", kd_weight=0.5, tune_temperatures="1,4", tune_weights="0.3,0.9", distill_epochs=4, learning_rate=0.003,
     )  # fmt: skip
 
     mean = run.summary()["mean"]
@@ -229,7 +229,7 @@ def test_old_knowledge_weighs_less_and_then_nothing(tmp_path):
     weights = {}
     for message in run.grid.sent:
         mail, senders = message.content["mail"], message.content["senders"]
-        if mail["kind"] == "learn" and message.metadata.dst_node_id == list(grid.get_node_ids())[0]:
+        if mail["kind"] == "learn" and message.metadata.dst_node_id == next(iter(grid.get_node_ids())):
             weights[mail["round"]] = dict(zip(senders["names"], senders["weights"], strict=True)).get("peer-1")
     assert weights == {1: 1.0, 2: 0.5, 3: 0.25, 4: None, 5: None}
 
@@ -351,7 +351,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop_after):
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(SettingError, match="`resume`.*nowhere"):
+    with pytest.raises(SettingError, match=r"`resume`.*nowhere"):
         federate(tmp_path, 3, resume=str(tmp_path / "nowhere"))
 
 

@@ -1,0 +1,125 @@
+"""Sealed mail in whole federations: what the relay sees, and what a dishonest one can do."""
+
+import numpy as np
+import pytest
+from federation import federate, local_grid
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+SERVER_FREE = ["averaged", "pairwise", "gossip"]
+
+
+@pytest.mark.parametrize("strategy", SERVER_FREE)
+def test_sealed_runs_learn_the_same_as_plain_ones(tmp_path, strategy):
+    plain = federate(tmp_path / "plain", 3, strategy=strategy)
+    sealed = federate(tmp_path / "sealed", 3, strategy=strategy, sealed=True)
+
+    def learned(run):
+        return [(row["peer"], row["round"], row["test_accuracy"], row["kd_loss"]) for row in run.rows()]
+
+    assert learned(sealed) == learned(plain)
+    assert all(row["refused_letters"] == 0 for row in sealed.rows())
+
+
+def test_the_relay_sees_no_two_bytes_of_knowledge_alike(tmp_path):
+    """Constant logits would show in any encoding; sealed, they are noise."""
+    run = federate(tmp_path, 3, sealed=True, rounds=1)
+
+    for message in run.grid.sent + run.grid.replies:
+        for record in message.content.array_records.values():
+            assert set(record) in ({"sealed", "wraps"}, {"sealed", "wrap"})
+            payload = record["sealed"].numpy()
+            counts = np.bincount(payload, minlength=256)
+            expected = len(payload) / 256
+            chi_square = float(((counts - expected) ** 2 / expected).sum())
+            assert chi_square < 400  # 255 degrees of freedom: 1e-8 of random bytes exceed it
+
+
+def spoil(grid, what):
+    """Have the relay tamper with everything peer 0 gets in round 2."""
+    seen = {}
+
+    def fault(partition, message):
+        mail = message.content["mail"]
+        if partition != 0 or mail["kind"] != "learn":
+            return
+        if mail["round"] == 1:
+            seen["old"] = message.content["letter.0"]
+            seen["other"] = message.content["letter.1"]
+            return
+        if what == "tampered":
+            arrays = {name: array.numpy().copy() for name, array in message.content["letter.0"].items()}
+            arrays["sealed"][20] ^= 1
+            message.content["letter.0"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
+        elif what == "replayed as new":
+            message.content["letter.0"] = seen["old"]
+        elif what == "misattributed":
+            message.content["letter.0"] = message.content["letter.1"]
+        elif what == "plain":
+            message.content["letter.0"] = ArrayRecord({"logits": Array(np.zeros((60, 10), dtype=np.float32))})
+
+    grid.fault = fault
+
+
+@pytest.mark.parametrize("what", ["tampered", "replayed as new", "misattributed", "plain"])
+def test_what_a_dishonest_relay_changes_is_refused_by_the_senders_name(tmp_path, what):
+    grid = local_grid(tmp_path, 3)
+    spoil(grid, what)
+
+    run = federate(tmp_path, 3, grid=grid, sealed=True)
+
+    row = next(row for row in run.rows() if row["peer"] == "peer-0" and row["round"] == 2)
+    assert row["refused_letters"] == 1 and row["error"].startswith("peer-1: ")
+    assert np.isfinite(row["kd_loss"])  # the other teacher was heard
+
+
+def test_a_letter_older_than_one_already_heard_is_a_replay(tmp_path):
+    grid = local_grid(tmp_path, 3)
+    late = {}
+
+    def fault(partition, message):
+        mail = message.content["mail"]
+        if partition == 0 and mail["kind"] == "learn" and mail["round"] in (1, 3):
+            if mail["round"] == 1:
+                late["letter"] = message.content["letter.0"]
+            else:
+                message.content["letter.0"] = late["letter"]
+                senders = message.content["senders"]
+                message.content["senders"] = ConfigRecord({**senders, "rounds": [0, *senders["rounds"][1:]]})
+
+    grid.fault = fault
+    run = federate(tmp_path, 3, grid=grid, sealed=True, rounds=3)
+
+    row = next(row for row in run.rows() if row["peer"] == "peer-0" and row["round"] == 3)
+    assert row["refused_letters"] == 1 and "replay" in row["error"]
+
+
+def test_private_keys_stay_with_the_peer_and_are_readable_by_it_alone(tmp_path):
+    run = federate(tmp_path, 2, sealed=True, rounds=1)
+
+    for key in (tmp_path / "state").glob("*/key.json"):
+        assert key.stat().st_mode & 0o077 == 0
+        private = key.read_text().split('"private": "')[1][:64]
+        for message in run.grid.sent + run.grid.replies:
+            assert private not in str(message.content)
+
+
+def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
+    whole = federate(tmp_path / "whole", 3, sealed=True, rounds=3)
+    grid = local_grid(tmp_path / "cut", 3)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(partition, message):
+        if message.content["mail"]["round"] == 2 and partition == 1:
+            raise Killed
+
+    grid.fault = kill
+    with pytest.raises(Killed):
+        federate(tmp_path / "cut", 3, grid=grid, sealed=True, rounds=3)
+    grid.fault = None
+    grid._waiting.clear()
+
+    resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"))
+
+    assert resumed.timeless_rows() == whole.timeless_rows()
