@@ -1,18 +1,22 @@
-"""The Flower ClientApp: unpacks mail, hands it to a peer, packs the answer.
+"""The Flower ClientApp: hands a mail to a peer, in this process or in the peer's resident worker.
 
 Imports no torch at the top: a deployed SuperNode starts a process for every message. A handler catches
 everything and always answers, because one that raises, exits or returns nothing wedges or poisons Flower.
 """
 
 import sys
-import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.errors import FedkdError
-from fedkd.protocol import Answer, BadMessage, Mail, pack_answer, unpack_mail
+from clients.answering import always, answer, check, round_of
+from clients.place import Own, Place, own_settings
+from fedkd.config import RunConfig
+
+if TYPE_CHECKING:
+    from clients.peer import Peer
 
 app = ClientApp()
 
@@ -20,53 +24,45 @@ app = ClientApp()
 @app.train("mail")
 def on_mail(message: Message, context: Context) -> Message:
     """Answer one mail."""
-    return Message(pack_answer(_answer(message.content, context)), reply_to=message)
+    content = message.content
+    reply = always(lambda: _reply(content, context, message.metadata.ttl), fallback_name(context), round_of(content))
+    return Message(reply, reply_to=message)
 
 
-def _answer(content: RecordDict, context: Context) -> Answer:
-    name = peer_name(context)
-    try:
-        mail = unpack_mail(content)
-    except BadMessage as error:
-        return Answer(name, 0, error=str(error))
-    try:
-        return _peer_answer(mail, context)
-    except FedkdError as error:
-        return Answer(name, mail.round, error=str(error))
-    except Exception as error:
-        traceback.print_exc()
-        return Answer(name, mail.round, error=f"{type(error).__name__}: {error}")
-
-
-def _peer_answer(mail: Mail, context: Context) -> Answer:
-    from clients.peer import Peer
-    from clients.site import Place
-    from fedkd.config import RunConfig
-
-    config = RunConfig.from_mapping(mail.settings)
-    own = context.node_config
-    name = peer_name(context)
-    root = Path(str(own["state-dir"])) if "state-dir" in own else _state_root(mail)
-    place = Place(
-        name=name,
-        index=int(own.get("partition-id", 0)),
-        of=int(own.get("num-partitions", 1)),
-        state_dir=root / name,
-        cache_dir=root,
-        simulated=_in_simulation() or bool(own.get("simulated", False)),
-        model=str(own.get("model", "")),
-        checkpoint=str(own.get("checkpoint", "")),
-        dataset=str(own.get("dataset", "")),
+def _reply(content: RecordDict, context: Context, time_to_live: float) -> RecordDict:
+    own = own_settings(context.node_config)
+    simulated = _in_simulation() or bool(own.get("simulated", False))
+    place = Place.of_own(
+        own, name=peer_name(own, context.node_id), root=_state_root(content, simulated), simulated=simulated
     )
-    return Peer(place, config, mail.run).answer(mail)
+    if simulated or not place.worker:
+        return answer(content, place, _peer)
+    return always(lambda: _ask_worker(content, place, own, time_to_live), place.name, round_of(content))
 
 
-def peer_name(context: Context) -> str:
+def _ask_worker(content: RecordDict, place: Place, own: Own, time_to_live: float) -> RecordDict:
+    from clients.resident import ask
+
+    check(content, place)  # what is refused needs no worker
+    return ask(content, place, own, seconds=min(time_to_live, place.limits.seconds))
+
+
+def _peer(place: Place, config: RunConfig, run: str) -> "Peer":
+    from clients.peer import Peer
+
+    return Peer(place, config, run)
+
+
+def peer_name(own: Own, node_id: int) -> str:
     """Return a peer's name: its own choice, else its partition's number, else Flower's node id."""
-    own = context.node_config
     if "name" in own:
         return str(own["name"])
-    return f"peer-{own['partition-id']}" if "partition-id" in own else f"node-{context.node_id}"
+    return f"peer-{own['partition-id']}" if "partition-id" in own else f"node-{node_id}"
+
+
+def fallback_name(context: Context) -> str:
+    """Return a peer's name where its own configuration cannot be read."""
+    return peer_name(context.node_config, context.node_id)
 
 
 def _in_simulation() -> bool:
@@ -75,7 +71,9 @@ def _in_simulation() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _state_root(mail: Mail) -> Path:
-    if _in_simulation():
-        return Path(mail.state_dir)
+def _state_root(content: RecordDict, simulated: bool) -> Path:
+    """Return where a peer's state goes that names no folder itself."""
+    head = content.config_records.get("mail")
+    if simulated and head is not None:
+        return Path(str(head.get("state-dir", "")))
     return Path("~/.local/state/fedkd").expanduser()

@@ -3,19 +3,22 @@
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from clients.flow import Flow
 from clients.site import Site, proxy_subset
 from fedkd import metrics
 from fedkd.config import RunConfig, numbers
+from fedkd.decoupled import warm_up
 from fedkd.distillation import Distillation, teacher_or_self
 from fedkd.robust import agreement_weights
 from fedkd.seeding import derive
-from fedkd.training import Optimization, distil, fit, fit_and_distil, predict
+from fedkd.training import Beside, Optimization, distil, fit, fit_and_distil, predict
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""
@@ -28,10 +31,12 @@ class Heard:
     Attributes:
         logits: the teachers' logits on this round's proxy samples, ``[K, P, C]``.
         weights: ``[K]``.
+        features: of each teacher the features ``[P, d]`` of its layers; empty unless they travel.
     """
 
     logits: Tensor
     weights: Tensor
+    features: Sequence[Sequence[Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,11 @@ class Learner:
         config: the run's settings.
         site: its data.
         index: its number, of which its random streams are derived.
+        auxiliary: makes the peer's model at double width.
     """
 
-    def __init__(self, config: RunConfig, site: Site, index: int) -> None:
-        self.config, self.site, self.index = config, site, index
+    def __init__(self, config: RunConfig, site: Site, index: int, *, auxiliary: Callable[[], nn.Module]) -> None:
+        self.config, self.site, self.index, self.auxiliary = config, site, index, auxiliary
         self.how = Optimization.from_config(config)
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
@@ -74,13 +80,14 @@ class Learner:
         if heard is None:
             return {"kd_loss": math.nan, "local_loss": self._fit(model, private, round, self.config.local_epochs)}
         heard = self._judge(model, heard, round)
+        if heard.features and self.config.flow_auxiliary:
+            heard = self._through_auxiliary(heard, round)
         if self.config.regime == "tuned" and self._search_is_due(round, memo):
             self._search(model, heard, round, memo)
-        distillation = self._distillation(memo)
         if self.config.match_gradients and "gradient_factor" not in memo:
             own = predict(model, self._proxy(round))
-            memo["gradient_factor"] = distillation.matched(own, heard.logits, heard.weights)
-            distillation = self._distillation(memo)
+            memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.weights)
+        distillation = self._distillation(memo).times(warm_up(round, self.config.kd_warm_up))
         kd_loss, local_loss = self._step(model, private, heard, distillation, round)
         return {
             "kd_loss": kd_loss,
@@ -105,20 +112,28 @@ class Learner:
             weights = weights * agreement_weights(logits, own)
         if self.config.regime == "dp":
             logits = teacher_or_self(logits, own)
-        return Heard(logits, weights)
+        return Heard(logits, weights, heard.features)
 
     def _step(
         self, model: nn.Module, private: _Labelled, heard: Heard, distillation: Distillation, round: int
     ) -> tuple[float, float]:
         teachers = distillation.prepare(heard.logits, heard.weights)
         seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
-        epochs = self.config.distill_epochs
-        if self.config.schedule == "mixed" or self.config.regime == "dml":
-            own = (private.inputs, private.labels)
-            loss = fit_and_distil(model, own, proxy, teachers, distillation, epochs=epochs, how=self.how, seed=seed)
-            return loss, math.nan
-        kd_loss = distil(model, proxy, teachers, distillation, epochs=epochs, how=self.how, seed=seed)
-        return kd_loss, self._fit(model, private, round, self.config.local_epochs)
+        how, epochs = self.how, self.config.distill_epochs
+        with self._beside(model, heard, round) as beside:
+            if self.config.schedule == "mixed" or self.config.regime == "dml":
+                own = (private.inputs, private.labels)
+                loss = fit_and_distil(
+                    model, own, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside
+                )
+                return loss, math.nan
+            loss = distil(model, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside)
+        return loss, self._fit(model, private, round, self.config.local_epochs)
+
+    def _beside(self, model: nn.Module, heard: Heard, round: int) -> AbstractContextManager[Beside | None]:
+        if not heard.features:
+            return nullcontext()
+        return Flow.from_config(self.config, model).beside(model, heard.features, round=round)
 
     def _fit(self, model: nn.Module, private: _Labelled, round: int, epochs: int) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
@@ -127,6 +142,26 @@ class Learner:
     def _distillation(self, memo: Memo) -> Distillation:
         found = Distillation.from_config(self.config, temperature=memo.get("temperature"), weight=memo.get("kd_weight"))
         return found.times(memo.get("gradient_factor", 1.0))
+
+    def _through_auxiliary(self, heard: Heard, round: int) -> Heard:
+        """Put an auxiliary teacher between: it learns the teachers' last layer, the student then learns all of its own.
+
+        The auxiliary is the peer's model at double width, made anew in each round: a peer keeps one model.
+
+        Source: heterogeneous information flow, arXiv 2005.00727 §3 [paper]; from several teachers at once, on the
+        proxy set and with their logits beside [ours].
+        """
+        auxiliary = self.auxiliary()
+        teachers = Distillation.from_config(self.config)
+        last = [[layers[-1]] for layers in heard.features]
+        flow = Flow.from_config(self.config, auxiliary)
+        seed, proxy = derive(self.config.seed, "auxiliary", self.index, round), self._proxy(round)
+        with flow.beside(auxiliary, last, round=round) as beside:
+            distil(
+                auxiliary, proxy, teachers.prepare(heard.logits, heard.weights), teachers,
+                epochs=self.config.pretrain_epochs, how=self.how, seed=seed, beside=beside,
+            )  # fmt: skip
+        return Heard(heard.logits, heard.weights, [flow.of(auxiliary, proxy)])
 
     def _search_is_due(self, round: int, memo: Memo) -> bool:
         if "temperature" not in memo:
@@ -170,8 +205,9 @@ def _take(site: Site, index: Tensor) -> _Labelled:
     return _Labelled(site.inputs[index], site.labels[index])
 
 
-def stack(logits: Sequence[Tensor], weights: Sequence[float]) -> Heard | None:
-    """Return what was heard, or None if nothing was."""
-    if not logits:
+def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | None:
+    """Return what was heard from (logits, weight, features) of each teacher, or None if there was none."""
+    if not letters:
         return None
-    return Heard(torch.stack(list(logits)), torch.tensor(weights, device=logits[0].device))
+    logits, weights, found = zip(*letters, strict=True)
+    return Heard(torch.stack(logits), torch.tensor(weights, device=logits[0].device), found if any(found) else ())

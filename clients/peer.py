@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.flow import Flow
 from clients.learner import Heard, Learner, Memo, stack
-from clients.site import Place, Site, open_pool, open_site, proxy_subset
+from clients.place import Place
+from clients.site import Site, open_pool, open_site, proxy_subset
 from clients.store import Store
 from fedkd import metrics, models
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
+from fedkd.knowledge import decode_features, without_features
 from fedkd.protocol import Answer, Arrays, Letter, Mail
 from fedkd.seeding import derive
 from fedkd.source import source_hash, source_root
@@ -63,11 +66,12 @@ class Peer:
         self.place, self.config = place, config
         self.device = pick_device(config.device)
         self.site: Site = open_site(config, place, self.device)
-        self.learner = Learner(config, self.site, place.index)
+        self.learner = Learner(config, self.site, place.index, auxiliary=self._widened)
         self.codec = codec(config.codec)
         self.store = Store(place.state_dir, run)
         self.secrets = _secrets(place, run) if config.sealed else None
         self.classes = len(self.site.commons.source.classes)
+        self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
 
     def answer(self, mail: Mail) -> Answer:
         """Do what a mail asks for."""
@@ -86,6 +90,8 @@ class Peer:
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
         model = self._build()
+        if self.config.flow_auxiliary and self.flow:
+            self._widened()  # a model that cannot be widened is an error before any training
         commons = self.site.commons
         return self._reply(
             mail,
@@ -131,9 +137,9 @@ class Peer:
         found["samples"] = len(self.site.labels)
         self.store.save(mail.round, model)
         if mail.round == self.config.rounds:
-            return self._reply(mail, metrics=found)
+            return self._reply(mail, metrics=found, series=self._reliability(mail.round, model))
         found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
-        return self._reply(mail, metrics=found, arrays=_weights(model))
+        return self._reply(mail, metrics=found, arrays=_weights(model), series=self._reliability(mail.round, model))
 
     def _merge(self, mail: Mail) -> Answer:
         """Distil all peers' knowledge into the common model that federated averaging starts from."""
@@ -164,12 +170,20 @@ class Peer:
         self.site = open_pool(self.config, self.place, self.device)
         model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
-        Learner(self.config, self.site, self.place.index).local(model, round=0, epochs=epochs)
+        Learner(self.config, self.site, self.place.index, auxiliary=self._widened).local(model, round=0, epochs=epochs)
         return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
+
+    def _bare(self) -> nn.Module:
+        """Return this peer's architecture with its own initialisation."""
+        return self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
+
+    def _widened(self) -> nn.Module:
+        """Return this peer's architecture at double width, to be its auxiliary teacher."""
+        return self._new(self.place.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
 
     def _build(self) -> nn.Module:
         """Return this peer's model as it comes: its checkpoint, or its own initialisation."""
-        model = self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
+        model = self._bare()
         checkpoint = self.place.checkpoint_path(self.config)
         if checkpoint is not None:
             models.load_checkpoint(model, checkpoint, key="checkpoints")
@@ -187,10 +201,11 @@ class Peer:
         _load_weights(model, mail.letters[0].arrays)
         return model
 
-    def _new(self, spec: str, *, key: str, seed_key: int | str) -> nn.Module:
+    def _new(self, spec: str, *, key: str, seed_key: int | str, width: float = 1.0) -> nn.Module:
         shape = tuple(self.site.commons.proxy_inputs.shape[1:])
         seed = derive(self.config.seed, "init", seed_key)
-        return models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed, key=key).to(self.device)
+        model = models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed, width=width, key=key)
+        return model.to(self.device)
 
     def _recall(self, round: int) -> tuple[nn.Module, Memo]:
         """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
@@ -198,7 +213,7 @@ class Peer:
         warm = _warm.pop(str(self.store.folder), None)
         if warm is not None and warm.round == before:
             return warm.model, dict(warm.memo)
-        model = self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
+        model = self._bare()
         return model, self.store.load(before, model)
 
     def _close(
@@ -212,26 +227,33 @@ class Peer:
         subset = proxy_subset(self.config, mail.round + 1, self.device)
         logits = predict(model, self.site.commons.proxy_inputs[subset])
         arrays: Arrays = self.codec.encode(logits.cpu().numpy())
+        if self.flow:
+            arrays = {**arrays, **self.flow.encode(model, self.site.commons.proxy_inputs[subset])}
         if self.secrets:
             arrays = self.secrets.seal(arrays, mail.keys, round=mail.round)
         found["refused_letters"] = len(refused or [])
-        return self._reply(mail, metrics=found, arrays=arrays, facts={"refused": "; ".join(refused or [])})
+        facts = {"refused": "; ".join(refused or [])}
+        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=self._reliability(mail.round, model))
 
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
-        logits: list[Tensor] = []
-        weights: list[float] = []
-        refused: list[str] = []
+        letters, refused = [], []
         for letter in mail.letters:
             try:
-                arrays = self._unsealed(letter, mail, memo)
-                decoded = self.codec.decode(arrays, shape=(self.config.travelling, self.classes))
+                letters.append(self._decode(self._unsealed(letter, mail, memo), letter.weight))
             except BadKnowledge as error:
                 refused.append(f"{letter.sender}: {error}")
-                continue
-            logits.append(torch.from_numpy(decoded).to(self.device))
-            weights.append(letter.weight)
-        return stack(logits, weights), refused
+        return stack(letters), refused
+
+    def _decode(self, arrays: Arrays, weight: float) -> tuple[Tensor, float, list[Tensor]]:
+        count = self.config.travelling
+        logits = self.codec.decode(without_features(arrays), shape=(count, self.classes))
+        found = decode_features(arrays, count=count, dimensions=self.config.flow_dimensions)
+        if len(found) != (len(self.flow.layers) if self.flow else 0):
+            raise BadKnowledge(
+                f"expected features of {len(self.flow.layers) if self.flow else 0} layers, not {len(found)}"
+            )
+        return torch.from_numpy(logits).to(self.device), weight, [torch.from_numpy(f).to(self.device) for f in found]
 
     def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
         if self.secrets is None:
@@ -248,6 +270,14 @@ class Peer:
             "ece": metrics.ece(logits, labels),
             "brier": metrics.brier(logits, labels),
         }
+
+    def _reliability(self, round: int, model: nn.Module) -> dict[str, list[float]]:
+        """Return the bins of a reliability diagram, at the start and at the end of a run only."""
+        if round not in (0, self.config.rounds):
+            return {}
+        commons = self.site.commons
+        bins = metrics.reliability(predict(model, commons.test_inputs), commons.test_labels)
+        return {name: values.double().tolist() for name, values in bins._asdict().items()}
 
     def _reply(
         self,

@@ -8,49 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.config import RunConfig, split_list
+from clients.place import Place
+from fedkd.config import RunConfig
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
 from fedkd.data.sources import Source, load_source
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
-
-
-@dataclass(frozen=True)
-class Place:
-    """Who and where a peer is, from its own ``node-config``; the server has no say in it.
-
-    Attributes:
-        name: the peer's name in messages and results.
-        index: its number, 0 <= index < of.
-        of: how many peers there are.
-        state_dir: the folder of its state.
-        cache_dir: where processes of one machine share what they computed.
-        simulated: whether it is a stand-in on the machine that runs them all.
-        model: its own model, else the one dealt out by ``models``.
-        checkpoint: its own checkpoint, else the one dealt out by ``checkpoints``.
-        dataset: its own data, else its part of the common ``dataset``.
-    """
-
-    name: str
-    index: int
-    of: int
-    state_dir: Path
-    cache_dir: Path
-    simulated: bool = True
-    model: str = ""
-    checkpoint: str = ""
-    dataset: str = ""
-
-    def model_spec(self, config: RunConfig) -> str:
-        """Return the model this peer runs."""
-        return self.model or _dealt(config.models, self.index)
-
-    def checkpoint_path(self, config: RunConfig) -> Path | None:
-        """Return the checkpoint this peer starts from, or None."""
-        path = self.checkpoint or _dealt(config.checkpoints, self.index)
-        return None if path in ("", "-") else Path(path).expanduser()
 
 
 @dataclass(frozen=True)
@@ -160,7 +125,7 @@ def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _Da
             "proxy", "split", f"a data source of its own, since peer {place.name} brings its own data set"
         )
     return _DataSettings(
-        place.dataset or config.dataset, config.data_dir, config.download, config.proxy,
+        config.dataset, config.data_dir, config.download, config.proxy,
         config.proxy_size, config.normalize, config.seed, str(device),
     )  # fmt: skip
 
@@ -168,7 +133,7 @@ def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _Da
 @lru_cache(maxsize=2)
 def _commons(settings: _DataSettings) -> Commons:
     data_dir = Path(settings.data_dir or "~/.cache/fedkd/data").expanduser()
-    source = load_source(settings.dataset, data_dir=data_dir, download=settings.download)
+    source = _source(settings.dataset, data_dir, settings.download)
     proxy, pool = _proxy(settings, source, data_dir)
     scale = standardizer(settings.normalize, proxy.inputs)
     return Commons(
@@ -182,14 +147,15 @@ def _commons(settings: _DataSettings) -> Commons:
     )
 
 
+@lru_cache(maxsize=2)
+def _source(dataset: str, data_dir: Path, download: bool) -> Source:
+    """Read a data set once for trials that differ in their seeds."""
+    return load_source(dataset, data_dir=data_dir, download=download)
+
+
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
     if settings.proxy == "split":
         return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
     other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
     proxy = foreign_proxy(other, settings.proxy_size, like=source.train.inputs[0], seed=derive(settings.seed, "proxy"))
     return proxy, np.arange(len(source.train))
-
-
-def _dealt(names: str, index: int) -> str:
-    choices = split_list(names)
-    return choices[index % len(choices)] if choices else ""

@@ -13,7 +13,7 @@ Setting = str | int | float | bool
 
 OWN_FOLDER = Path(__file__).resolve().parent.parent
 _WORDS = {"true": True, "false": False}
-_PATH_KEYS = ("out-dir", "data-dir", "resume")
+_PATH_KEYS = ("out-dir", "data-dir", "resume", "trials")
 _SOURCE_KEYS = ("dataset", "proxy", "topology")
 _SOURCE_PREFIXES = ("npz:", "folder:", "file:")
 

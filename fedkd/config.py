@@ -195,6 +195,33 @@ class RunConfig:
     validation_share: float = _setting(
         0.2, between(0.01, 0.9), "`tuned`: share of the private data held out in a search"
     )
+    cakd_alpha: float = _setting(1.0, at_least(0), "`cakd`, `dkd`: weight of the strongly correlated classes' part")
+    cakd_beta: float = _setting(8.0, at_least(0), "`cakd`, `dkd`: weight of the other classes' part")
+    cakd_mode: str = _setting("free", one_of("free", "scaled"), "`cakd`: `scaled` is KL at α = β = 1")
+    cakd_strong: str = _setting(
+        "top-k", one_of("top-k", "label"), "`cakd`: strong classes are the teacher's top k, or its top one alone"
+    )
+    cakd_top_k: int = _setting(2, at_least(1), "`cakd`: how many under `top-k`")
+    bdkd_delta: float = _setting(2.0, above(0), "`bdkd`: weight of the favoured direction; 1 is Jeffreys")
+    bdkd_rule: str = _setting(
+        "sharpen_if_flat", one_of("sharpen_if_flat", "opposite", "none"), "`bdkd`: which direction is favoured when"
+    )
+    kd_warm_up: int = _setting(0, at_least(0), "rounds over which the distillation loss grows linearly to its weight")
+    method: str = _setting(
+        "logits", one_of("logits", "infoflow"), "`infoflow`: peers exchange projected features beside the logits"
+    )
+    flow_layers: str = _setting("", ANY, "`infoflow`: layer names, first to last; empty: evenly spread over the model")
+    flow_depth: int = _setting(3, at_least(1), "`infoflow`: how many layers are spread")
+    flow_dimensions: int = _setting(64, at_least(2), "`infoflow`: features per layer that travel, by random projection")
+    flow_weight: float = _setting(1.0, at_least(0), "`infoflow`: weight of the flow loss beside the logits' loss")
+    flow_initial: float = _setting(100.0, at_least(0), "`infoflow`: weight of all layers but the last in round 1")
+    flow_decay: float = _setting(
+        0.7, between(0.001, 1), "`infoflow`: its factor per round (the critical-phase schedule)"
+    )
+    flow_variant: str = _setting("paper", one_of("paper", "code"), "`infoflow`: the paper's formula, or its code's")
+    flow_auxiliary: bool = _setting(
+        False, ANY, "`infoflow`: learn through an auxiliary teacher, the peer's own model at double width"
+    )
     schedule: str = _setting(
         "alternate", one_of("alternate", "mixed"), "distil, then train on private data; or both losses in every step"
     )
@@ -218,7 +245,12 @@ class RunConfig:
     resume: str = _setting("", ANY, "folder of a run that was stopped, to be continued from its last closed round")
 
     # The run
-    peers: int = _setting(0, at_least(0), "peers to wait for; 0: as many as Flower started")
+    peers: int = _setting(
+        0, at_least(0), "peers that take part, by their partition's number; 0: as many as Flower started"
+    )
+    trials: str = _setting(
+        "", ANY, 'file of trials to run one after another on the same peers, `{"name": ..., "settings": {...}}` a line'
+    )
     eval_every: int = _setting(1, at_least(1), "evaluate in every n-th round (and always in the last)")
     controls: str = _setting("isolated,pooled", some_of(*CONTROLS), "control runs added to the result")
     pooled_model: str = _setting("cnn-wide", NON_EMPTY, "model of the pooled control")
@@ -267,6 +299,8 @@ class RunConfig:
             for name, value, off in (("robust", self.robust, "none"), ("sharpen", self.sharpen, 0.0)):
                 if value != off:
                     raise SettingError(name, value, f"{off} unless teachers are averaged")
+        if self.method == "infoflow" and not server_free:
+            raise SettingError("method", self.method, f"logits under strategy {self.strategy}")
         if self.proxy_per_round > self.proxy_size:
             raise SettingError("proxy-per-round", self.proxy_per_round, f"at most `proxy-size` ({self.proxy_size})")
 

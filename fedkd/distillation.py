@@ -60,16 +60,20 @@ class Distillation:
         temperature, weight = temperature or config.temperature, weight or config.kd_weight
         if config.divergence not in divergences.names():
             raise SettingError("divergence", config.divergence, "one of " + ", ".join(divergences.names()))
-        found = objective(
-            config.divergence,
-            combine=config.combination,
-            average=config.average,
-            reduction=config.reduction,
-            robust=_ROBUST.get(config.robust, config.robust),
-            trim=config.trim,
-            sharpen=config.sharpen or None,
-            temperature=temperature,
-        )
+        try:
+            found = objective(
+                config.divergence,
+                combine=config.combination,
+                average=config.average,
+                reduction=config.reduction,
+                robust=_ROBUST.get(config.robust, config.robust),
+                trim=config.trim,
+                sharpen=config.sharpen or None,
+                temperature=temperature,
+                **_options(config),
+            )
+        except ValueError as error:
+            raise SettingError("divergence", config.divergence, f"possible with these settings ({error})") from error
         # Deep mutual learning adds the divergence to the labels' loss; the others trade one for the other.
         label_weight = 1.0 if config.regime == "dml" else 1.0 - weight
         return cls(found, weight, temperature**2 if config.t2_scaling else 1.0, label_weight)
@@ -89,22 +93,40 @@ class Distillation:
         Source: [ours]; near agreement kl : td : js : sed are as 4 : 2 : 1 : 1.
         """
         reference = replace(self.objective, divergence=divergences.get("kl"), options={})
-        own = self.objective.gradient_norm(student_logits, self.objective.prepare(teacher_logits, weights=weights))
+        own = self.objective.gradient_norm(student_logits, self.prepare(teacher_logits, weights))
         kl = reference.gradient_norm(student_logits, reference.prepare(teacher_logits, weights=weights))
         return kl / own if own > 0 else 1.0
 
     def prepare(self, teacher_logits: Tensor, weights: Tensor) -> Prepared:
         """Compute what depends on the teachers alone, once for the whole proxy set.
 
+        Where a divergence asks for labels, the class that the combined teacher finds most likely takes their place:
+        nobody uses the proxy set's own [ours].
+
         Args:
             teacher_logits: ``[K, N, C]``.
             weights: ``[K]``, each >= 0.
         """
-        return self.objective.prepare(teacher_logits, weights=weights)
+        labels = None
+        if self.objective.divergence.name in ("cakd", "dkd"):
+            labels = self.objective.combine(teacher_logits, weights=weights).argmax(dim=-1)
+        return self.objective.prepare(teacher_logits, weights=weights, labels=labels)
 
     def __call__(self, student_logits: Tensor, teachers: Prepared) -> Tensor:
         """Return the weighted batch mean, a scalar."""
         return self.weight * self.factor * self.objective(student_logits, teachers).mean()
+
+
+def _options(config: RunConfig) -> dict[str, float | int | str]:
+    """Return the divergence's own options."""
+    if config.divergence == "bdkd":
+        return {"delta": config.bdkd_delta, "rule": config.bdkd_rule}
+    if config.divergence == "dkd":
+        return {"alpha": config.cakd_alpha, "beta": config.cakd_beta}
+    if config.divergence == "cakd":
+        parts: dict[str, float | int | str] = {"alpha": config.cakd_alpha, "beta": config.cakd_beta}
+        return parts | {"mode": config.cakd_mode, "strong": config.cakd_strong, "top_k": config.cakd_top_k}
+    return {}
 
 
 def teacher_or_self(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:

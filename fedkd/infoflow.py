@@ -2,7 +2,7 @@
 
 Features enter only through kernels over the samples of a batch, so the widths of student and teacher may differ.
 
-    K_cos = (cos + 1)/2,  K_tst = 1/(1 + d),  d = √(‖x − y‖² + 1e-6)
+    K_cos = (cos + 1)/2,  cos = xy/((‖x‖ + 1e-6)(‖y‖ + 1e-6)),  K_tst = 1/(1 + d),  d = √(‖x − y‖² + 1e-6)
 
 Each kernel's rows are normalised to conditional probabilities P, and student and teacher are compared by the Jeffreys
 divergence J = Σ (P_t − P_s)(log P_t − log P_s). J_cos ignores the features' scale, J_tst their translation, both any
@@ -64,7 +64,8 @@ def flow_divergence(student_features: Tensor, teacher_features: Tensor, *, varia
 
 def _log_cosine(features: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    unit = features / torch.where(norm > 0, norm, 1)
+    # Features of all zeros are left: divided by epsilon, their gradient would explode.
+    unit = features / torch.where(norm > 0, norm + _EPSILON, 1)
     return ((unit @ unit.T + 1) / 2).clamp_min(_EPSILON).log()
 
 
@@ -190,9 +191,9 @@ def _taking(found: dict[str, Tensor], layers: Sequence[str], layer: str, pool: s
 def project(features: Tensor, dimensions: int = 64, *, seed: int) -> Tensor:
     """Project features to few dimensions by a random Gaussian matrix, to exchange them.  [N, D] -> [N, min(D, d')].
 
-    Entries N(0, 1/d') keep squared distances and cosines in expectation, and each to about 1/√d'
-    (Johnson-Lindenstrauss) [ours]. The matrix depends on D, d' and the seed alone: the same on every machine and in
-    every round.
+    Entries N(0, 1/d') keep squared distances and cosines in expectation, each to about 1/√d' (Johnson-Lindenstrauss)
+    [ours]; that noise is a floor under the flow divergence to features so projected. The matrix depends on D, d' and
+    the seed alone: the same on every machine and in every round.
 
     >>> project(torch.ones(2, 500), 16, seed=0).shape
     torch.Size([2, 16])

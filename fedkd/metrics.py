@@ -153,3 +153,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point():
         raise ValueError(f"Expected argument `labels` to be class indices, but got dtype {labels.dtype}.")
+    low, high = labels.aminmax()
+    if low < 0 or high >= logits.shape[-1]:
+        raise ValueError(f"Expected argument `labels` to be from 0 to {logits.shape[-1] - 1}, but got {low} to {high}.")

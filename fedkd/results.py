@@ -91,6 +91,7 @@ class Summary:
         isolated_by_round: its mean by round, from round 0; empty without that control.
         pooled: final accuracy of one model on all private data; NaN without that control.
         totals: rounds, bytes and seconds of the whole run.
+        round_seconds: wall time of every round, from round 0; empty under `async`.
         topology: degree, diameter and spectral gap of the graph; empty without one.
     """
 
@@ -100,6 +101,7 @@ class Summary:
     pooled: float = math.nan
     pooled_model: str = ""
     totals: Mapping[str, float] = field(default_factory=dict)
+    round_seconds: Sequence[float] = ()
     topology: Mapping[str, float | str] = field(default_factory=dict)
 
     def mean(self, what: str) -> float:
@@ -124,8 +126,10 @@ class RunFolder:
         self._write("config.json", {"settings": dict(settings), **facts, "environment": environment()})
 
     def begin_rounds(self) -> None:
-        """Empty ``rounds.jsonl``."""
+        """Empty ``rounds.jsonl``, and remove what an earlier run in this folder came to."""
         (self.path / "rounds.jsonl").write_text("")
+        for name in ("reliability.jsonl", "summary.json", "error.txt"):
+            (self.path / name).unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -168,6 +172,15 @@ class RunFolder:
         content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
         content["gain_over_isolated"] = summary.mean("after") - summary.isolated
         self._write("summary.json", content)
+
+    def append_reliability(self, round: int, peer: str, bins: Mapping[str, Sequence[float]]) -> None:
+        """Append the bins of one peer's reliability diagram to ``reliability.jsonl``."""
+        with (self.path / "reliability.jsonl").open("a") as file:
+            file.write(json.dumps(_plain({"round": round, "peer": peer, **bins})) + "\n")
+
+    def write_error(self, text: str) -> None:
+        """Write ``error.txt``: why there is no summary."""
+        self._write_text("error.txt", text.rstrip() + "\n")
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         self._write_text(name, json.dumps(_plain(content), indent=2) + "\n")

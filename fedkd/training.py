@@ -18,6 +18,9 @@ from fedkd.distillation import Distillation
 from fedkd.seeding import derive, seeded
 from fedkd.teachers import Prepared
 
+Beside = Callable[[Tensor], Tensor]
+"""A further loss of a batch of proxy indices ``[B]``, called right after the model has seen that batch."""
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -98,6 +101,7 @@ def distil(
     epochs: int,
     how: Optimization,
     seed: int,
+    beside: Beside | None = None,
 ) -> float:
     """Train towards teachers on unlabelled proxy inputs, in place.
 
@@ -109,13 +113,19 @@ def distil(
         epochs: passes over the proxy samples.
         how: the optimiser and its settings.
         seed: of the batch order and of dropout.
+        beside: a loss that is added, see :data:`Beside`.
 
     Returns:
         The mean loss of the last epoch, in the unit of the divergence; NaN if there was none.
     """
+
+    def loss_of(batch: Tensor) -> Tensor:
+        loss = distillation(model(inputs[batch]), teachers[batch])
+        return loss if beside is None else loss + beside(batch)
+
     return _descend(
         model,
-        lambda batch: distillation(model(inputs[batch]), teachers[batch]),
+        loss_of,
         count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device,
     )  # fmt: skip
 
@@ -130,6 +140,7 @@ def fit_and_distil(
     epochs: int,
     how: Optimization,
     seed: int,
+    beside: Beside | None = None,
 ) -> float:
     """Train on labels and towards teachers in every step, in place.
 
@@ -144,6 +155,7 @@ def fit_and_distil(
         epochs: passes over the proxy samples.
         how: the optimiser and its settings.
         seed: of the batch orders and of dropout.
+        beside: a loss that is added, see :data:`Beside`.
 
     Returns:
         The mean of the whole loss over the last epoch; NaN if there was none.
@@ -154,6 +166,8 @@ def fit_and_distil(
 
     def loss_of(batch: Tensor) -> Tensor:
         loss = distillation(model(proxy[batch]), teachers[batch])
+        if beside is not None:
+            loss = loss + beside(batch)
         if distillation.label_weight > 0:
             own = next(private_batches).to(inputs.device)
             loss = loss + distillation.label_weight * F.cross_entropy(model(inputs[own]), labels[own])

@@ -33,6 +33,7 @@ def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Callable[[
         pooled=pooled,
         pooled_model=config.pooled_model if math.isfinite(pooled) else "",
         totals={"rounds": max((row.round for row in relay.rows), default=0), **spent, "seconds": seconds},
+        round_seconds=ledger.seconds,
         topology={"name": topology.name, **asdict(topology.stats())} if topology else {},
     )
 

@@ -18,7 +18,8 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
 
     Args:
         post: carries the messages.
-        config: the run's settings; ``peers`` says how many to wait for, 0: as many as the first say there are.
+        config: the run's settings; ``peers`` says how many take part, and nodes with a higher number stay spare;
+            0: as many as the first say there are.
         run: the token of this run.
         state_dir: where simulated peers keep their state.
 
@@ -26,12 +27,14 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
         FedkdError: a setting is wrong for a peer, the peers do not fit one another, or too few come in time.
     """
     mail = Mail("introduce", 0, config.to_mapping(), run, state_dir=state_dir)
-    nodes = _wait_for_nodes(post, config, config.peers)
-    members = _introductions(post, config, nodes, mail)
-    expected = max(m.expected for m in members)
-    if expected > len(members):
-        newcomers = set(_wait_for_nodes(post, config, expected)) - set(nodes)
-        members += _introductions(post, config, newcomers, mail)
+    members: list[Member] = []
+    met: set[int] = set()
+    missing = config.peers
+    while missing > 0 or not met:
+        nodes = set(_wait_for_nodes(post, config, len(met) + missing))
+        members += _introductions(post, config, nodes - met, mail)
+        met |= nodes
+        missing = max((m.expected for m in members), default=config.peers) - len(members)
     return roster(members)
 
 
@@ -58,7 +61,7 @@ def _introductions(post: Post, config: RunConfig, nodes: Iterable[int], mail: Ma
         raise RelayError(same_said_once(problems))
     if silent := len(mails) - len(receipts):
         raise RelayError(f"{silent} peers did not introduce themselves in time (`round-timeout`)")
-    return [member(r.node, r.answer) for r in receipts if r.answer is not None]
+    return [member(r.node, r.answer) for r in receipts if r.answer is not None and "spare" not in r.answer.facts]
 
 
 def _sender(receipt: Receipt) -> str:

@@ -199,6 +199,8 @@ class Relay:
         self.ledger.started.add(m.index)
         measured: dict[str, Any] = {name: value for name, value in answer.metrics.items() if name in _MEASURES}
         row = replace(row, **measured)
+        if answer.series:
+            self._folder.append_reliability(answer.round, m.name, answer.series)
         try:
             self.strategy.check(answer)
         except BadKnowledge as error:

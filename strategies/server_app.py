@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -26,6 +27,7 @@ from strategies.pairwise import Pairwise
 from strategies.post import Post
 from strategies.relay import Relay
 from strategies.strategy import Strategy
+from strategies.trials import Say, read_trials, resumable, run_trials
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "averaged": Averaged,
@@ -40,28 +42,37 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation, or go on with one that was stopped."""
+    """Run one federation, go on with one that was stopped, or run the trials of a file one after another."""
+    config = RunConfig.from_mapping(context.run_config)
+    federation = partial(_run, grid, context.run_id)
+    if config.trials:
+        run_trials(read_trials(_absolute(config.trials), config), federation, say=_say)
+    else:
+        federation(config, say=_say)
+
+
+def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
     began = time.monotonic()
-    config, folder = _open(RunConfig.from_mapping(context.run_config))
+    config, folder = _open(config)
     if not config.resume:
-        facts = {"run": secrets.token_hex(8), "flower_run_id": context.run_id, "source": source_hash()}
+        facts = {"run": secrets.token_hex(8), "flower_run_id": run_id, "source": source_hash()}
         folder.write_config(config.to_mapping(), facts)
     run = str(folder.read_config()["run"])
-    _say(f"results go to {folder.path}")
+    say(f"results go to {folder.path}")
     post = Post(grid, time_to_live=2 * config.round_timeout)
     members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))
     for m in members:
-        _say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples")
+        say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples")
     strategy = STRATEGIES[config.strategy](config, len(members), len(members[0].classes))
     if strategy.topology:
-        _say(topology_line(strategy.topology))
-    relay = Relay(post, members, config, strategy, folder, run=run, say=_say, resume=bool(config.resume))
+        say(topology_line(strategy.topology))
+    relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume))
     relay.run()
-    summary = conclude(relay, config, seconds=time.monotonic() - began, say=_say)
-    _leave(relay, config, folder, summary)
+    summary = conclude(relay, config, seconds=time.monotonic() - began, say=say)
+    _leave(relay, config, folder, summary, say=say)
 
 
-def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary) -> None:
+def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary, *, say: Say) -> None:
     """Write what a finished run leaves, and say what came of it."""
     folder.write_summary(summary)
     title = f"{config.run_name}: {config.strategy}, {config.divergence}, {config.dataset}, {config.partition}"
@@ -71,9 +82,9 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary)
         topology_png(
             folder.path / "topology.png", topology.edges, accuracies, title=topology.name, directed=topology.directed
         )
-    _say(summary_table(summary))
-    _say(closing_line(summary))
-    _say(f"results: {folder.path}")
+    say(summary_table(summary))
+    say(closing_line(summary))
+    say(f"results: {folder.path}")
 
 
 def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
@@ -85,7 +96,7 @@ def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
         raise SettingError("resume", config.resume, "the folder of a run")
     folder = RunFolder(path)
     earlier = RunConfig.from_mapping(folder.read_config()["settings"])
-    if earlier.mode == "async" or earlier.strategy == "fedavg":
+    if not resumable(earlier):
         raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
     return replace(earlier, resume=config.resume, out_dir=str(path)), folder
 

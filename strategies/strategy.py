@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedkd.codec import codec
+from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
+from fedkd.knowledge import decode_features, without_features
 from fedkd.protocol import Answer, Letter
 from strategies.mailbox import Mailbox
 from strategies.sealed import address, check_sealed
@@ -53,8 +54,12 @@ class Strategy(ABC):
         """
         if self.config.sealed:
             check_sealed(answer.arrays, receivers=self.peers)
-        else:
-            self._codec.decode(answer.arrays, shape=(self.config.travelling, self.classes))
+            return
+        count = self.config.travelling
+        self._codec.decode(without_features(answer.arrays), shape=(count, self.classes))
+        found = decode_features(answer.arrays, count=count, dimensions=self.config.flow_dimensions)
+        if found and self.config.method != "infoflow":
+            raise BadKnowledge("expected logits alone, but got features too")
 
     def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return what a peer hears in a round: its teachers' newest knowledge, weighed down by its age."""

@@ -80,9 +80,8 @@ def flow(student: Array, teacher: Array, variant: str) -> tuple[float, float]:
         return rows / rows.sum(axis=1, keepdims=True)
 
     def cosine(x: Array) -> Array:
-        return conditionals(
-            [[(a @ b / np.linalg.norm(a) / np.linalg.norm(b) + 1) / 2 for b in x] for a in np.asarray(x, dtype=float)]
-        )
+        unit = [a / (np.linalg.norm(a) + 1e-6) for a in x]
+        return conditionals([[(a @ b + 1) / 2 for b in unit] for a in unit])
 
     def student_t(x: Array) -> Array:
         return conditionals([[1 / (1 + np.sqrt(((a - b) ** 2).sum() + 1e-6)) for b in x] for a in x])

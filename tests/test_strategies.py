@@ -162,7 +162,8 @@ def test_controls_of_a_server_free_run_do_not_count_as_bytes(tmp_path):
 def test_every_regime_learns(tmp_path, regime, schedule):
     run = federate(
         tmp_path, 3, regime=regime, schedule=schedule, rounds=3, proxy_size=300, pretrain_epochs=5,
-        partition="dirichlet", kd_weight=0.5, tune_temperatures="1,4", tune_weights="0.3,0.9", distill_epochs=4, learning_rate=0.003,
+        partition="dirichlet", kd_weight=0.5, tune_temperatures="1,4", tune_weights="0.3,0.9",
+        distill_epochs=4, learning_rate=0.003,
     )  # fmt: skip
 
     mean = run.summary()["mean"]
@@ -367,3 +368,48 @@ def test_agreement_leaves_out_two_colluding_copies_of_five_peers():
     teachers = torch.stack([honest(), honest(), flipped, flipped])
 
     assert agreement_weights(teachers, honest()).tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "divergence", ["ce", "kl", "reverse_kl", "jeffreys", "js", "td", "sed", "msed", "bdkd", "cakd", "dkd"]
+)
+def test_every_divergence_teaches(tmp_path, divergence):
+    run = federate(
+        tmp_path, 3, divergence=divergence, partition="dirichlet", proxy_size=300, pretrain_epochs=5,
+        distill_epochs=4, rounds=3, learning_rate=0.003,
+    )  # fmt: skip
+
+    mean = run.summary()["mean"]
+    assert mean["after"] > mean["before"]
+
+
+def test_options_of_a_divergence_change_what_is_learned(tmp_path):
+    one = federate(tmp_path / "a", 2, divergence="bdkd", bdkd_delta=1.0)
+    other = federate(tmp_path / "b", 2, divergence="bdkd", bdkd_delta=3.0)
+
+    assert one.timeless_rows()[:2] == other.timeless_rows()[:2]
+    assert one.timeless_rows()[2:] != other.timeless_rows()[2:]
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_information_flow_sends_projected_features_beside_the_logits(tmp_path, auxiliary):
+    run = federate(
+        tmp_path, 3, method="infoflow", flow_dimensions=8, flow_auxiliary=auxiliary, proxy_size=200, pretrain_epochs=5
+    )
+
+    sent = run.grid.replies[-1].content["knowledge"]
+    assert {name: array.numpy().shape for name, array in sent.items() if name.startswith("flow.")} == {
+        f"flow.{i}": (200, 8) for i in range(3)
+    }
+    assert run.summary()["mean"]["after"] > run.summary()["mean"]["before"]
+    assert run.timeless_rows() == federate(
+        tmp_path / "again", 3, method="infoflow", flow_dimensions=8, flow_auxiliary=auxiliary, proxy_size=200,
+        pretrain_epochs=5,
+    ).timeless_rows()  # fmt: skip
+
+
+def test_the_distillation_loss_grows_with_its_warm_up(tmp_path):
+    run = federate(tmp_path, 2, kd_warm_up=4, optimizer="sgd", learning_rate=1e-6, rounds=4)
+
+    losses = [row["kd_loss"] for row in run.rows() if row["peer"] == "peer-0" and row["round"]]
+    assert [loss / losses[0] for loss in losses] == pytest.approx([1, 2, 3, 4], rel=0.02)

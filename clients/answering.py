@@ -1,0 +1,67 @@
+"""From a mail's content to an answer's content, whatever happens on the way. Imports no torch at the top."""
+
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flwr.app import RecordDict
+
+from clients.place import Place
+from fedkd.config import RunConfig
+from fedkd.errors import FedkdError
+from fedkd.protocol import Answer, Mail, pack_answer, unpack_mail, wire_bytes
+
+if TYPE_CHECKING:
+    from clients.peer import Peer
+
+OpenPeer = Callable[[Place, RunConfig, str], "Peer"]
+
+
+def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict:
+    """Check a mail, have a peer answer it, and pack what it says or why it does not.
+
+    Args:
+        content: the mail's.
+        place: the peer's own configuration.
+        open_peer: returns the peer for a place, the settings as they hold there, and the run's token.
+    """
+
+    def work() -> RecordDict:
+        mail, config = check(content, place)
+        return pack_answer(open_peer(place, config, mail.run).answer(mail))
+
+    return always(work, place.name, round_of(content))
+
+
+def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
+    """Return a mail and its settings as they hold at a peer, once they are within its limits.
+
+    Raises:
+        FedkdError: the mail has not the form, a setting is wrong, or it asks for more than the peer allows.
+    """
+    if not place.simulated:
+        place.limits.check_payload(wire_bytes(content))
+    mail = unpack_mail(content)
+    config = RunConfig.from_mapping(mail.settings)
+    if not place.simulated:
+        place.limits.check(config, mail.kind)
+    return mail, place.settings(config)
+
+
+def always(work: Callable[[], RecordDict], name: str, round: int) -> RecordDict:
+    """Do what makes an answer; an error is an answer too, because a handler that raises poisons Flower."""
+    try:
+        return work()
+    except FedkdError as error:
+        said = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"
+    return pack_answer(Answer(name, round, error=said))
+
+
+def round_of(content: RecordDict) -> int:
+    """Return the round of a mail that may be of any form; 0 if it does not say."""
+    head = content.config_records.get("mail")
+    found = head.get("round") if head is not None else None
+    return found if isinstance(found, int) and found >= 0 else 0

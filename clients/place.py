@@ -1,0 +1,277 @@
+"""Who and where a peer is: its own configuration, which wins over the run's settings. Imports no torch.
+
+It comes from the SuperNode's ``node-config``, directly or through a TOML file that ``peer-config`` names there. A
+deployed peer opens nothing that the server names: its data, proxy set, model, checkpoint and device are its own.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedkd.config import NAME, STRATEGIES, RunConfig, Scalar, numbers, split_list
+from fedkd.errors import FedkdError, SettingError
+from fedkd.models import names
+from fedkd.protocol import Kind
+
+Own = Mapping[str, Scalar]
+
+_PATH_PREFIXES = ("npz:", "folder:")
+_KEYS: dict[str, type] = {
+    "name": str,
+    "partition-id": int,
+    "num-partitions": int,
+    "model": str,
+    "checkpoint": str,
+    "dataset": str,
+    "data-dir": str,
+    "proxy": str,
+    "device": str,
+    "state-dir": str,
+    "worker": bool,
+    "idle-seconds": float,
+    "allowed-strategies": str,
+    "require-sealed": bool,
+    "max-epochs": int,
+    "max-payload": int,
+    "max-seconds": float,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a peer lets a server ask for; checked before any work starts.
+
+    Attributes:
+        strategies: the strategies it takes part in; by default those in which no server reads what it knows.
+        sealed: whether it takes part only where mail is sealed.
+        epochs: the most epochs that one mail may cost.
+        payload: the most bytes of arrays in one mail.
+        seconds: the longest time that one mail may take.
+    """
+
+    strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
+    sealed: bool = False
+    epochs: int = 200
+    payload: int = 256 * 2**20
+    seconds: float = 24 * 3600.0
+
+    def check_payload(self, size: int) -> None:
+        """Refuse a mail whose arrays are larger than this peer allows.
+
+        Raises:
+            FedkdError: names both sizes.
+        """
+        if size > self.payload:
+            raise FedkdError(
+                f"Expected at most {self.payload} bytes in a mail (this peer's `max-payload`), got {size}."
+            )
+
+    def check(self, config: RunConfig, kind: Kind) -> None:
+        """Refuse settings that ask for more than this peer allows.
+
+        Raises:
+            SettingError: names the setting and the limit.
+        """
+        if config.strategy not in self.strategies:
+            allowed = f"one of {', '.join(self.strategies)} (this peer's `allowed-strategies`)"
+            raise SettingError("strategy", config.strategy, allowed)
+        if self.sealed and not config.sealed:
+            raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`)")
+        for setting, epochs in _epochs(config, kind).items():
+            if epochs > self.epochs:
+                raise SettingError(
+                    setting, epochs, f"at most {self.epochs} epochs in a mail (this peer's `max-epochs`)"
+                )
+        if config.threads > (cpus := os.cpu_count() or 1):
+            raise SettingError("threads", config.threads, f"at most {cpus}, the CPUs of this peer")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who and where a peer is; the server has no say in it.
+
+    Attributes:
+        name: the peer's name in messages and results.
+        index: its number, 0 <= index < of.
+        of: how many peers there are.
+        state_dir: the folder of its state.
+        cache_dir: where processes of one machine share what they computed.
+        simulated: whether it is a stand-in on the machine that runs them all.
+        model: its own model; empty: the one dealt out by ``models``.
+        checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
+        dataset: its own data; empty: its part of the common ``dataset``.
+        proxy: its own copy of the public proxy set; empty: the common ``proxy``.
+        data_dir: where its data sets lie.
+        device: its own choice of device.
+        worker: whether a resident process keeps its model between messages.
+        idle_seconds: how long that process waits for a mail before it ends.
+        limits: what it lets a server ask for.
+    """
+
+    name: str
+    index: int
+    of: int
+    state_dir: Path
+    cache_dir: Path
+    simulated: bool = True
+    model: str = ""
+    checkpoint: str = ""
+    dataset: str = ""
+    proxy: str = ""
+    data_dir: str = ""
+    device: str = ""
+    worker: bool = True
+    idle_seconds: float = 1800.0
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def of_own(cls, own: Own, *, name: str, root: Path, simulated: bool) -> "Place":
+        """Read a peer's own configuration, as :func:`own_settings` returns it.
+
+        Args:
+            own: by key.
+            name: the peer's.
+            root: the folder of its state unless it names one itself.
+            simulated: whether it is a stand-in.
+        """
+        root = Path(str(own.get("state-dir", root)))
+        given = {"allowed-strategies": "strategies", "require-sealed": "sealed", "max-epochs": "epochs"}
+        given |= {"max-payload": "payload", "max-seconds": "seconds"}
+        limits = {field_: own[key] for key, field_ in given.items() if key in own}
+        if "strategies" in limits:
+            limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
+        texts = {key.replace("-", "_"): str(own.get(key, "")) for key in _TEXTS}
+        return cls(
+            name=name,
+            index=int(own.get("partition-id", 0)),
+            of=int(own.get("num-partitions", 1)),
+            state_dir=root / name,
+            cache_dir=root,
+            simulated=simulated,
+            worker=bool(own.get("worker", True)),
+            idle_seconds=float(own.get("idle-seconds", cls.idle_seconds)),
+            limits=Limits(**limits),  # type: ignore[arg-type]
+            **texts,
+        )
+
+    def settings(self, config: RunConfig) -> RunConfig:
+        """Return the run's settings as they hold here, with this peer's own in the place of the server's.
+
+        In a simulation the server and its peers are one user's, so the run's settings fill what a peer leaves open. A
+        deployed peer leaves nothing open: no path, data source, code or device that the server names is used.
+
+        Raises:
+            SettingError: a deployed peer lacks what it has to bring, or the server asks it to run code.
+        """
+        own = {
+            "dataset": self.dataset,
+            "proxy": self.proxy,
+            "data_dir": self.data_dir,
+            "device": self.device,
+            "models": self.model,
+            "checkpoints": self.checkpoint,
+        }
+        if self.simulated:
+            return replace(config, **{key: value for key, value in own.items() if value})  # type: ignore[arg-type]
+        for setting, value in (("model", self.model), ("dataset", self.dataset), ("proxy", self.proxy)):
+            if not value or value == "split":
+                allowed = f"set by peer {self.name} itself: a deployed peer opens nothing that the server names"
+                raise SettingError(setting, value, allowed)
+        if config.strategy == "fedavg" and config.fedavg_model not in names():
+            raise SettingError("fedavg-model", config.fedavg_model, f"one of {', '.join(names())} in a deployment")
+        own["device"] = self.device or "auto"
+        return replace(config, download=False, **own)  # type: ignore[arg-type]
+
+    def model_spec(self, config: RunConfig) -> str:
+        """Return the model this peer runs."""
+        return self.model or _dealt(config.models, self.index)
+
+    def checkpoint_path(self, config: RunConfig) -> Path | None:
+        """Return the checkpoint this peer starts from, or None."""
+        path = self.checkpoint or _dealt(config.checkpoints, self.index)
+        return None if path in ("", "-") else Path(path).expanduser()
+
+
+_TEXTS = ("model", "checkpoint", "dataset", "proxy", "data-dir", "device")
+
+
+def own_settings(node_config: Own) -> dict[str, Scalar]:
+    """Return a peer's own configuration: what its ``peer-config`` file says, and over it what ``node-config`` says.
+
+    Paths in the file are relative to the file.
+
+    Raises:
+        SettingError: the file is unreadable, has an unknown key, or a value that is not allowed.
+    """
+    own: dict[str, Scalar] = {}
+    if path := str(node_config.get("peer-config", "")):
+        own |= _read(Path(path).expanduser())
+    own |= {key: value for key, value in node_config.items() if key != "peer-config"}
+    for key in _KEYS.keys() & own.keys():
+        own[key] = _checked(key, own[key])
+    return own
+
+
+def _read(path: Path) -> dict[str, Scalar]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError("peer-config", str(path), f"a readable TOML file ({error})") from error
+    for key in found.keys() - _KEYS.keys():
+        near = difflib.get_close_matches(key, _KEYS) or sorted(_KEYS)
+        raise SettingError(key, found[key], f"a known key of {path} (nearest: {', '.join(near)})")
+    return {key: _from_here(key, value, path.absolute().parent) for key, value in found.items()}
+
+
+def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
+    """Make a file's relative path absolute."""
+    if not isinstance(value, str) or not value:
+        return value
+    if key in ("checkpoint", "data-dir", "state-dir"):
+        return str(folder / Path(value).expanduser())
+    for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
+        if value.startswith(prefix):
+            return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())
+    return value
+
+
+def _checked(key: str, value: Scalar) -> Scalar:
+    kind = _KEYS[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is bool and value in ("true", "false"):  # `node-config` on a command line knows them quoted only
+        value = value == "true"
+    if type(value) is not kind:
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise SettingError(key, value, words[kind])
+    if key == "name" and not NAME.accepts(value):
+        raise SettingError(key, value, NAME.phrase)
+    if key == "allowed-strategies" and not set(split_list(str(value))) <= set(STRATEGIES):
+        raise SettingError(key, value, f"a comma-separated choice of {', '.join(STRATEGIES)}")
+    if kind in (int, float) and not 0 <= float(value) < float("inf"):
+        raise SettingError(key, value, "a number >= 0")
+    return value
+
+
+def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
+    """Return the epochs that a mail costs, by the setting that asks for them."""
+    if kind in ("start", "merge"):
+        return {"pretrain-epochs": config.pretrain_epochs}
+    if kind == "isolated":
+        return {"rounds × local-epochs": config.rounds * config.local_epochs}
+    if kind != "learn":
+        return {}
+    searched = config.regime == "tuned"
+    trials = len(numbers(config.tune_temperatures)) * len(numbers(config.tune_weights)) if searched else 0
+    return {
+        "distill-epochs": config.distill_epochs * (1 + trials),
+        "local-epochs": config.local_epochs * (1 + trials),
+    }
+
+
+def _dealt(dealt: str, index: int) -> str:
+    choices = split_list(dealt)
+    return choices[index % len(choices)] if choices else ""
