@@ -21,6 +21,7 @@ from clients.place import Place
 from clients.site import Site, open_pool, open_site, proxy_subset
 from clients.store import Store
 from fedkd import metrics, models
+from fedkd.attacks import is_attacker, poison
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
@@ -226,13 +227,15 @@ class Peer:
         _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
         subset = proxy_subset(self.config, mail.round + 1, self.device)
         logits = predict(model, self.site.commons.proxy_inputs[subset])
+        if self.place.simulated and is_attacker(self.config, self.place.index, self.place.of):
+            logits = poison(logits, self.config, index=self.place.index, round=mail.round)
         arrays: Arrays = self.codec.encode(logits.cpu().numpy())
         if self.flow:
             arrays = {**arrays, **self.flow.encode(model, self.site.commons.proxy_inputs[subset])}
         if self.secrets:
             arrays = self.secrets.seal(arrays, mail.keys, round=mail.round)
         found["refused_letters"] = len(refused or [])
-        facts = {"refused": "; ".join(refused or [])}
+        facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
         return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=self._reliability(mail.round, model))
 
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:

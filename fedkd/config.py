@@ -228,6 +228,11 @@ class RunConfig:
     distill_epochs: int = _setting(2, at_least(0), "epochs over the proxy set per round")
     local_epochs: int = _setting(1, at_least(0), "epochs over private data per round; `mixed` does not use it")
 
+    attack: str = _setting(
+        "none", one_of("none", "flip", "noise", "constant", "collude"), "what simulated attackers do to their knowledge"
+    )
+    attackers: float = _setting(0.2, between(0, 0.9), "share of the peers that attack, the last ones")
+
     # What travels
     codec: str = _setting(
         "fp32", NON_EMPTY, "encoding of logits on the wire: `fp32`, `fp16`, `int8` or `topk:K`, with `+zstd` compressed"

@@ -91,7 +91,9 @@ def topology_png(
     dots = axes.scatter(across, up, c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)
     if few:
         for i, (x, y) in enumerate(spots):
-            axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color="white", zorder=3)
+            share = dots.norm(accuracies[i]) if math.isfinite(accuracies[i]) else 1.0
+            color = "black" if share > 0.5 else "white"
+            axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color=color, zorder=3)
     figure.colorbar(dots, ax=axes, label="test accuracy", format=PercentFormatter(1.0), shrink=0.8)
     axes.set(title=title, aspect="equal")
     axes.axis("off")

@@ -92,6 +92,10 @@ class LocalGrid(Grid):
         """Return what the app of a node really answers."""
         return self.app(message, self._contexts[self._ids[partition]])
 
+    def forget(self) -> None:
+        """Lose the replies that wait, as a SuperLink's are lost to a new run."""
+        self._waiting.clear()
+
     def deliver(self, message: Message, reply: Message) -> None:
         """Let a held-back reply arrive."""
         self._waiting[message.metadata.message_id] = reply

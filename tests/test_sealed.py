@@ -118,7 +118,7 @@ def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
     with pytest.raises(Killed):
         federate(tmp_path / "cut", 3, grid=grid, sealed=True, rounds=3)
     grid.fault = None
-    grid._waiting.clear()
+    grid.forget()
 
     resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"))
 

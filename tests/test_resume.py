@@ -1,0 +1,88 @@
+"""A run that is killed and resumed ends as one that was not: nothing is lost, nothing counted twice."""
+
+import random
+
+import pytest
+from federation import federate, local_grid
+
+from fedkd.results import RunFolder
+from strategies.ledger import Ledger, LedgerError
+
+SETTINGS = {"rounds": 5, "topology": "ring", "strategy": "gossip", "models": "mlp"}
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing catches it, as nothing catches SIGKILL."""
+
+
+class Reaper:
+    """Kills the run at its n-th moment: around every message, every write of rows and every write of the ledger."""
+
+    def __init__(self, monkeypatch, grid):
+        self.moments, self.fatal = 0, None
+        for owner, name in ((RunFolder, "append"), (Ledger, "save")):
+            monkeypatch.setattr(owner, name, self.around(getattr(owner, name)))
+        grid.fault = lambda partition, message: self.moment()
+
+    def around(self, method):
+        def wrapped(*arguments):
+            self.moment()
+            method(*arguments)
+            self.moment()
+
+        return wrapped
+
+    def moment(self):
+        self.moments += 1
+        if self.moments == self.fatal:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return federate(tmp_path_factory.mktemp("whole"), 4, **SETTINGS)
+
+
+def count_moments(tmp_path, monkeypatch):
+    grid = local_grid(tmp_path, 4)
+    reaper = Reaper(monkeypatch, grid)
+    federate(tmp_path, 4, grid=grid, **SETTINGS)
+    return reaper.moments
+
+
+def test_killed_at_ten_random_moments_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, whole):
+    moments = count_moments(tmp_path / "count", monkeypatch)
+    monkeypatch.undo()
+
+    for fatal in random.Random(0).sample(range(8, moments + 1), 10):  # after the introductions, before which nothing is
+        path = tmp_path / f"moment-{fatal}"
+        grid = local_grid(path, 4)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            Reaper(patch, grid).fatal = fatal
+            federate(path, 4, grid=grid, **SETTINGS)
+        grid.fault = None
+        grid.forget()
+
+        resumed = federate(path, 4, grid=grid, resume=str(path / "run"))
+
+        assert resumed.timeless_rows() == whole.timeless_rows(), f"killed at moment {fatal} of {moments}"
+        totals = [run.summary()["totals"] | {"seconds": 0} for run in (resumed, whole)]
+        assert totals[0] == totals[1]
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, whole):
+    grid = local_grid(tmp_path, 4)
+    first = federate(tmp_path, 4, grid=grid, **SETTINGS)
+    before = first.timeless_rows()
+
+    assert federate(tmp_path, 4, grid=grid, resume=str(first.folder)).timeless_rows() == before
+
+
+def test_a_damaged_ledger_is_refused_by_name(tmp_path):
+    grid = local_grid(tmp_path, 2)
+    run = federate(tmp_path, 2, grid=grid)
+    path = run.folder / "relay.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+
+    with pytest.raises(LedgerError, match=r"relay\.safetensors"):
+        federate(tmp_path, 2, grid=grid, resume=str(run.folder))
