@@ -194,7 +194,7 @@ def cakd(
     top_k: int = 5,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Class-aware decoupled KL, BCD + α·SCD + β·WCD, unbounded.  [B, C], [B, C], [B] -> [B], nats.
+    """Correlation-aware decoupled KL, BCD + α·SCD + β·WCD, unbounded.  [B, C], [B, C], [B] -> [B], nats.
 
     Args:
         student_logits: ``[B, C]``.
@@ -242,7 +242,7 @@ def dkd(
 ) -> Tensor:
     """Decoupled distillation, α·TCKD + β·NCKD: BCD and WCD with S = {y}, unbounded.  [B, C], [B, C], [B] -> [B], nats.
 
-    Source: Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679, eq. 7 [paper]; the defaults are theirs.
+    Source: Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679 [paper]; the defaults are theirs.
 
     >>> student, teacher = torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     >>> dkd(student, teacher, torch.tensor([0]), beta=1.0, temperature=1.0)

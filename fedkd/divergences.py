@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 __all__ = [
     "Divergence",
+    "TeacherTerms",
     "ce",
     "get",
     "jeffreys",
@@ -45,7 +46,6 @@ __all__ = [
     "sed",
     "td",
 ]
-
 
 # −log 0, far above any other −log p and far below overflow, even summed over a batch.
 FAR = 1e30
@@ -66,8 +66,9 @@ Compare = Callable[..., tuple[Tensor, Tensor]]
 class TeacherTerms:
     """All of a divergence that the teacher alone decides: made once, used at every step of a student.
 
-    ``terms`` have the teacher logits' leading dimensions, ``[..., B, *]``. Called with student logits ``[B, C]``,
-    gives the divergence ``[..., B]``.
+    ``compare`` gives values ``[..., B]`` and slopes ``[..., B, C]`` of a softened student and ``terms``, which are
+    ``[..., B, *]`` like the teacher logits that they are made from. Called with student logits ``[B, C]``, it gives the
+    divergence ``[B]`` of one teacher.
     """
 
     compare: Compare
@@ -75,7 +76,7 @@ class TeacherTerms:
     temperature: float
 
     def __call__(self, student_logits: Tensor) -> Tensor:
-        """Return the divergence, differentiable in the student logits."""
+        """Return the divergence ``[B]``, differentiable in the student logits."""
         student_logits = student_logits.to(compute_dtype(student_logits))
         value, slope = self.compare(soften(student_logits, self.temperature), *self.terms)
         return attach(student_logits, value, slope, self.temperature)
@@ -94,7 +95,6 @@ class Divergence:
         multiway: takes all teachers at once, ``[K, B, C]``.
         prepare: ``(teacher_logits, *, temperature, labels, **options) -> TeacherTerms``; ``None`` for a plain
             function, whose gradient is autograd's.
-
     """
 
     name: str
@@ -339,7 +339,7 @@ def ce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
 
     Its student gradient is that of :func:`kl`: the built-in control of a comparison.
 
-    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, eq. 1 [paper].
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 [paper].
 
     >>> ce(torch.zeros(1, 4), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([1.3863])

@@ -90,7 +90,7 @@ def reliability(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Reliabilit
 def ece(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
     """Expected calibration error of the top class, Σ_b n_b/N · |accuracy_b − confidence_b|, in [0, 1].
 
-    Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 5 [paper].
+    Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599 [paper].
 
     >>> ece(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
     0.0

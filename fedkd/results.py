@@ -92,6 +92,7 @@ class Summary:
         pooled: final accuracy of one model on all private data; NaN without that control.
         totals: rounds, bytes and seconds of the whole run.
         round_seconds: wall time of every round, from round 0; empty under `async`.
+        classes: their names, in the order of the logits.
         topology: degree, diameter and spectral gap of the graph; empty without one.
     """
 
@@ -102,6 +103,7 @@ class Summary:
     pooled_model: str = ""
     totals: Mapping[str, float] = field(default_factory=dict)
     round_seconds: Sequence[float] = ()
+    classes: Sequence[str] = ()
     topology: Mapping[str, float | str] = field(default_factory=dict)
 
     def mean(self, what: str) -> float:

@@ -200,7 +200,7 @@ def objective(
             https://arxiv.org/abs/1912.11279 [ours].
         trim: the share of the teachers' weight that ``trimmed-mean`` cuts at each end, in [0, 0.5).
         sharpen: temperature τ of entropy-reduction aggregation, softmax(p̄/τ); DS-FL takes 0.1,
-            https://arxiv.org/abs/2008.06180 eq. 11 [paper]. ``None`` is off.
+            https://arxiv.org/abs/2008.06180 [paper]. ``None`` is off.
         temperature: T of student and teachers alike.
         options: the divergence's own, e.g. ``beta`` for ``cakd``.
 

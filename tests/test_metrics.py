@@ -84,6 +84,11 @@ def test_bins_of_the_diagram_hold_every_sample_once(sample):
     assert bins.confidence[~filled].isnan().all() and (~filled).any()
 
 
+def test_full_confidence_falls_into_the_last_bin():
+    bins = reliability(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]), bins=4)
+    assert bins.samples.tolist() == [0, 0, 0, 2] and bins.accuracy[3] == 0.5
+
+
 def test_agreement_is_the_share_of_equal_answers(sample):
     logits, _ = sample
     other = logits.roll(1, dims=0)

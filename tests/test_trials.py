@@ -71,7 +71,7 @@ def test_a_failed_trial_says_why_and_stops_nothing(tmp_path, capsys):
 
 
 def test_a_run_whose_every_trial_failed_has_failed(tmp_path):
-    with pytest.raises(TrialsError, match="all 1 trials failed.*telepathy"):
+    with pytest.raises(TrialsError, match=r"all 1 trials failed.*telepathy"):
         run_trials(tmp_path, {"typo": {"divergence": "telepathy"}})
 
 
