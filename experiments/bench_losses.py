@@ -190,12 +190,12 @@ def run(quick: bool = False) -> dict[str, Any]:
     return {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": rows}
 
 
-def main(json_path: Path | None = None) -> None:
+def main(json_path: Path | None = None, *, quick: bool = False) -> None:
     """Print the table of :func:`run`, and write it to ``json_path`` if given."""
     from rich.console import Console
     from rich.table import Table
 
-    result = run()
+    result = run(quick)
     table = Table(
         box=None,
         title=f"Losses, forward + backward, 1 thread, torch {result['torch']}",
@@ -203,7 +203,7 @@ def main(json_path: Path | None = None) -> None:
         "KL: ours, of as many teachers (3 for msed)",
     )
     for column in ("B × C", "loss", "plain µs", "ours µs", "prepared µs", "ours/plain", "prepared/plain", "ours/KL"):
-        table.add_column(column, justify="left" if column == "loss" else "right")
+        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
             f"{row['batch']} × {row['classes']}",

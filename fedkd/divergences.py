@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = [
     "Divergence",
@@ -224,8 +223,9 @@ class _Attach(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # as under `create_graph`; autograd's own check costs a tenth of a small loss
+            raise RuntimeError("The divergences have no second derivative: their gradient is made with their value.")
         (slope,) = ctx.saved_tensors
         return (grad / ctx.temperature).unsqueeze(-1) * slope, None, None, None
 
@@ -261,6 +261,11 @@ def compare_ce(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor,
 
 def compare_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return (log_p - student.log_probs).mul_(p).sum(dim=-1).clamp_min_(0), student.probs - p
+
+
+def _compare_kl_in_place(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`compare_kl`, in the memory of its arguments: a large allocation costs as much as a pass over it."""
+    return log_p.sub_(student.log_probs).mul_(p).sum(dim=-1).clamp_min_(0), student.probs.sub_(p)
 
 
 def compare_reverse_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +361,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
     >>> kl(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([0.2447])
     """
-    return _compute(compare_kl, student_logits, teacher_logits, temperature)
+    return _compute(_compare_kl_in_place, student_logits, teacher_logits, temperature)
 
 
 @register("reverse_kl", prepare=preparing(compare_reverse_kl))

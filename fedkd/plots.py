@@ -90,9 +90,10 @@ def topology_png(
     across, up = [x for x, _ in spots], [y for _, y in spots]
     dots = axes.scatter(across, up, c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)
     if few:
+        finite = [value for value in accuracies if math.isfinite(value)]
+        middle = (min(finite) + max(finite)) / 2 if finite else 0.0
         for i, (x, y) in enumerate(spots):
-            share = dots.norm(accuracies[i]) if math.isfinite(accuracies[i]) else 1.0
-            color = "black" if share > 0.5 else "white"
+            color = "white" if accuracies[i] < middle else "black"  # on dark violet, on green and yellow
             axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color=color, zorder=3)
     figure.colorbar(dots, ax=axes, label="test accuracy", format=PercentFormatter(1.0), shrink=0.8)
     axes.set(title=title, aspect="equal")

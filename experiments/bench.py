@@ -1,0 +1,22 @@
+"""`fedkd bench NAME`: the benchmarks, each a module with ``main(json_path, *, quick)``."""
+
+import importlib
+from pathlib import Path
+
+from fedkd.errors import SettingError
+
+BENCHES = {
+    "losses": "experiments.bench_losses",
+    "robust": "experiments.bench_robust",
+}
+
+
+def bench(name: str, json_path: Path | None, *, quick: bool) -> None:
+    """Run a benchmark: a table on the screen, and the figures as JSON where a path is given.
+
+    Raises:
+        SettingError: no benchmark of that name.
+    """
+    if name not in BENCHES:
+        raise SettingError("NAME", name, "one of " + ", ".join(BENCHES))
+    importlib.import_module(BENCHES[name]).main(json_path, quick=quick)
