@@ -28,7 +28,10 @@ def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict
 
     def work() -> RecordDict:
         mail, config = check(content, place)
-        return pack_answer(open_peer(place, config, mail.run).answer(mail))
+        here = place.among(config.peers)
+        if mail.kind == "introduce" and here.index >= here.of:
+            return pack_answer(Answer(here.name, mail.round, {"spare": 1}))
+        return pack_answer(open_peer(here, config, mail.run).answer(mail))
 
     return always(work, place.name, round_of(content))
 

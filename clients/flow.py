@@ -68,13 +68,16 @@ class Flow:
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     @contextmanager
-    def beside(self, model: nn.Module, teachers: Sequence[Sequence[Tensor]], *, round: int) -> Iterator[Beside]:
+    def beside(
+        self, model: nn.Module, teachers: Sequence[Sequence[Tensor]], weights: Sequence[float], *, round: int
+    ) -> Iterator[Beside]:
         """Give the loss that pulls a model's features towards its teachers', within the block.
 
         Args:
             model: the student.
             teachers: of each teacher the features ``[P, d]`` of its layers, first to last; fewer layers than the
                 student's belong to its last ones.
+            weights: of each teacher, >= 0 and not all 0; one of weight 0 is not heard.
             round: counted from 1; the schedule's epoch 0.
         """
         with features(model, self.layers, pool=_POOL) as found:
@@ -82,10 +85,11 @@ class Flow:
             def loss(batch: Tensor) -> Tensor:
                 own = [found[layer] for layer in self.layers]
                 terms = [
-                    self.loss(own[-len(layers) :], [layer[batch] for layer in layers], epoch=round - 1)
-                    for layers in teachers
+                    weight * self.loss(own[-len(layers) :], [layer[batch] for layer in layers], epoch=round - 1)
+                    for layers, weight in zip(teachers, weights, strict=True)
+                    if weight > 0
                 ]
-                return self.weight * torch.stack(terms).mean()
+                return self.weight * torch.stack(terms).sum() / sum(weights)
 
             yield loss
 

@@ -18,7 +18,7 @@ from fedkd.decoupled import warm_up
 from fedkd.distillation import Distillation, teacher_or_self
 from fedkd.robust import agreement_weights
 from fedkd.seeding import derive
-from fedkd.training import Beside, Optimization, distil, fit, fit_and_distil, predict
+from fedkd.training import Beside, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""
@@ -32,11 +32,13 @@ class Heard:
         logits: the teachers' logits on this round's proxy samples, ``[K, P, C]``.
         weights: ``[K]``.
         features: of each teacher the features ``[P, d]`` of its layers; empty unless they travel.
+        flow_weights: of the features' teachers, where those are not the logits'.
     """
 
     logits: Tensor
     weights: Tensor
     features: Sequence[Sequence[Tensor]] = ()
+    flow_weights: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class Learner:
         """Train on private labels alone; return the loss."""
         return self._fit(model, _Labelled(self.site.inputs, self.site.labels), round, epochs)
 
+    def alone(self, model: nn.Module, *, round: int) -> float:
+        """Train as in a round, on the same private batches, without teachers: the isolated control."""
+        if not self.config.joint:
+            return self.local(model, round=round, epochs=self.config.local_epochs)
+        own = (self.site.inputs, self.site.labels)
+        seed, epochs = derive(self.config.seed, "distil", self.index, round), self.config.distill_epochs
+        return fit_alone(model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed)
+
     def learn(self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo) -> dict[str, float]:
         """Train a model by one round, in place.
 
@@ -78,7 +88,7 @@ class Learner:
         """
         private = _Labelled(self.site.inputs, self.site.labels)
         if heard is None:
-            return {"kd_loss": math.nan, "local_loss": self._fit(model, private, round, self.config.local_epochs)}
+            return {"kd_loss": math.nan, "local_loss": self.alone(model, round=round)}
         heard = self._judge(model, heard, round)
         if heard.features and self.config.flow_auxiliary:
             heard = self._through_auxiliary(heard, round)
@@ -97,10 +107,10 @@ class Learner:
         }
 
     def merge(self, model: nn.Module, heard: Heard) -> None:
-        """Distil teachers into a fresh model on the proxy set, for as long as a peer pre-trains."""
+        """Distil teachers into a fresh model on the proxy set."""
         distillation = Distillation.from_config(self.config)
         teachers = distillation.prepare(heard.logits, heard.weights)
-        seed, epochs = derive(self.config.seed, "merge"), self.config.pretrain_epochs
+        seed, epochs = derive(self.config.seed, "merge"), self.config.merge_epochs
         distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
     def _judge(self, model: nn.Module, heard: Heard, round: int) -> Heard:
@@ -121,7 +131,7 @@ class Learner:
         seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
         how, epochs = self.how, self.config.distill_epochs
         with self._beside(model, heard, round) as beside:
-            if self.config.schedule == "mixed" or self.config.regime == "dml":
+            if self.config.joint:
                 own = (private.inputs, private.labels)
                 loss = fit_and_distil(
                     model, own, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside
@@ -133,7 +143,8 @@ class Learner:
     def _beside(self, model: nn.Module, heard: Heard, round: int) -> AbstractContextManager[Beside | None]:
         if not heard.features:
             return nullcontext()
-        return Flow.from_config(self.config, model).beside(model, heard.features, round=round)
+        weights = heard.flow_weights or heard.weights.tolist()
+        return Flow.from_config(self.config, model).beside(model, heard.features, weights, round=round)
 
     def _fit(self, model: nn.Module, private: _Labelled, round: int, epochs: int) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
@@ -156,12 +167,12 @@ class Learner:
         last = [[layers[-1]] for layers in heard.features]
         flow = Flow.from_config(self.config, auxiliary)
         seed, proxy = derive(self.config.seed, "auxiliary", self.index, round), self._proxy(round)
-        with flow.beside(auxiliary, last, round=round) as beside:
+        with flow.beside(auxiliary, last, heard.weights.tolist(), round=round) as beside:
             distil(
                 auxiliary, proxy, teachers.prepare(heard.logits, heard.weights), teachers,
-                epochs=self.config.pretrain_epochs, how=self.how, seed=seed, beside=beside,
+                epochs=self.config.flow_auxiliary_epochs, how=self.how, seed=seed, beside=beside,
             )  # fmt: skip
-        return Heard(heard.logits, heard.weights, [flow.of(auxiliary, proxy)])
+        return Heard(heard.logits, heard.weights, [flow.of(auxiliary, proxy)], flow_weights=[1.0])
 
     def _search_is_due(self, round: int, memo: Memo) -> bool:
         if "temperature" not in memo:

@@ -19,6 +19,7 @@ from clients.flow import Flow
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
 from clients.site import Site, open_pool, open_site, proxy_subset
+from clients.starts import pretrain
 from clients.store import Store
 from fedkd import metrics, models
 from fedkd.attacks import is_attacker, poison
@@ -90,14 +91,17 @@ class Peer:
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        model = self._build()
+        model, name = self._build(), self.place.model_spec(self.config)
         if self.config.flow_auxiliary and self.flow:
             self._widened()  # a model that cannot be widened is an error before any training
+        if self.config.strategy == "fedavg":
+            model, merged = self._common(), self.config.fedavg_start == "distilled"
+            name = f"{name} → {self.config.fedavg_model}" if merged else self.config.fedavg_model
         commons = self.site.commons
         return self._reply(
             mail,
             facts={
-                "model": self.place.model_spec(self.config),
+                "model": name,
                 "parameters": models.parameters_count(model),
                 "samples": len(self.site.labels),
                 "classes": json.dumps(commons.source.classes),
@@ -106,7 +110,7 @@ class Peer:
                 "source-root": str(source_root()),
                 "peers": self.place.of,
                 "index": self.place.index,
-                "simulated": int(self.place.simulated),
+                "simulated": int(self.place.simulated and not self.place.dataset),  # own data are real data
                 "device": str(self.device),
                 "public-key": self.secrets.public if self.secrets else "",
             },
@@ -115,10 +119,15 @@ class Peer:
     def _start(self, mail: Mail) -> Answer:
         """Round 0: load or make the model, pre-train it on private data, and answer with its first knowledge."""
         self.store.begin()
+        if self.secrets:
+            self.secrets.pin(mail.keys)
         if self.config.strategy == "fedavg" and self.config.fedavg_start == "cold":
             return self._average(mail, self._common())
         model = self._build()
-        self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
+        epochs = self.config.pretrain_epochs
+        pretrain(model, self.config, self.place, lambda: self.learner.local(model, round=0, epochs=epochs))
+        if mail.round > 0:  # a late start: the controls still look for round 0
+            self.store.save(0, model)
         return self._close(mail, model, self._measure(model), memo={})
 
     def _learn(self, mail: Mail) -> Answer:
@@ -152,17 +161,18 @@ class Peer:
         return self._reply(mail, metrics=self._measure(model), arrays=_weights(model))
 
     def _isolated(self, mail: Mail) -> Answer:
-        """The control: the same start and the same private batches, without any teacher."""
+        """The control: the same start and the same private batches in the same rounds, without any teacher."""
         averaged = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
         model = self._common() if averaged else self._build()
         self.store.load(0, model)
         accuracies = [self._measure(model)["test_accuracy"]]
         found: dict[str, float] = {}
         for round in range(1, self.config.rounds + 1):
-            self.learner.local(model, round=round, epochs=self.config.local_epochs)
+            if round in mail.rounds:
+                self.learner.alone(model, round=round)
             found = self._measure(model) if self.config.evaluates(round) else {}
             accuracies.append(found.get("test_accuracy", NOT_MEASURED))
-        return self._reply(mail, metrics=found or self._measure(model), series={"test_accuracy": accuracies})
+        return self._reply(mail, metrics=found, series={"test_accuracy": accuracies})
 
     def _pooled(self, mail: Mail) -> Answer:
         """The ceiling: one model on the private data of all, possible in a simulation only."""
@@ -220,23 +230,29 @@ class Peer:
     def _close(
         self, mail: Mail, model: nn.Module, found: dict[str, float], *, memo: Memo, refused: list[str] | None = None
     ) -> Answer:
-        """Save the state, remember the model, and predict what travels next."""
+        """Predict what travels next, save the state and remember the model.
+
+        In this order: a model whose logits cannot be encoded, since they are not finite, does not become the state.
+        """
+        arrays = self._knowledge(mail, model)
         self.store.save(mail.round, model, memo)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
-        subset = proxy_subset(self.config, mail.round + 1, self.device)
-        logits = predict(model, self.site.commons.proxy_inputs[subset])
+        found["refused_letters"] = len(refused or [])
+        facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
+        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=self._reliability(mail.round, model))
+
+    def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
+        """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""
+        inputs = self.site.commons.proxy_inputs[proxy_subset(self.config, mail.round + 1, self.device)]
+        logits = predict(model, inputs)
         if self.place.simulated and is_attacker(self.config, self.place.index, self.place.of):
             logits = poison(logits, self.config, index=self.place.index, round=mail.round)
         arrays: Arrays = self.codec.encode(logits.cpu().numpy())
         if self.flow:
-            arrays = {**arrays, **self.flow.encode(model, self.site.commons.proxy_inputs[subset])}
-        if self.secrets:
-            arrays = self.secrets.seal(arrays, mail.keys, round=mail.round)
-        found["refused_letters"] = len(refused or [])
-        facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
-        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=self._reliability(mail.round, model))
+            arrays = {**arrays, **self.flow.encode(model, inputs)}
+        return self.secrets.seal(arrays, mail.keys, round=mail.round) if self.secrets else arrays
 
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
@@ -261,7 +277,11 @@ class Peer:
     def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
         if self.secrets is None:
             return letter.arrays
-        return self.secrets.open(letter, mail, memo, oldest=mail.round - 1 - self.config.max_staleness)
+        self.secrets.pin(mail.keys)
+        if self.config.mode == "async":  # rounds are each peer's own count there, and may only rise
+            return self.secrets.open(letter, memo, oldest=0, newest=None)
+        oldest = mail.round - 1 - self.config.max_staleness
+        return self.secrets.open(letter, memo, oldest=oldest, newest=mail.round - 1)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         commons = self.site.commons

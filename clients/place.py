@@ -157,6 +157,10 @@ class Place:
             **texts,
         )
 
+    def among(self, peers: int) -> "Place":
+        """Return this place in a run of so many peers; 0: of as many as it knows of."""
+        return replace(self, of=peers or self.of)
+
     def settings(self, config: RunConfig) -> RunConfig:
         """Return the run's settings as they hold here, with this peer's own in the place of the server's.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from fedkd.errors import FedkdError, SettingError
 from fedkd.source import source_hash
 
 _START_SECONDS = 60.0
+_END_SECONDS = 10.0
 _MAX_SOCKET_PATH = 100  # bytes; the system's own limit is 104 to 108
 _LAST_WORDS = 600  # characters
 
@@ -110,8 +110,10 @@ def _supernode() -> int | None:
 
 def _end(place: Place) -> None:
     """End the worker that holds the lock of a peer's folder."""
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int((place.state_dir / LOCK).read_text()), signal.SIGKILL)
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        worker = psutil.Process(int((place.state_dir / LOCK).read_text()))
+        worker.kill()
+        worker.wait(_END_SECONDS)  # until then its socket still takes connections
 
 
 def _last_words(place: Place) -> str:

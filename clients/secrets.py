@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clients.learner import Memo
 from fedkd.codec import BadKnowledge
-from fedkd.protocol import Arrays, Letter, Mail
+from fedkd.protocol import Arrays, Letter
 from fedkd.sealing import Keys, Sealer, SealError, pack, unpack
 
 
@@ -23,7 +24,9 @@ class Secrets:
     """
 
     def __init__(self, folder: Path, me: str, run: str) -> None:
-        keys = _read(folder / "key.json", run) or _make(folder / "key.json", run)
+        self._folder, self._run = folder, run
+        self._keys: dict[str, str] = {}
+        keys = _own_keys(folder / "key.json", run)
         self._sealer = Sealer(keys, me, run)
         self.public = keys.public_bytes.hex()
 
@@ -51,34 +54,52 @@ class Secrets:
             "wraps": np.stack([np.frombuffer(wrap, dtype=np.uint8) for wrap in wraps]),
         }
 
-    def open(self, letter: Letter, mail: Mail, memo: Memo, *, oldest: int) -> Arrays:
-        """Decrypt a letter.
+    def pin(self, keys: Mapping[str, str]) -> None:
+        """Remember everyone's public key on first sight, and refuse another one for the rest of the run.
+
+        Raises:
+            BadKnowledge: a peer's key is not the one that came at the start: the relay would read along.
+        """
+        path = self._folder / "peers.json"
+        known = _read_json(path)
+        if known.get("run") != self._run:
+            _write_json(path, {"run": self._run, "keys": dict(keys)})
+        elif known["keys"] != dict(keys):
+            changed = sorted(name for name, _ in known["keys"].items() ^ dict(keys).items())
+            raise BadKnowledge(
+                f"the relay gives another public key for {', '.join(dict.fromkeys(changed))} than before"
+            )
+        self._keys = dict(keys)
+
+    def open(self, letter: Letter, memo: Memo, *, oldest: int, newest: int | None) -> Arrays:
+        """Decrypt a letter, with the pinned key of its sender.
 
         Args:
             letter: as the relay delivered it.
-            mail: the mail it came in, with the senders' public keys.
             memo: remembers the newest round heard of each sender.
             oldest: the oldest round whose knowledge still serves.
+            newest: the newest that can be; None where each peer counts its own.
 
         Raises:
             BadKnowledge: it was changed, is not for this peer, round or run, or repeats what newer mail replaced.
         """
-        newest = max(oldest, int(memo.get(f"heard {letter.sender}", oldest)))
-        if not newest <= letter.round < mail.round:
-            raise BadKnowledge(f"sealed in round {letter.round}, expected {newest} to {mail.round - 1}: a replay")
+        heard = f"heard {letter.sender}"
+        oldest = max(oldest, int(memo.get(heard, oldest)))
+        if letter.round < oldest or (newest is not None and letter.round > newest):
+            raise BadKnowledge(f"sealed in round {letter.round}, expected from {oldest} on: a replay")
         try:
             arrays = unpack(
                 self._sealer.open_from(
                     _bytes(letter.arrays, "sealed"),
                     _bytes(letter.arrays, "wrap"),
                     sender=letter.sender,
-                    sender_public=bytes.fromhex(mail.keys.get(letter.sender, "")),
+                    sender_public=bytes.fromhex(self._keys.get(letter.sender, "")),
                     round=letter.round,
                 )
             )
         except (SealError, ValueError) as error:
             raise BadKnowledge(str(error)) from error
-        memo[f"heard {letter.sender}"] = letter.round
+        memo[heard] = letter.round
         return arrays
 
 
@@ -89,20 +110,28 @@ def _bytes(arrays: Arrays, name: str) -> bytes:
     return array.tobytes()
 
 
-def _read(path: Path, run: str) -> Keys | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return Keys.from_bytes(bytes.fromhex(content["private"])) if content.get("run") == run else None
-
-
-def _make(path: Path, run: str) -> Keys:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+def _own_keys(path: Path, run: str) -> Keys:
+    """Return the pair that was made for this run, or make it."""
+    content = _read_json(path)
+    if content.get("run") == run:
+        return Keys.from_bytes(bytes.fromhex(content["private"]))
     keys = Keys.generate()
+    _write_json(path, {"run": run, "private": keys.private_bytes.hex()})
+    return keys
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that its owner alone can read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump({"run": run, "private": keys.private_bytes.hex()}, file)
+        json.dump(content, file)
     partial.replace(path)
-    return keys

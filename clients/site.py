@@ -13,7 +13,7 @@ from fedkd.config import RunConfig
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
-from fedkd.data.sources import Source, load_source
+from fedkd.data.sources import Dataset, Source, load_source
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
 
@@ -70,6 +70,7 @@ class _DataSettings:
     normalize: str
     seed: int
     device: str
+    held_out: float
 
 
 def open_site(config: RunConfig, place: Place, device: torch.device) -> Site:
@@ -127,6 +128,7 @@ def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _Da
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
         config.proxy_size, config.normalize, config.seed, str(device),
+        config.validation_share if config.evaluate_on == "validation" else 0.0,
     )  # fmt: skip
 
 
@@ -135,14 +137,15 @@ def _commons(settings: _DataSettings) -> Commons:
     data_dir = Path(settings.data_dir or "~/.cache/fedkd/data").expanduser()
     source = _source(settings.dataset, data_dir, settings.download)
     proxy, pool = _proxy(settings, source, data_dir)
+    test, pool = _test(settings, source, pool)
     scale = standardizer(settings.normalize, proxy.inputs)
     return Commons(
         source,
         pool,
         scale(proxy.inputs).to(settings.device),
         proxy.fingerprint,
-        scale(source.test.inputs).to(settings.device),
-        source.test.labels.to(settings.device),
+        scale(test.inputs).to(settings.device),
+        test.labels.to(settings.device),
         scale,
     )
 
@@ -151,6 +154,15 @@ def _commons(settings: _DataSettings) -> Commons:
 def _source(dataset: str, data_dir: Path, download: bool) -> Source:
     """Read a data set once for trials that differ in their seeds."""
     return load_source(dataset, data_dir=data_dir, download=download)
+
+
+def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:
+    """Return what peers are measured on, and what is left for them to train on."""
+    if not settings.held_out:
+        return source.test, pool
+    order = np.random.default_rng(derive(settings.seed, "held-out")).permutation(len(pool))
+    size = max(1, round(settings.held_out * len(pool)))
+    return source.train.subset(pool[order[:size]]), pool[np.sort(order[size:])]
 
 
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:

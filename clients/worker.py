@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SOCKET, LOCK, LOG = "worker.sock", "worker.lock", "worker.log"
 _LOCK_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
 
 
 def main() -> None:
@@ -125,9 +126,11 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 
 def _end_with(pid: int) -> None:
-    """End this process when another one has ended."""
+    """End this process when another one has ended, even if nobody has reaped it yet."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait()
+        process = psutil.Process(pid)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_LOOK_SECONDS)
     os._exit(0)
 
 

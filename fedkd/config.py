@@ -12,7 +12,7 @@ is checked by the peers when they introduce themselves, before anyone trains.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,10 @@ def some_of(*names: str) -> Rule:  # noqa: D103
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
 NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)
-NAME = Rule("letters, digits, '.', '_' or '-'", lambda v: bool(v) and all(c.isalnum() or c in "._-" for c in v))
+NAME = Rule(
+    "letters, digits, '.', '_' or '-', the first a letter or digit",
+    lambda v: v[:1].isalnum() and all(c.isalnum() or c in "._-" for c in v),
+)
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -168,10 +171,13 @@ class RunConfig:
     fedavg_start: str = _setting(
         "cold", one_of("cold", "distilled"), "`fedavg`: start from scratch, or from a model distilled from the peers"
     )
+    merge_epochs: int = _setting(20, at_least(1), "`fedavg-start=distilled`: epochs over the proxy set in the merging")
     fedavg_model: str = _setting("cnn-wide", NON_EMPTY, "`fedavg`: the one architecture that is averaged")
 
     # What a peer does with what it hears
-    divergence: str = _setting("js", NON_EMPTY, "loss between student and teacher")
+    divergence: str = _setting(
+        "js", NON_EMPTY, "loss between student and teacher, by name; one's own as `package.module:function`"
+    )
     temperature: float = _setting(1.0, above(0), "softmax temperature of both sides")
     kd_weight: float = _setting(1.0, above(0), "weight of the distillation loss; α in (1−α)·CE + α·KD under `mixed`")
     t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
@@ -222,6 +228,7 @@ class RunConfig:
     flow_auxiliary: bool = _setting(
         False, ANY, "`infoflow`: learn through an auxiliary teacher, the peer's own model at double width"
     )
+    flow_auxiliary_epochs: int = _setting(20, at_least(1), "`flow-auxiliary`: its epochs over the proxy set per round")
     schedule: str = _setting(
         "alternate", one_of("alternate", "mixed"), "distil, then train on private data; or both losses in every step"
     )
@@ -257,6 +264,11 @@ class RunConfig:
         "", ANY, 'file of trials to run one after another on the same peers, `{"name": ..., "settings": {...}}` a line'
     )
     eval_every: int = _setting(1, at_least(1), "evaluate in every n-th round (and always in the last)")
+    evaluate_on: str = _setting(
+        "test",
+        one_of("test", "validation"),
+        "the test set; or a `validation-share` of the training set that no peer then holds, to choose settings by",
+    )
     controls: str = _setting("isolated,pooled", some_of(*CONTROLS), "control runs added to the result")
     pooled_model: str = _setting("cnn-wide", NON_EMPTY, "model of the pooled control")
     device: str = _setting(
@@ -290,24 +302,50 @@ class RunConfig:
         return config
 
     def _check_together(self) -> None:
-        """Check what one key alone cannot tell."""
-        server_free = self.strategy in ("averaged", "pairwise", "gossip")
-        if self.mode == "async" and self.strategy != "gossip":
-            raise SettingError("mode", self.mode, f"sync under strategy {self.strategy}")
-        if self.mode == "async" and self.proxy_per_round:
-            raise SettingError("proxy-per-round", self.proxy_per_round, "0 under mode async: ages mix there")
-        if self.sealed and not server_free:
-            raise SettingError("sealed", True, f"false under {self.strategy}, whose server has to read the knowledge")
-        if self.schedule == "mixed" and self.regime != "dml" and self.kd_weight > 1:
-            raise SettingError("kd-weight", self.kd_weight, "at most 1 under schedule mixed")
-        if self.combination != "averaged":
-            for name, value, off in (("robust", self.robust, "none"), ("sharpen", self.sharpen, 0.0)):
-                if value != off:
-                    raise SettingError(name, value, f"{off} unless teachers are averaged")
-        if self.method == "infoflow" and not server_free:
-            raise SettingError("method", self.method, f"logits under strategy {self.strategy}")
-        if self.proxy_per_round > self.proxy_size:
-            raise SettingError("proxy-per-round", self.proxy_per_round, f"at most `proxy-size` ({self.proxy_size})")
+        """Check what one key alone cannot tell; a setting that would do nothing is an error, not a surprise."""
+        for name, allowed, wrong in self._contradictions():
+            if wrong:
+                raise SettingError(name, getattr(self, name.replace("-", "_")), allowed)
+
+    def _contradictions(self) -> Iterator[tuple[str, str, bool]]:
+        server = self.strategy in ("consensus", "fedavg")
+        averaged = self.combination == "averaged" and not server
+        yield "mode", f"sync under strategy {self.strategy}", self.mode == "async" and self.strategy != "gossip"
+        yield "proxy-per-round", "0 under mode async: ages mix there", self.mode == "async" and self.proxy_per_round > 0
+        yield "proxy-per-round", f"at most `proxy-size` ({self.proxy_size})", self.proxy_per_round > self.proxy_size
+        yield "sealed", f"false under {self.strategy}, whose server has to read the knowledge", self.sealed and server
+        yield "robust", "none unless peers average their teachers", self.robust != "none" and not averaged
+        yield "sharpen", "0 unless peers average their teachers", self.sharpen > 0 and not averaged
+        yield "topology", f"complete under {self.strategy}", server and self.topology != "complete"
+        yield "method", f"logits under strategy {self.strategy}", self.method == "infoflow" and server
+        infoflow = self.method == "infoflow"
+        yield "robust", "none or agreement under infoflow", infoflow and self.robust in ("median", "trimmed")
+        yield "attack", "none under infoflow", infoflow and self.attack != "none"
+        yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and self.travelling < 2
+        fedavg = self.strategy == "fedavg"
+        yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
+        yield "attack", "none under fedavg", fedavg and self.attack != "none"
+        below_1 = "less than 1 under schedule mixed: 1 would leave the labels out"
+        yield "kd-weight", below_1, self.schedule == "mixed" and self.regime != "dml" and self.kd_weight >= 1
+        tuned = self.regime == "tuned"
+        beyond = max(numbers(self.tune_weights)) > 1 and self.schedule == "mixed"
+        yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
+        yield "match-gradients", "false under regime tuned, which chooses the weight", tuned and self.match_gradients
+        # Adam's step does not change when its loss is scaled: alone in a phase, a weight would do nothing.
+        needs = "under schedule alternate with optimizer adam or adamw, whose steps ignore a loss's scale: "
+        needs += "take schedule mixed or optimizer sgd"
+        blind = not self.joint and self.optimizer != "sgd" and not fedavg and self.method == "logits"
+        yield "kd-weight", f"1 {needs}", blind and self.kd_weight != 1 and not tuned
+        yield "match-gradients", f"false {needs}", blind and self.match_gradients
+        yield "t2-scaling", f"false {needs}", blind and self.t2_scaling
+        yield "kd-warm-up", f"0 {needs}", blind and self.kd_warm_up > 0
+        yield "regime", f"vanilla, dml or dp {needs}", blind and tuned and len(numbers(self.tune_weights)) > 1
+
+    def effective(self) -> "RunConfig":
+        """Return the settings that a run really uses: a consensus baseline brings the loss of its method."""
+        if self.strategy != "consensus":
+            return self
+        return dataclasses.replace(self, divergence="mae" if self.consensus == "fedmd" else "kl", temperature=1.0)
 
     @property
     def combination(self) -> str:
@@ -315,6 +353,11 @@ class RunConfig:
         if self.strategy == "gossip":
             return self.combine
         return "pairwise" if self.strategy == "pairwise" else "averaged"
+
+    @property
+    def joint(self) -> bool:
+        """Whether labels and teachers share every step, instead of taking turns."""
+        return self.schedule == "mixed" or self.regime == "dml"
 
     @property
     def travelling(self) -> int:

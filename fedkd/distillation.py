@@ -9,6 +9,7 @@ from fedkd import divergences
 from fedkd.config import RunConfig
 from fedkd.divergences import register
 from fedkd.errors import SettingError
+from fedkd.plugins import is_callable_spec, load_callable
 from fedkd.teachers import Objective, Prepared, objective
 
 _ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
@@ -58,8 +59,7 @@ class Distillation:
             SettingError: the divergence does not exist, or not with these options.
         """
         temperature, weight = temperature or config.temperature, weight or config.kd_weight
-        if config.divergence not in divergences.names():
-            raise SettingError("divergence", config.divergence, "one of " + ", ".join(divergences.names()))
+        _make_known(config.divergence)
         try:
             found = objective(
                 config.divergence,
@@ -112,9 +112,28 @@ class Distillation:
             labels = self.objective.combine(teacher_logits, weights=weights).argmax(dim=-1)
         return self.objective.prepare(teacher_logits, weights=weights, labels=labels)
 
+    @property
+    def scale(self) -> float:
+        """What the divergence is multiplied by."""
+        return self.weight * self.factor
+
     def __call__(self, student_logits: Tensor, teachers: Prepared) -> Tensor:
-        """Return the weighted batch mean, a scalar."""
-        return self.weight * self.factor * self.objective(student_logits, teachers).mean()
+        """Return the batch mean of the divergence, a scalar, not yet multiplied by :attr:`scale`."""
+        return self.objective(student_logits, teachers).mean()
+
+
+def _make_known(name: str) -> None:
+    """Register a user's own divergence, ``package.module:function``, under that very name.
+
+    Raises:
+        SettingError: there is no divergence of that name.
+    """
+    if name in divergences.names():
+        return
+    if not is_callable_spec(name):
+        known = ", ".join(divergences.names())
+        raise SettingError("divergence", name, f"one of {known}, or package.module:function")
+    divergences.register(name)(load_callable(name, key="divergence"))
 
 
 def _options(config: RunConfig) -> dict[str, float | int | str]:

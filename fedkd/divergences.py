@@ -110,7 +110,12 @@ class Divergence:
 
 
 _REGISTRY: dict[str, Divergence] = {}
-_ELSEWHERE = {"cakd": "fedkd.decoupled", "dkd": "fedkd.decoupled", "bdkd": "fedkd.balanced"}
+_ELSEWHERE = {
+    "cakd": "fedkd.decoupled",
+    "dkd": "fedkd.decoupled",
+    "bdkd": "fedkd.balanced",
+    "mae": "fedkd.distillation",
+}
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedkd.protocol import one_line
 from fedkd.results import Row, Summary
 
 
@@ -23,27 +24,26 @@ def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: st
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    measured = [row for row in rows if math.isfinite(row.test_accuracy)]
+    measured = [row for row in rows if _possible(row.test_accuracy)]
     for peer in dict.fromkeys(row.peer for row in rows):
         own = [row for row in measured if row.peer == peer]
         if own:
-            label = f"{peer} ({own[0].model})"
+            label = _text(f"{peer} ({own[0].model})")
             axes.plot([r.round for r in own], [r.test_accuracy for r in own], linewidth=1.2, alpha=0.8, label=label)
     rounds = sorted({row.round for row in measured})
     means = [_mean([row.test_accuracy for row in measured if row.round == round]) for round in rounds]
     axes.plot(rounds, means, color="black", linewidth=3, label="mean")
-    if summary.isolated_by_round:
-        points = [(r, a) for r, a in enumerate(summary.isolated_by_round) if math.isfinite(a)]
+    if points := [(r, a) for r, a in enumerate(summary.isolated_by_round) if _possible(a)]:
         axes.plot(*zip(*points, strict=True), "--", color="black", linewidth=1.5, label="isolated (mean)")
-    if math.isfinite(summary.pooled):
+    if _possible(summary.pooled):
         axes.axhline(
             summary.pooled,
             linestyle="--",
             color="tab:red",
             linewidth=1.5,
-            label=f"pooled ({summary.pooled_model})",
+            label=_text(f"pooled ({summary.pooled_model})"),
         )
-    axes.set(xlabel="round", ylabel="test accuracy", title=title)
+    axes.set(xlabel="round", ylabel="test accuracy", title=_text(title, 120))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
@@ -55,6 +55,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _possible(accuracy: float) -> bool:
+    return 0 <= accuracy <= 1
+
+
+def _text(text: str, longest: int = 60) -> str:
+    """Return text that anyone may have written as a short label; matplotlib takes what is between $ for mathematics."""
+    return one_line(text, longest).replace("$", r"\$")
+
+
 def topology_png(
     path: Path, edges: Sequence[tuple[int, int]], accuracies: Sequence[float], *, title: str, directed: bool = False
 ) -> None:
@@ -63,7 +72,7 @@ def topology_png(
     Args:
         path: the file to write.
         edges: pairs of peer indices; (heard, hearer) where directed.
-        accuracies: of each peer, in [0, 1]; NaN is grey.
+        accuracies: of each peer; grey unless in [0, 1].
         title: above the picture.
         directed: draw arrows.
     """
@@ -77,6 +86,7 @@ def topology_png(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     angles = [2 * math.pi * i / len(accuracies) for i in range(len(accuracies))]
+    shown = [value if _possible(value) else math.nan for value in accuracies]
     spots = [(math.sin(angle), math.cos(angle)) for angle in angles]
     if directed:
         for heard, hearer in edges:
@@ -88,14 +98,14 @@ def topology_png(
     few = len(accuracies) <= 40
     colors = colormaps["viridis"].with_extremes(bad="0.85")
     across, up = [x for x, _ in spots], [y for _, y in spots]
-    dots = axes.scatter(across, up, c=accuracies, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)
+    dots = axes.scatter(across, up, c=shown, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)
     if few:
-        finite = [value for value in accuracies if math.isfinite(value)]
+        finite = [value for value in shown if math.isfinite(value)]
         middle = (min(finite) + max(finite)) / 2 if finite else 0.0
         for i, (x, y) in enumerate(spots):
-            color = "white" if accuracies[i] < middle else "black"  # on dark violet, on green and yellow
+            color = "white" if shown[i] < middle else "black"  # on dark violet, on green and yellow
             axes.annotate(str(i), (x, y), ha="center", va="center", fontsize=8, color=color, zorder=3)
     figure.colorbar(dots, ax=axes, label="test accuracy", format=PercentFormatter(1.0), shrink=0.8)
-    axes.set(title=title, aspect="equal")
+    axes.set(title=_text(title, 120), aspect="equal")
     axes.axis("off")
     figure.savefig(path, dpi=150)

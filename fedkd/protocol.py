@@ -3,11 +3,12 @@
 A :class:`Mail` goes from the relay to a peer, an :class:`Answer` comes back; a :class:`Letter` is one
 peer's encoded knowledge inside a mail. Everything is checked while it is unpacked: a message that does not
 have exactly this form raises :class:`BadMessage`, which names what was found and what was expected.
-Nothing is unpickled: arrays are npy without objects, everything else is text and numbers.
+Nothing is unpickled: arrays are npy without objects, everything else is text and numbers, and an answer holds only so
+much of them.
 """
 
-import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -22,12 +23,37 @@ Kind = Literal["introduce", "start", "learn", "isolated", "pooled", "merge"]
 Scalar = str | int | float | bool
 Arrays = Mapping[str, np.ndarray]
 
+SERIES = ("test_accuracy", "confidence", "accuracy", "samples")
+"""What an answer may hold series of: the isolated control's curve, and the bins of a reliability diagram."""
+
 _LETTER = "letter."
 _MAX_ARRAYS = 4096
+_MAX_FACTS, _MAX_METRICS = 64, 64
+_MAX_NAME, _MAX_TEXT, _MAX_CLASSES = 200, 2000, 10**6  # characters
+_MAX_WHOLE = 2**63 - 1
+_MAX_BINS = 64
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = re.compile(  # what numpy writes for plain little-endian numbers; its own reader evaluates Python
+    rb"\{'descr': '(<f[248]|<[iu][248]|\|[iu]1)', 'fortran_order': False, "
+    rb"'shape': \((|[0-9]{1,15},|[0-9]{1,15}(?:, [0-9]{1,15}){1,31})\), \} *\n"
+)
+
+
+def one_line(text: str, limit: int = _MAX_TEXT) -> str:
+    r"""Return text that anyone may have written as one printable line of at most ``limit`` characters.
+
+    >>> one_line("power\ncut\x1b[2J", 10)
+    'power cut…'
+    """
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 class BadMessage(FedkdError):
     """A message that does not have the form this protocol gives it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class Mail:
         run: a token of this run, the same when it is resumed: state and sealed mail of another run are refused.
         letters: the knowledge of the peer's teachers.
         keys: the public keys of all peers in hex, by name in the order of their indices, when mail is sealed.
+        rounds: for the isolated control, the rounds in which the peer took part.
         state_dir: where a simulated peer keeps its state; a deployed peer uses its own folder and ignores it.
     """
 
@@ -68,6 +95,7 @@ class Mail:
     letters: tuple[Letter, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     state_dir: str = ""
+    rounds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,13 @@ def pack_mail(mail: Mail) -> RecordDict:
     content = RecordDict(
         {
             "mail": ConfigRecord(
-                {"kind": mail.kind, "round": mail.round, "run": mail.run, "state-dir": mail.state_dir}
+                {
+                    "kind": mail.kind,
+                    "round": mail.round,
+                    "run": mail.run,
+                    "state-dir": mail.state_dir,
+                    "rounds": list(mail.rounds),
+                }
             ),
             "settings": ConfigRecord(dict(mail.settings)),
             "keys": ConfigRecord(dict(mail.keys)),
@@ -152,6 +186,7 @@ def unpack_mail(content: RecordDict) -> Mail:
         letters,
         {name: _text(keys, name) for name in keys},
         _text(head, "state-dir"),
+        tuple(_round(round) for round in _list(head, "rounds", int)),
     )
 
 
@@ -171,32 +206,64 @@ def pack_answer(answer: Answer) -> RecordDict:
 
 
 def unpack_answer(content: RecordDict) -> Answer:
-    """Read an answer; raise :class:`BadMessage` if it does not have the form."""
+    """Read an answer; raise :class:`BadMessage` if it does not have the form.
+
+    Free text (facts, the error) is cut to one line of 2,000 characters. At most 64 facts and metrics are read; a series
+    has a name among ``SERIES`` and at most 64 numbers, or one for each round up to the answer's.
+    """
     head = _config(content, "answer")
-    facts = dict(_config(content, "facts"))
-    for name, value in facts.items():
-        if not isinstance(value, str | int):
-            raise BadMessage(f"Expected fact `{name}` to be text or a whole number, but got {type(value).__name__}.")
-    metrics: dict[str, float] = {}
-    series: dict[str, list[float]] = {}
-    for name, number in _metrics(content, "metrics").items():
-        if isinstance(number, list):
-            raise BadMessage(f"Expected metric `{name}` to be a number, but got a list.")
-        metrics[name] = float(number)
-    for name, numbers in _metrics(content, "series").items():
-        if not isinstance(numbers, list):
-            raise BadMessage(f"Expected series `{name}` to be a list, but got a number.")
-        series[name] = [float(v) for v in numbers]
-    arrays = _from_record(content, "knowledge") if "knowledge" in content else {}
+    peer, round = _text(head, "peer"), _round(head.get("round"))
+    if not (0 < len(peer) <= _MAX_NAME and peer.isprintable()):
+        raise BadMessage(f"Expected `peer` to be a printable name of at most {_MAX_NAME} characters, but got {peer!r}.")
     return Answer(
-        _text(head, "peer"),
-        _round(head.get("round")),
-        facts,
-        metrics,
-        series,
-        arrays,
-        _text(head, "error"),
+        peer,
+        round,
+        _facts(_config(content, "facts")),
+        {
+            name: _number(f"metric `{name}`", value)
+            for name, value in _few(_metrics(content, "metrics"), "metrics", _MAX_METRICS)
+        },
+        _series(_metrics(content, "series"), longest=max(_MAX_BINS, round + 1)),
+        _from_record(content, "knowledge") if "knowledge" in content else {},
+        one_line(_text(head, "error")),
     )
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str | int]:
+    facts: dict[str, str | int] = {}
+    for name, value in _few(record, "facts", _MAX_FACTS):
+        if isinstance(value, str):
+            # The classes are a list to be read, not a text to be shown: cut, they would be neither.
+            facts[name] = one_line(value, _MAX_CLASSES if name == "classes" else _MAX_TEXT)
+        elif isinstance(value, int) and abs(value) <= _MAX_WHOLE:
+            facts[name] = value
+        else:
+            kind = type(value).__name__
+            raise BadMessage(f"Expected fact `{name}` to be text or a whole number of 64 bits, but got {kind}.")
+    return facts
+
+
+def _series(record: Mapping[str, Any], *, longest: int) -> dict[str, list[float]]:
+    series: dict[str, list[float]] = {}
+    for name, numbers in record.items():
+        if name not in SERIES or not isinstance(numbers, list) or len(numbers) > longest:
+            found = f"{len(numbers)} numbers" if isinstance(numbers, list) else "a number"
+            allowed = f"a list of at most {longest} numbers, named one of {', '.join(SERIES)}"
+            raise BadMessage(f"Expected series `{name}` to be {allowed}, but got {found}.")
+        series[name] = [_number(f"series `{name}`", number) for number in numbers]
+    return series
+
+
+def _few(record: Mapping[str, Any], what: str, most: int) -> list[tuple[str, Any]]:
+    if len(record) > most:
+        raise BadMessage(f"Expected at most {most} {what}, but got {len(record)}.")
+    return list(record.items())
+
+
+def _number(what: str, value: object) -> float:
+    if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > _MAX_WHOLE):
+        raise BadMessage(f"Expected {what} to be a number of 64 bits, but got {type(value).__name__}.")
+    return float(value)
 
 
 def _to_record(arrays: Arrays) -> ArrayRecord:
@@ -211,26 +278,32 @@ def _from_record(content: RecordDict, name: str) -> dict[str, np.ndarray]:
         raise BadMessage(f"Expected at most {_MAX_ARRAYS} arrays in `{name}`, but got {len(record)}.")
     arrays: dict[str, np.ndarray] = {}
     for array_name, array in record.items():
+        if len(array_name) > _MAX_NAME or not array_name.isprintable():
+            raise BadMessage(f"Expected names of at most {_MAX_NAME} characters in `{name}`, but got {array_name!r}.")
         try:
             arrays[array_name] = _read_npy(array.data)
-        except (ValueError, EOFError, TypeError, MemoryError) as error:
+        except ValueError as error:
             raise BadMessage(f"Expected array `{array_name}` of `{name}` to be npy data: {error}") from error
     return arrays
 
 
 def _read_npy(data: bytes) -> np.ndarray:
-    """Read npy bytes without objects, believing no header that the bytes do not back."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"npy version {version}")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    body = len(data) - stream.tell()
-    if dtype.hasobject or fortran_order or dtype.kind not in "fiu":
-        raise ValueError(f"dtype {dtype}, fortran_order {fortran_order}")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != body:
-        raise ValueError(f"shape {shape} of {dtype} needs {math.prod(shape) * dtype.itemsize} bytes, {body} came")
-    return np.frombuffer(data, dtype=dtype, offset=stream.tell()).reshape(shape)
+    """Read npy bytes of plain numbers in C order, believing no header that the bytes do not back.
+
+    Raises:
+        ValueError: anything else.
+    """
+    start = len(_NPY_MAGIC) + 2
+    end = start + int.from_bytes(data[len(_NPY_MAGIC) : start], "little")
+    header = _NPY_HEADER.fullmatch(data, start, end)
+    if not data.startswith(_NPY_MAGIC) or header is None or end > len(data):
+        raise ValueError(f"no npy 1.0 header of plain numbers in C order, but {bytes(data[:end])[:200]!r}")
+    dtype = np.dtype(header[1].decode())
+    shape = tuple(int(size) for size in header[2].decode().split(",") if size)
+    size = math.prod(shape) * dtype.itemsize
+    if size != len(data) - end:
+        raise ValueError(f"shape {shape} of {dtype} needs {size} bytes, {len(data) - end} came")
+    return np.frombuffer(data, dtype=dtype, offset=end).reshape(shape)
 
 
 def _config(content: RecordDict, name: str) -> Mapping[str, Any]:

@@ -107,9 +107,19 @@ class Summary:
     topology: Mapping[str, float | str] = field(default_factory=dict)
 
     def mean(self, what: str) -> float:
-        """Return the mean of a number over the peers (``before``, ``after``, ``gain``, ...)."""
-        values = [getattr(peer, what) for peer in self.peers]
-        return sum(values) / len(values) if values else math.nan
+        """Return the mean of a number over the peers that have it (``before``, ``after``, ``gain``, ...)."""
+        return mean([getattr(peer, what) for peer in self.peers])
+
+    @property
+    def gain_over_isolated(self) -> float:
+        """Return the mean difference to isolated, over the peers that have both."""
+        return mean([peer.after - peer.isolated for peer in self.peers])
+
+
+_LEFT = (
+    "config.json", "rounds.jsonl", "reliability.jsonl", "relay.safetensors", "summary.json", "error.txt",
+    "accuracy.png", "topology.png",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -127,10 +137,9 @@ class RunFolder:
         """Write ``config.json``: every setting, the versions, the commit, and facts about this run."""
         self._write("config.json", {"settings": dict(settings), **facts, "environment": environment()})
 
-    def begin_rounds(self) -> None:
-        """Empty ``rounds.jsonl``, and remove what an earlier run in this folder came to."""
-        (self.path / "rounds.jsonl").write_text("")
-        for name in ("reliability.jsonl", "summary.json", "error.txt"):
+    def clear(self) -> None:
+        """Remove what an earlier run in this folder left, so that nothing of it can be taken for this one's."""
+        for name in _LEFT:
             (self.path / name).unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
@@ -146,9 +155,9 @@ class RunFolder:
             raise SettingError("resume", str(self.path), f"the folder of a run with a config.json ({error})") from error
 
     def rewind(self, round: int) -> list[Row]:
-        """Cut ``rounds.jsonl`` back to the rows of rounds up to one, a line cut off by a kill included; return them."""
+        """Cut the files of rows back to rounds up to one, a line cut off by a kill included; return the rows."""
         rows = []
-        for line in (self.path / "rounds.jsonl").read_text().splitlines():
+        for line in self._lines("rounds.jsonl"):
             try:
                 row = read_row(line)
             except ValueError:
@@ -156,7 +165,17 @@ class RunFolder:
             if row.round <= round:
                 rows.append(row)
         self._write_text("rounds.jsonl", "".join(row_line(row) for row in rows))
+        bins = [
+            line
+            for line in self._lines("reliability.jsonl")
+            if line.endswith("}") and json.loads(line)["round"] <= round
+        ]
+        self._write_text("reliability.jsonl", "".join(line + "\n" for line in bins))
         return rows
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.path / name
+        return path.read_text().splitlines() if path.exists() else []
 
     def append(self, rows: Sequence[Row]) -> None:
         """Append the rows of a closed round, in one write."""
@@ -172,7 +191,7 @@ class RunFolder:
         for entry, peer in zip(content["peers"], summary.peers, strict=True):
             entry["gain"] = peer.gain
         content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
-        content["gain_over_isolated"] = summary.mean("after") - summary.isolated
+        content["gain_over_isolated"] = summary.gain_over_isolated
         self._write("summary.json", content)
 
     def append_reliability(self, round: int, peer: str, bins: Mapping[str, Sequence[float]]) -> None:
@@ -191,6 +210,12 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
         partial.replace(self.path / name)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of those values that are finite; NaN if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def row_line(row: Row) -> str:

@@ -156,41 +156,6 @@ class Sealer:
         return _join(_PURPOSE, self.run, sender, to, str(round), self.context, bound)
 
 
-class ReplayGuard:
-    """Lets each sender's rounds only rise, where no round is expected (asynchronous gossip).
-
-    Ask it after a letter has opened: only then is its round the sender's own word.
-
-    Args:
-        newest: the newest round accepted so far by sender, as :attr:`newest` gave it.
-
-    >>> guard = ReplayGuard()
-    >>> guard.accept("a", 4)
-    >>> guard.accept("a", 4)
-    Traceback (most recent call last):
-    fedkd.sealing.SealError: Mail from 'a' for round 4 is a replay: round 4 has been heard.
-    """
-
-    def __init__(self, newest: Mapping[str, int] | None = None) -> None:
-        self._newest = dict(newest or {})
-
-    @property
-    def newest(self) -> dict[str, int]:
-        """The newest round accepted by sender, to be kept with the peer's state."""
-        return dict(self._newest)
-
-    def accept(self, sender: str, round: int) -> None:
-        """Remember a sender's round.
-
-        Raises:
-            SealError: this round, or a newer one, has been accepted.
-        """
-        newest = self._newest.get(sender)
-        if newest is not None and round <= newest:
-            raise SealError(f"Mail from {sender!r} for round {round} is a replay: round {newest} has been heard.")
-        self._newest[sender] = round
-
-
 def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Named arrays of numbers as one safetensors blob, which holds no code.
 

@@ -22,6 +22,10 @@ Beside = Callable[[Tensor], Tensor]
 """A further loss of a batch of proxy indices ``[B]``, called right after the model has seen that batch."""
 
 
+Losses = tuple[Tensor, Tensor]
+"""The loss of a batch to descend on, and the one to report; both scalars."""
+
+
 @dataclass(frozen=True)
 class Optimization:
     """How every training phase descends.
@@ -85,11 +89,12 @@ def fit(model: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, how: O
     Returns:
         The mean loss of the last epoch in nats; NaN if there was none.
     """
-    return _descend(
-        model,
-        lambda batch: F.cross_entropy(model(inputs[batch]), labels[batch]),
-        count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device,
-    )  # fmt: skip
+
+    def losses(batch: Tensor) -> Losses:
+        loss = F.cross_entropy(model(inputs[batch]), labels[batch])
+        return loss, loss
+
+    return _descend(model, losses, count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device)
 
 
 def distil(
@@ -116,18 +121,15 @@ def distil(
         beside: a loss that is added, see :data:`Beside`.
 
     Returns:
-        The mean loss of the last epoch, in the unit of the divergence; NaN if there was none.
+        The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
 
-    def loss_of(batch: Tensor) -> Tensor:
-        loss = distillation(model(inputs[batch]), teachers[batch])
-        return loss if beside is None else loss + beside(batch)
+    def losses(batch: Tensor) -> Losses:
+        divergence = distillation(model(inputs[batch]), teachers[batch])
+        loss = distillation.scale * divergence
+        return loss if beside is None else loss + beside(batch), divergence
 
-    return _descend(
-        model,
-        loss_of,
-        count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device,
-    )  # fmt: skip
+    return _descend(model, losses, count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device)
 
 
 def fit_and_distil(
@@ -158,22 +160,59 @@ def fit_and_distil(
         beside: a loss that is added, see :data:`Beside`.
 
     Returns:
-        The mean of the whole loss over the last epoch; NaN if there was none.
+        The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
-    inputs, labels = private
-    order = torch.Generator().manual_seed(derive(seed, "private"))
-    private_batches = chain.from_iterable(batches(len(inputs), how.batch_size, order) for _ in repeat(None))
+    own_loss = _endless_labels(model, *private, how=how, seed=seed)
 
-    def loss_of(batch: Tensor) -> Tensor:
-        loss = distillation(model(proxy[batch]), teachers[batch])
+    def losses(batch: Tensor) -> Losses:
+        divergence = distillation(model(proxy[batch]), teachers[batch])
+        loss = distillation.scale * divergence
         if beside is not None:
             loss = loss + beside(batch)
         if distillation.label_weight > 0:
-            own = next(private_batches).to(inputs.device)
-            loss = loss + distillation.label_weight * F.cross_entropy(model(inputs[own]), labels[own])
-        return loss
+            loss = loss + distillation.label_weight * own_loss()
+        return loss, divergence
 
-    return _descend(model, loss_of, count=len(proxy), epochs=epochs, how=how, seed=seed, device=proxy.device)
+    return _descend(model, losses, count=len(proxy), epochs=epochs, how=how, seed=seed, device=proxy.device)
+
+
+def fit_alone(
+    model: nn.Module, private: tuple[Tensor, Tensor], *, proxy_count: int, epochs: int, how: Optimization, seed: int
+) -> float:
+    """Train as :func:`fit_and_distil` does, on the same private batches, without teachers: the control beside it.
+
+    Args:
+        model: on the device of the data.
+        private: inputs ``[M, ...]`` and labels ``[M]``.
+        proxy_count: N, the number of proxy samples that the other goes through.
+        epochs: passes over those.
+        how: the optimiser and its settings.
+        seed: that of the other.
+
+    Returns:
+        The mean loss of the last pass in nats; NaN if there was none.
+    """
+    own_loss = _endless_labels(model, *private, how=how, seed=seed)
+
+    def losses(batch: Tensor) -> Losses:
+        loss = own_loss()
+        return loss, loss
+
+    return _descend(model, losses, count=proxy_count, epochs=epochs, how=how, seed=seed, device=private[0].device)
+
+
+def _endless_labels(
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, how: Optimization, seed: int
+) -> Callable[[], Tensor]:
+    """Return what gives the cross-entropy of one private batch after another, the data gone through again and again."""
+    order = torch.Generator().manual_seed(derive(seed, "private"))
+    drawn = chain.from_iterable(batches(len(inputs), how.batch_size, order) for _ in repeat(None))
+
+    def loss() -> Tensor:
+        own = next(drawn).to(inputs.device)
+        return F.cross_entropy(model(inputs[own]), labels[own])
+
+    return loss
 
 
 @torch.no_grad()
@@ -185,7 +224,7 @@ def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tenso
 
 def _descend(
     model: nn.Module,
-    loss_of: Callable[[Tensor], Tensor],
+    losses: Callable[[Tensor], Losses],
     *,
     count: int,
     epochs: int,
@@ -203,10 +242,10 @@ def _descend(
         for _ in range(epochs):
             total.zero_()
             for batch in batches(count, how.batch_size, order):
-                loss = loss_of(batch.to(device))
+                loss, reported = losses(batch.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 optimizer.step()
-                total += loss.detach() * len(batch)
+                total += reported.detach() * len(batch)
     model.eval()
     return float(total) / count

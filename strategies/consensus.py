@@ -1,7 +1,6 @@
 """Consensus distillation: a server averages the knowledge of all. A baseline, not server-free."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -19,17 +18,13 @@ class Consensus(Strategy):
 
     ``fedmd``: the mean of the logits, fitted by mean absolute error (Li and Wang, 2019, arXiv 1910.03581 [paper]).
     ``ds-fl``: the mean of the probabilities, sharpened by softmax(p̄/0.1), fitted by KL (Itahara et al., 2020,
-    arXiv 2008.06180, entropy reduction aggregation [paper]).
+    arXiv 2008.06180, entropy reduction aggregation [paper]). The settings bring that loss: see
+    ``RunConfig.effective``.
     """
 
     def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
-        super().__init__(replace(config, topology="complete"), peers, classes)
+        super().__init__(config, peers, classes)
         self._mean: tuple[int, Letter] | None = None
-
-    def peer_settings(self) -> RunConfig:
-        """Return the settings with the loss of the method."""
-        divergence = "mae" if self.config.consensus == "fedmd" else "kl"
-        return replace(self.config, divergence=divergence, temperature=1.0)
 
     def teachers(self, peer: int, round: int) -> Sequence[int]:
         """Return everyone: the mean is over all, the peer's own knowledge included."""

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Sequence
 
+from fedkd.protocol import one_line
 from fedkd.results import Row, Summary
 from strategies.topology import Topology
+
+_SHOWN = 500  # characters of what went wrong at a peer; the whole text is in its row
+_NAME = 60  # characters of a name in the table
 
 
 def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence[float], *, unit: str = "round") -> str:
@@ -17,7 +21,7 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
         durations: seconds that every round so far took, round 0 first.
         unit: what is counted.
     """
-    accuracies = [row.test_accuracy for row in rows if math.isfinite(row.test_accuracy)]
+    accuracies = [row.test_accuracy for row in rows if 0 <= row.test_accuracy <= 1]
     found = "accuracy not measured".ljust(43)
     if accuracies:
         mean = sum(accuracies) / len(accuracies)
@@ -27,7 +31,7 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
     if 0 < round < rounds:
         ours = durations[1:]
         line += f"  ~{sum(ours) / len(ours) * (rounds - round):.0f} s left"
-    problems = [f"{row.peer}: {row.error}" for row in rows if row.error]
+    problems = [one_line(f"{row.peer}: {row.error}", _SHOWN) for row in rows if row.error]
     return "\n".join([line, *problems])
 
 
@@ -56,8 +60,9 @@ def summary_table(summary: Summary) -> str:
         table.add_column(name, justify="right")
     for p in summary.peers:
         table.add_row(
-            p.peer, p.model, f"{p.parameters:,}", f"{p.samples:,}", _share(p.before), _share(p.after),
-            _points(p.gain), f"{_share(p.own_before)} → {_share(p.own_after)}", _share(p.isolated),
+            one_line(p.peer, _NAME), one_line(p.model, _NAME), f"{p.parameters:,}", f"{p.samples:,}",
+            _share(p.before), _share(p.after), _points(p.gain), f"{_share(p.own_before)} → {_share(p.own_after)}",
+            _share(p.isolated),
         )  # fmt: skip
     table.add_section()
     mean = summary.mean
@@ -74,7 +79,8 @@ def summary_table(summary: Summary) -> str:
         if math.isfinite(after):
             table.add_row(name, model, "", "", _share(before) if name == "isolated" else "", _share(after),
                           _points(after - before) if name == "isolated" else "")  # fmt: skip
-    console = Console(width=120, force_terminal=False, no_color=True)
+    # Names are the peers' own choice: what looks like markup in them is text.
+    console = Console(width=120, force_terminal=False, no_color=True, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
@@ -97,7 +103,7 @@ def closing_line(summary: Summary) -> str:
     totals = summary.totals
     line = f"mean accuracy {_share(summary.mean('before'))} → {_share(summary.mean('after'))}"
     if math.isfinite(summary.isolated):
-        line += f", {_points(summary.mean('after') - summary.isolated)} points over isolated"
+        line += f", {_points(summary.gain_over_isolated)} points over isolated"
     return (
         f"{line}; {totals['rounds']:.0f} rounds, {size(int(totals['bytes_up'])).strip()} up, "
         f"{size(int(totals['bytes_down'])).strip()} down, {totals['seconds']:.1f} s"
@@ -105,8 +111,8 @@ def closing_line(summary: Summary) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:.1%}" if math.isfinite(value) else "–"
+    return f"{value:.1%}" if 0 <= value <= 1 else "–"
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}" if math.isfinite(value) else "–"
+    return f"{100 * value:+.1f}" if abs(value) <= 1 else "–"

@@ -2,16 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from fedkd.config import RunConfig, split_list
-from fedkd.results import PeerSummary, Row, Summary
+from fedkd.protocol import Kind, Mail, one_line
+from fedkd.results import PeerSummary, Row, Summary, mean
+from strategies.post import Receipt
 from strategies.relay import Relay
 from strategies.roster import Member
 
+Say = Callable[[str], None]
 
-def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Callable[[str], None] = print) -> Summary:
+
+def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Say = print) -> Summary:
     """Run the controls that a run asks for and sum it up.
 
     Args:
@@ -28,39 +32,66 @@ def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Callable[[
     topology = relay.strategy.topology
     return Summary(
         peers=peers,
-        isolated=_mean([peer.isolated for peer in peers]),
-        isolated_by_round=[_mean(column) for column in zip(*isolated.values(), strict=True)],
+        isolated=mean([peer.isolated for peer in peers]),
+        isolated_by_round=[mean(column) for column in zip(*isolated.values(), strict=True)],
         pooled=pooled,
         pooled_model=config.pooled_model if math.isfinite(pooled) else "",
         totals={"rounds": max((row.round for row in relay.rows), default=0), **spent, "seconds": seconds},
         round_seconds=ledger.seconds,
+        classes=relay.members[0].classes,
         topology={"name": topology.name, **asdict(topology.stats())} if topology else {},
     )
 
 
-def _isolated(relay: Relay, config: RunConfig, say: Callable[[str], None]) -> dict[int, list[float]]:
+def _isolated(relay: Relay, config: RunConfig, say: Say) -> dict[int, list[float]]:
     """Run every peer again without teachers; return its test accuracy by round, by index."""
-    mails = {m.node: relay.mail("isolated", config.rounds) for m in relay.ready()}
+    mails = {m.node: relay.mail("isolated", config.rounds, rounds=relay.attended(m)) for m in relay.ready()}
     found: dict[int, list[float]] = {}
-    for receipt in relay.exchange(mails):
-        if receipt.answer is None or receipt.error:
-            say(f"control isolated: no result from {relay.member(receipt).name}: {receipt.error}")
-        elif receipt.mail.kind == "isolated":
-            found[relay.member(receipt).index] = list(receipt.answer.series["test_accuracy"])
+    problems = dict.fromkeys(mails, "no answer")
+    for receipt in _answers(relay, mails, "isolated", say):
+        curve = receipt.answer.series.get("test_accuracy", []) if receipt.answer is not None else []
+        if receipt.error:
+            problems[receipt.node] = receipt.error
+        elif len(curve) != config.rounds + 1 or not all(_possible(value) or math.isnan(value) for value in curve):
+            problems[receipt.node] = f"expected an accuracy for each of the rounds 0 to {config.rounds}"
+        else:
+            problems.pop(receipt.node, None)
+            found[relay.member(receipt).index] = list(curve)
+    for m in relay.members:
+        if m.node in problems:
+            say(f"control isolated: no result from {m.name}: {problems[m.node]}")
     return found
 
 
-def _pooled(relay: Relay, config: RunConfig, say: Callable[[str], None]) -> float:
+def _pooled(relay: Relay, config: RunConfig, say: Say) -> float:
     """Train one model on all private data, where all peers are stand-ins on this machine."""
     ready = relay.ready()
     if not all(m.simulated for m in relay.members) or not ready:
         say("control pooled: left out, since no real peer may see the others' data")
         return math.nan
-    for receipt in relay.exchange({ready[0].node: relay.mail("pooled", config.rounds)}):
-        if receipt.mail.kind == "pooled" and receipt.answer is not None and not receipt.error:
-            return receipt.answer.metrics["test_accuracy"]
-        say(f"control pooled: no result: {receipt.error}")
+    problem = "no answer"
+    mails = {ready[0].node: relay.mail("pooled", config.rounds)}
+    for receipt in _answers(relay, mails, "pooled", say):
+        accuracy = receipt.answer.metrics.get("test_accuracy", math.nan) if receipt.answer is not None else math.nan
+        if not receipt.error and _possible(accuracy):
+            return accuracy
+        problem = receipt.error or f"expected a test accuracy in [0, 1], but got {accuracy}"
+    say(f"control pooled: no result: {problem}")
     return math.nan
+
+
+def _answers(relay: Relay, mails: Mapping[int, Mail], kind: Kind, say: Say) -> Iterator[Receipt]:
+    """Yield what comes back to a control's mails, and nothing that is late from a round."""
+    try:
+        for receipt in relay.exchange(mails):
+            if receipt.mail.kind == kind:
+                yield receipt
+    except Exception as error:  # whatever breaks in a control must not cost the rounds before it their summary
+        say(f"control {kind}: broken off: {one_line(f'{type(error).__name__}: {error}')}")
+
+
+def _possible(accuracy: float) -> bool:
+    return 0 <= accuracy <= 1
 
 
 def _peer_summary(rows: Sequence[Row], m: Member, isolated: Sequence[float]) -> PeerSummary:
@@ -81,8 +112,3 @@ def _peer_summary(rows: Sequence[Row], m: Member, isolated: Sequence[float]) -> 
         kd_weight=own[-1].kd_weight if own else math.nan,
         failures=dict(Counter(row.status for row in own if row.status != "ok")),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan

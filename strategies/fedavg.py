@@ -1,5 +1,7 @@
 """Federated averaging: a server averages weights of one architecture. A baseline, not server-free."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +15,8 @@ from fedkd.protocol import Answer, Arrays, Letter
 from strategies.mailbox import SERVER, Mailbox
 from strategies.strategy import Strategy
 
+_MOST_SAMPLES = 10**9
+
 
 class FedAvg(Strategy):
     """Flower's FedAvg over the peers' weights, weighed by their numbers of samples (McMahan et al., 2017).
@@ -24,6 +28,9 @@ class FedAvg(Strategy):
     proxy set, with the exchange charged as bytes and as a round [ours]).
 
     The accuracy of round t is that of the averaged model every peer receives in round t.
+
+    Only the peers know the architecture: the weights that most of them send at the start say what it is, others are
+    left out of that average, and from then on refused.
     """
 
     def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
@@ -36,17 +43,18 @@ class FedAvg(Strategy):
         return range(self.peers)
 
     def check(self, answer: Answer) -> None:
-        """Refuse weights that are not finite; logits, sent for a distilled start, are checked as such."""
-        if answer.round == 0 and self.config.fedavg_start == "distilled":
+        """Refuse weights that cannot be averaged; logits, sent for a distilled start, are checked as such."""
+        distilled = self.config.fedavg_start == "distilled"
+        if answer.round == 0 and distilled:
             return super().check(answer)
-        if answer.round == self.config.rounds and not answer.arrays:
+        merged = distilled and self._average is None  # the model that was distilled at the start
+        if answer.round == self.config.rounds and not answer.arrays and not merged:
             return None  # the last average is only measured
-        if not answer.arrays:
-            raise BadKnowledge("expected weights, but got no array")
-        for name, array in answer.arrays.items():
-            if array.dtype != np.float32 or not np.isfinite(array).all():
-                raise BadKnowledge(f"expected weights `{name}` to be finite float32, but got {array.dtype}")
-        self._samples[answer.peer] = int(answer.metrics.get("samples", 1))
+        _check_finite(answer.arrays)
+        if self._average is not None and (found := _layout(answer.arrays)) != _layout(self._average[1].arrays):
+            raise BadKnowledge(f"expected weights like the average's, but got other names or shapes: {found[:4]}")
+        if not merged:
+            self._samples[answer.peer] = _samples(answer)
         return None
 
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
@@ -69,20 +77,42 @@ class FedAvg(Strategy):
         return (self._average[1],)
 
     def _aggregate(self, letters: Sequence[Letter], round: int) -> Arrays:
+        common, _ = Counter(_layout(letter.arrays) for letter in letters).most_common(1)[0]
         replies = [
             Message(
                 RecordDict(
                     {
                         "arrays": ArrayRecord({name: Array(array) for name, array in letter.arrays.items()}),
-                        "metrics": MetricRecord({"num-examples": self._samples.get(letter.sender, 1)}),
+                        "metrics": MetricRecord({"num-examples": self._samples[letter.sender]}),
                     }
                 ),
                 dst_node_id=index,
                 message_type="train",
             )
             for index, letter in enumerate(letters)
+            if _layout(letter.arrays) == common
         ]
         arrays, _ = flower.FedAvg().aggregate_train(round, replies)
         if arrays is None:
             raise BadKnowledge(f"Flower's FedAvg averaged nothing in round {round}")
         return {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
+
+
+def _layout(arrays: Arrays) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(sorted((name, array.shape) for name, array in arrays.items()))
+
+
+def _check_finite(arrays: Arrays) -> None:
+    if not arrays:
+        raise BadKnowledge("expected weights, but got no array")
+    for name, array in arrays.items():
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise BadKnowledge(f"expected weights `{name}` to be finite float32, but got {array.dtype}")
+
+
+def _samples(answer: Answer) -> int:
+    """Return how many samples a peer says it trained on: the weight of its weights."""
+    value = answer.metrics.get("samples", math.nan)
+    if not 1 <= value <= _MOST_SAMPLES or value != int(value):
+        raise BadKnowledge(f"expected metric `samples` to be a whole number from 1 to {_MOST_SAMPLES}, but got {value}")
+    return int(value)

@@ -1,13 +1,18 @@
-"""The first exchange of a run: peers check everything they can before anyone trains, and say who they are."""
+"""The first exchange of a run: peers check everything they can before anyone trains, and say who they are.
+
+Every peer that takes part has to introduce itself: its index is its place in the data partition and in the topology,
+so that a run cannot begin around a gap, and what it would have said is a wrong setting that all have to know before
+they train. A silent or broken node is left out only where it is one too many.
+"""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fedkd.config import RunConfig
 from fedkd.protocol import Mail
-from strategies.post import Post, Receipt
+from strategies.post import Post
 from strategies.relay import RelayError, same_said_once
-from strategies.roster import Member, member, roster
+from strategies.roster import Member, expected, member, roster
 
 _NODE_WAIT = 0.1  # seconds between looks at the list of nodes
 _SETTLED = 10  # looks without a newcomer after which a federation of unknown size is taken as complete
@@ -19,7 +24,7 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     Args:
         post: carries the messages.
         config: the run's settings; ``peers`` says how many take part, and nodes with a higher number stay spare;
-            0: as many as the first say there are.
+            0: as many as most of them say there are.
         run: the token of this run.
         state_dir: where simulated peers keep their state.
 
@@ -31,38 +36,58 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     met: set[int] = set()
     missing = config.peers
     while missing > 0 or not met:
-        nodes = set(_wait_for_nodes(post, config, len(met) + missing))
-        members += _introductions(post, config, nodes - met, mail)
-        met |= nodes
-        missing = max((m.expected for m in members), default=config.peers) - len(members)
+        newcomers = _wait_for_newcomers(post, config, met, missing)
+        members += _introductions(post, config, newcomers, mail, known=members)
+        met |= newcomers
+        missing = _count(members, config) - len(members)
     return roster(members)
 
 
-def _wait_for_nodes(post: Post, config: RunConfig, count: int) -> list[int]:
-    """Wait for ``count`` nodes; for 0, until some are there and no more have come for a while."""
+def _count(members: Sequence[Member], config: RunConfig) -> int:
+    """Return how many peers take part, as far as is known yet."""
+    return config.peers or expected(members)
+
+
+def _wait_for_newcomers(post: Post, config: RunConfig, met: set[int], missing: int) -> set[int]:
+    """Wait for nodes that have not been met: as many as are missing.
+
+    Where only the peers know how many they are, one that errs must not make the others wait for peers that do not
+    exist: newcomers are returned too once no more have come for a while.
+    """
     deadline = time.monotonic() + config.round_timeout
     seen, quiet = -1, 0
     while True:
-        nodes = post.nodes()
-        quiet = quiet + 1 if len(nodes) == seen else 0
-        seen = len(nodes)
-        if (count and seen >= count) or (not count and nodes and quiet >= _SETTLED):
-            return nodes
-        if time.monotonic() > deadline and (count or not nodes):
-            raise RelayError(f"{seen} of {count or 'at least 1'} peers connected in time (`round-timeout`)")
+        newcomers = set(post.nodes()) - met
+        quiet = quiet + 1 if len(newcomers) == seen else 0
+        seen = len(newcomers)
+        settled = not config.peers and quiet >= _SETTLED
+        if newcomers and ((missing and seen >= missing) or settled):
+            return newcomers
+        if time.monotonic() > deadline and (config.peers or not newcomers):
+            lack = missing - seen if missing else "at least 1"
+            raise RelayError(f"{len(met) + seen} nodes connected in time (`round-timeout`), but {lack} more is needed")
         time.sleep(_NODE_WAIT)
 
 
-def _introductions(post: Post, config: RunConfig, nodes: Iterable[int], mail: Mail) -> list[Member]:
+def _introductions(
+    post: Post, config: RunConfig, nodes: Iterable[int], mail: Mail, *, known: Sequence[Member]
+) -> list[Member]:
     mails = dict.fromkeys(nodes, mail)
     post.send(mails)
     receipts = list(post.receive(mails, deadline=time.monotonic() + config.round_timeout))
-    if problems := [(_sender(receipt), receipt.error) for receipt in receipts if receipt.error]:
+    if problems := [(r.answer.peer, r.error) for r in receipts if r.answer is not None and r.error]:
         raise RelayError(same_said_once(problems))
-    if silent := len(mails) - len(receipts):
-        raise RelayError(f"{silent} peers did not introduce themselves in time (`round-timeout`)")
-    return [member(r.node, r.answer) for r in receipts if r.answer is not None and "spare" not in r.answer.facts]
-
-
-def _sender(receipt: Receipt) -> str:
-    return receipt.answer.peer if receipt.answer is not None else f"node {receipt.node}"
+    found = [
+        member(r.node, r.answer, sealed=config.sealed)
+        for r in receipts
+        if r.answer is not None and "spare" not in r.answer.facts
+    ]
+    everyone = [*known, *found]
+    if everyone and {m.index for m in everyone} == set(range(_count(everyone, config))):
+        return found
+    silent = mails.keys() - {receipt.node for receipt in receipts}
+    problems = [(f"node {receipt.node}", receipt.error) for receipt in receipts if receipt.error]
+    problems += [(f"node {node}", "no introduction in time (`round-timeout`)") for node in sorted(silent)]
+    if problems:
+        raise RelayError(same_said_once(problems))
+    return found

@@ -50,12 +50,18 @@ class Post:
     Args:
         grid: Flower's.
         time_to_live: seconds after which Flower drops an unanswered message.
+
+    Attributes:
+        bytes_up: bytes of all encoded arrays that came; ``bytes_down``: that were sent.
     """
 
     def __init__(self, grid: Grid, *, time_to_live: float) -> None:
         self._grid = grid
         self._time_to_live = time_to_live
         self._pending: dict[str, _Sent] = {}  # by message id
+        self._undelivered: list[Receipt] = []
+        self.bytes_up = 0
+        self.bytes_down = 0
 
     def nodes(self) -> list[int]:
         """Return the connected nodes, in ascending order."""
@@ -65,15 +71,28 @@ class Post:
         """Return the nodes that still owe a reply."""
         return {sent.node for sent in self._pending.values()}
 
+    def owed(self, node: int, round: int) -> int:
+        """Return the bytes of the mail of a round to which a node owes a reply; 0 if it owes none."""
+        return sum(s.bytes_down for s in self._pending.values() if s.node == node and s.mail.round == round)
+
     def send(self, mails: Mapping[int, Mail]) -> None:
-        """Push one mail to each node. None of them may be busy."""
+        """Push one mail to each node. None of them may be busy.
+
+        A message that Flower does not take (the node has gone, or it is too large) comes back as an error.
+        """
         if owing := self.busy() & mails.keys():
             raise ValueError(f"nodes {sorted(owing)} still owe a reply")
-        contents = {node: pack_mail(mail) for node, mail in mails.items()}
-        messages = [Message(content, node, PEER_MESSAGE, ttl=self._time_to_live) for node, content in contents.items()]
-        ids = list(self._grid.push_messages(messages))
-        for id_, (node, content) in zip(ids, contents.items(), strict=True):
-            self._pending[id_] = _Sent(node, mails[node], wire_bytes(content))
+        for node, mail in mails.items():
+            content = pack_mail(mail)
+            sent = _Sent(node, mail, wire_bytes(content))
+            message = Message(content, node, PEER_MESSAGE, ttl=self._time_to_live)
+            # One by one: where Flower leaves out a message of many, it does not say which.
+            ids = list(self._grid.push_messages([message]))
+            if len(ids) == 1 and ids[0]:
+                self._pending[ids[0]] = sent
+                self.bytes_down += sent.bytes_down
+            else:
+                self._undelivered.append(Receipt(node, mail, None, 0, 0, "Flower did not take the message"))
 
     def next(self, *, deadline: float) -> list[Receipt]:
         """Wait for at least one reply; return all that are there, or none once the deadline has passed.
@@ -106,12 +125,13 @@ class Post:
                 yield receipt
 
     def _pull(self) -> list[Receipt]:
-        receipts = []
+        receipts, self._undelivered = self._undelivered, []
         for message in self._grid.pull_messages(list(self._pending)):
             # The node in an error reply can be wrong (codes 3 and 5 come from node 1): the message id is not.
             sent = self._pending.pop(message.metadata.reply_to_message_id, None)
             if sent is not None:
                 receipts.append(_receipt(message, sent))
+                self.bytes_up += receipts[-1].bytes_up
         return receipts
 
 

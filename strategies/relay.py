@@ -9,7 +9,7 @@ from typing import Any
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
-from fedkd.protocol import Kind, Letter, Mail
+from fedkd.protocol import Answer, Kind, Letter, Mail
 from fedkd.results import Row, RunFolder
 from strategies.console import round_line
 from strategies.ledger import Ledger
@@ -20,6 +20,10 @@ from strategies.roster import Member
 from strategies.strategy import Strategy
 
 _MEASURES = {f.name for f in fields(Row) if f.type in (float, int)} - {"round", "bytes_up", "bytes_down"}
+_SHARES = {"test_accuracy", "own_accuracy", "ece"}
+_BINS = {"confidence", "accuracy", "samples"}
+_MOST_BINS = 64
+_LONGEST_TEXT = 500
 
 
 class RelayError(FedkdError):
@@ -56,132 +60,55 @@ class Relay:
         say: Callable[[str], None] = print,
         resume: bool = False,
     ) -> None:
-        self.members, self.strategy = members, strategy
-        self._post, self._config, self._folder, self._say = post, config, folder, say
-        self._run_token = run
-        self._settings = strategy.peer_settings().to_mapping()
+        self.members, self.strategy, self.config, self.post = members, strategy, config, post
+        self._folder, self._say, self._run_token = folder, say, run
         self._by_node = {m.node: m for m in members}
         self._keys = {m.name: m.public_key for m in members} if config.sealed else {}
         self.ledger = Ledger.load(folder.path) if resume else Ledger()
-        self.rows: list[Row] = []
-        if self.ledger.round >= 0:
-            self.rows = folder.rewind(self.ledger.round)
+        self.rows: list[Row] = folder.rewind(self.ledger.round) if resume else []
+        self._bytes_before = self.ledger.bytes_up - post.bytes_up, self.ledger.bytes_down - post.bytes_down
+        self._bins: list[tuple[int, str, Mapping[str, Sequence[float]]]] = []
+        if resume:
             say(f"resumed after round {self.ledger.round}")
-        else:
-            folder.begin_rounds()
 
     def run(self) -> None:
-        """Run all rounds that have not closed yet.
+        """Run all rounds that have not closed yet; without a barrier between them under ``mode = "async"``.
 
         Raises:
             RelayError: too few peers answer.
         """
-        last = 0 if self._config.mode == "async" else self._config.rounds
-        for round in range(self.ledger.round + 1, last + 1):
+        rounds = 0 if self.config.mode == "async" else self.config.rounds
+        for round in range(self.ledger.round + 1, rounds + 1):
             self._run_round(round)
             if round == 0 and (letters := self.strategy.to_merge(self.ledger.mailbox)):
                 self._merge(letters)
-        if self._config.mode == "async":
-            self._run_async()
 
     def exchange(self, mails: Mapping[int, Mail]) -> Iterator[Receipt]:
         """Send mails; yield what comes back until all have answered or the round's time is over."""
-        self._post.send(mails)
-        deadline = time.monotonic() + self._config.round_timeout
-        for receipt in self._post.receive(mails, deadline=deadline):
-            self._count(receipt)
-            yield receipt
+        self.post.send(mails)
+        return self.post.receive(mails, deadline=time.monotonic() + self.config.round_timeout)
 
-    def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = ()) -> Mail:
+    def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = (), rounds: tuple[int, ...] = ()) -> Mail:
         """Return a mail with this run's settings."""
         state_dir = str(self._folder.path / "peers")
-        return Mail(kind, round, self._settings, self._run_token, letters, self._keys, state_dir)
+        return Mail(kind, round, self.config.to_mapping(), self._run_token, letters, self._keys, state_dir, rounds)
+
+    def round_mail(self, m: Member, round: int) -> Mail:
+        """Return a peer's mail of a round: what it is to learn from, or once more the start if it has not started."""
+        if m.index not in self.ledger.started:
+            return self.mail("start", round)
+        return self.mail("learn", round, self.strategy.letters(m.index, round, self.ledger.mailbox))
 
     def ready(self) -> list[Member]:
         """Return the peers that have a state and owe no reply."""
-        busy = self._post.busy()
+        busy = self.post.busy()
         return [m for m in self.members if m.index in self.ledger.started and m.node not in busy]
 
     def member(self, receipt: Receipt) -> Member:
         """Return who sent a reply."""
         return self._by_node[receipt.node]
 
-    def _run_round(self, round: int) -> None:
-        began = time.monotonic()
-        busy = self._post.busy()
-        drawn = participants(len(self.members), self._config.participation, seed=self._config.seed, round=round)
-        mails = {m.node: self._round_mail(m, round) for m in self.members if m.index in drawn and m.node not in busy}
-        rows = {m.index: self._silent(m, round, absent=m.index not in drawn) for m in self.members}
-        for receipt in self.exchange(mails):
-            row = self._accept(receipt)
-            if receipt.mail.round == round:
-                rows[self.member(receipt).index] = row
-        self._close(round, list(rows.values()), time.monotonic() - began)
-
-    def _merge(self, letters: tuple[Letter, ...]) -> None:
-        """Have one peer distil all knowledge into the model that a baseline with a server starts from."""
-        ready = self.ready()
-        for receipt in self.exchange({ready[0].node: self.mail("merge", 1, letters)}):
-            if receipt.answer is None or receipt.error:
-                raise RelayError(f"{self.member(receipt).name} could not merge the peers' knowledge: {receipt.error}")
-            self.ledger.mailbox.put(SERVER, Letter("server", 0, receipt.answer.arrays))
-        self.ledger.save(self._folder.path)
-
-    def _close(self, round: int, rows: Sequence[Row], seconds: float) -> None:
-        self.rows += rows
-        self._folder.append(rows)
-        answered = sum(row.status in ("ok", "refused") for row in rows)
-        if answered < min(self._config.min_answers, len(self.members)):
-            problems = same_said_once([(row.peer, row.error) for row in rows if row.error])
-            raise RelayError(
-                f"round {round}: {answered} of {len(rows)} peers answered, `min-answers` is "
-                f"{self._config.min_answers}: {problems}"
-            )
-        self.ledger.round = round
-        self.ledger.seconds.append(seconds)
-        self.ledger.save(self._folder.path)
-        self._say(round_line(round, self._config.rounds, rows, self.ledger.seconds))
-
-    def _run_async(self) -> None:
-        """No barrier: a peer that answers gets new mail at once, from the freshest knowledge of its neighbours."""
-        total = self._config.updates or len(self.members) * self._config.rounds
-        began = time.monotonic()
-        ends = began + self._config.max_seconds if self._config.max_seconds else math.inf
-        rounds = dict.fromkeys((m.index for m in self.members), 0)
-        given_up: set[int] = set()  # nodes that owed an answer when nobody had answered for long
-        batch: list[Row] = []
-        done = 0
-        while done < total and time.monotonic() < ends:
-            owed = len(self._post.busy() - given_up)
-            for m in self.ready()[: total - done - owed]:
-                rounds[m.index] += 1
-                self._post.send({m.node: self._round_mail(m, rounds[m.index])})
-            receipts = self._post.next(deadline=min(ends, time.monotonic() + self._config.round_timeout))
-            for receipt in receipts:
-                self._count(receipt)
-                batch.append(self._accept(receipt))
-                given_up.discard(receipt.node)
-            done += len(receipts)
-            if len(batch) >= len(self.members) or (batch and not receipts) or done >= total:
-                self._close_batch(batch, done, total, time.monotonic() - began)
-                batch = []
-            if not receipts:
-                given_up |= self._post.busy()
-                if not self.ready():
-                    self._say(f"no peer answered within {self._config.round_timeout:g} s: the run ends here")
-                    return
-
-    def _close_batch(self, rows: list[Row], done: int, total: int, seconds: float) -> None:
-        self.rows += rows
-        self._folder.append(rows)
-        self._say(round_line(done, total, rows, [0.0, seconds / done], unit="update"))
-
-    def _round_mail(self, m: Member, round: int) -> Mail:
-        if m.index not in self.ledger.started:
-            return self.mail("start", round)
-        return self.mail("learn", round, self.strategy.letters(m.index, round, self.ledger.mailbox))
-
-    def _accept(self, receipt: Receipt) -> Row:
+    def accept(self, receipt: Receipt) -> Row:
         """Put an answer's knowledge in the mailbox, late or not; refuse what cannot be used. Return its row."""
         m, answer = self.member(receipt), receipt.answer
         row = Row(
@@ -193,30 +120,105 @@ class Relay:
             bytes_down=receipt.bytes_down,
         )
         if answer is None or answer.error:
-            return replace(row, status="error", error=receipt.error)
+            return replace(row, status="error", error=receipt.error[:_LONGEST_TEXT])
         if answer.peer != m.name:
-            return replace(row, status="refused", error=f"{m.name} answered as {answer.peer}")
-        self.ledger.started.add(m.index)
-        measured: dict[str, Any] = {name: value for name, value in answer.metrics.items() if name in _MEASURES}
-        row = replace(row, **measured)
-        if answer.series:
-            self._folder.append_reliability(answer.round, m.name, answer.series)
+            return replace(row, status="refused", error=f"{m.name} answered as {answer.peer}"[:_LONGEST_TEXT])
+        row = replace(row, **_measured(answer))
         try:
             self.strategy.check(answer)
         except BadKnowledge as error:
-            return replace(row, status="refused", error=f"knowledge refused: {error}")
+            return replace(row, status="refused", error=f"knowledge refused: {error}"[:_LONGEST_TEXT])
+        self.ledger.started.add(m.index)
         self.ledger.mailbox.put(m.index, Letter(m.name, answer.round, answer.arrays))
-        return replace(row, error=str(answer.facts.get("refused", "")))
+        if set(answer.series) == _BINS and max(map(len, answer.series.values())) <= _MOST_BINS:
+            self._bins.append((answer.round, m.name, answer.series))
+        return replace(row, error=str(answer.facts.get("refused", ""))[:_LONGEST_TEXT])
+
+    def record(self, rows: Sequence[Row]) -> None:
+        """Write rows and what came with them, before anything that could fail."""
+        self.rows += rows
+        self._folder.append(rows)
+        for bins in self._bins:
+            self._folder.append_reliability(*bins)
+        self._bins = []
+        up, down = self._bytes_before
+        self.ledger.bytes_up, self.ledger.bytes_down = up + self.post.bytes_up, down + self.post.bytes_down
+
+    def attended(self, m: Member) -> tuple[int, ...]:
+        """Return the rounds in which a peer learned."""
+        return tuple(
+            row.round for row in self.rows if row.peer == m.name and row.status in ("ok", "refused") and row.round
+        )
+
+    def _run_round(self, round: int) -> None:
+        began = time.monotonic()
+        busy = {m.index for m in self.members if m.node in self.post.busy()}
+        share, seed = self.config.participation, self.config.seed
+        drawn = participants(len(self.members), share, seed=seed, round=round, busy=busy)
+        mails = {m.node: self.round_mail(m, round) for m in self.members if m.index in drawn}
+        late: dict[int, int] = {}
+        rows: dict[int, Row] = {}
+        for receipt in self.exchange(mails):
+            index, row = self.member(receipt).index, self.accept(receipt)
+            if receipt.mail.round == round:
+                rows[index] = row
+            else:
+                late[index] = receipt.bytes_up  # its own round has closed; the bytes count where they came
+        for m in self.members:
+            silent = self._silent(m, round, absent=m.index not in drawn | busy)
+            rows.setdefault(m.index, replace(silent, bytes_up=late.get(m.index, 0)))
+        self._close(round, [rows[m.index] for m in self.members], len(drawn), time.monotonic() - began)
+
+    def _close(self, round: int, rows: Sequence[Row], drawn: int, seconds: float) -> None:
+        self.record(rows)
+        answered = sum(row.status in ("ok", "refused") for row in rows)
+        if answered < max(1, min(self.config.min_answers, drawn)):
+            problems = same_said_once([(row.peer, row.error) for row in rows if row.error])
+            raise RelayError(
+                f"round {round}: {answered} of {drawn} peers answered, `min-answers` is "
+                f"{self.config.min_answers}: {problems or 'all are busy with earlier rounds'}"
+            )
+        self.ledger.round = round
+        self.ledger.seconds.append(seconds)
+        self.ledger.save(self._folder.path)
+        self._say(round_line(round, self.config.rounds, rows, self.ledger.seconds))
+
+    def _merge(self, letters: tuple[Letter, ...]) -> None:
+        """Have one peer distil all knowledge into the model that a baseline with a server starts from."""
+        merging = self.ready()[0]
+        problem = f"no answer within {self.config.round_timeout:g} s"
+        for receipt in self.exchange({merging.node: self.mail("merge", 1, letters)}):
+            if receipt.mail.kind != "merge":
+                self.accept(receipt)
+            elif receipt.answer is None or receipt.error:
+                problem = receipt.error
+            else:
+                try:
+                    self.strategy.check(receipt.answer)
+                except BadKnowledge as error:
+                    problem = str(error)
+                    continue
+                self.ledger.mailbox.put(SERVER, Letter("server", 0, receipt.answer.arrays))
+                self.ledger.save(self._folder.path)
+                return
+        raise RelayError(f"{merging.name} could not merge the peers' knowledge: {problem}")
 
     def _silent(self, m: Member, round: int, *, absent: bool) -> Row:
-        row = Row(round=round, peer=m.name, model=m.model, teachers=[])
+        row = Row(round=round, peer=m.name, model=m.model, teachers=[], bytes_down=self.post.owed(m.node, round))
         if absent:
             return replace(row, status="absent")
-        return replace(row, status="late", error=f"no answer within {self._config.round_timeout:g} s")
+        return replace(row, status="late", error=f"no answer within {self.config.round_timeout:g} s")
 
-    def _count(self, receipt: Receipt) -> None:
-        self.ledger.bytes_up += receipt.bytes_up
-        self.ledger.bytes_down += receipt.bytes_down
+
+def _measured(answer: Answer) -> dict[str, Any]:
+    """Return what a peer says it measured, as far as a row has a place for it and it can be true."""
+    found: dict[str, Any] = {}
+    for name in _MEASURES & answer.metrics.keys():
+        value = answer.metrics[name]
+        possible = 0 <= value <= 1 if name in _SHARES else abs(value) < 1e12
+        found[name] = value if possible else math.nan
+    letters = answer.metrics.get("refused_letters", 0.0)
+    return found | {"refused_letters": int(letters) if 0 <= letters < 1e6 else 0}
 
 
 def same_said_once(problems: Sequence[tuple[str, str]]) -> str:

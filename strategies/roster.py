@@ -1,13 +1,17 @@
 """Who takes part: the peers as they introduced themselves, checked against one another."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedkd.errors import FedkdError
-from fedkd.protocol import Answer
+from fedkd.protocol import Answer, one_line
 from fedkd.source import source_hash, source_root
+
+_MOST = 10**15
+_SHOWN = 200  # characters of what a peer said
 
 
 class RosterError(FedkdError):
@@ -45,11 +49,16 @@ class Member:
     public_key: str = ""
 
 
-def member(node: int, answer: Answer) -> Member:
+def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
     """Read an introduction.
 
+    Args:
+        node: Flower's id of the node it came from.
+        answer: the introduction.
+        sealed: whether mail is sealed, so that the peer needs a public key.
+
     Raises:
-        RosterError: it lacks something, or the peer runs other code than the relay.
+        RosterError: it lacks something or says what cannot be, or the peer runs other code than the relay.
     """
     facts = answer.facts
     try:
@@ -62,41 +71,88 @@ def member(node: int, answer: Answer) -> Member:
         return Member(
             node=node,
             name=answer.peer,
-            index=int(facts["index"]),
+            index=_whole(facts, "index"),
             model=str(facts["model"]),
-            parameters=int(facts["parameters"]),
-            samples=int(facts["samples"]),
-            classes=tuple(json.loads(str(facts["classes"]))),
+            parameters=_whole(facts, "parameters"),
+            samples=_whole(facts, "samples"),
+            classes=_classes(str(facts["classes"])),
             fingerprint=str(facts["fingerprint"]),
-            expected=int(facts["peers"]),
+            expected=_whole(facts, "peers"),
             simulated=bool(facts["simulated"]),
-            public_key=str(facts.get("public-key", "")),
+            public_key=_public_key(str(facts.get("public-key", ""))) if sealed else "",
         )
-    except (KeyError, ValueError, TypeError) as error:
-        raise RosterError(f"{answer.peer} introduced itself incompletely: {error!r}") from error
+    except KeyError as error:
+        raise RosterError(f"{answer.peer} introduced itself without {error}") from error
+    except ValueError as error:
+        raise RosterError(f"{answer.peer} introduced itself wrongly: {error}") from error
 
 
 def roster(members: Sequence[Member]) -> list[Member]:
     """Return the members in the order of their indices.
 
     Raises:
-        RosterError: two share a name or an index, or a peer's proxy set or classes differ from those of the
-            majority; every such peer is named with what differs.
+        RosterError: there are none, two share a name or an index, the indices are not 0, 1, 2 ..., or a peer's proxy
+            set or classes differ from those of the majority; every such peer is named with what differs.
     """
+    if not members:
+        raise RosterError("no peer takes part: every node's `partition-id` is too high for this run's `peers`")
     for what in ("name", "index"):
         counts = Counter(getattr(m, what) for m in members)
-        twice = sorted(str(value) for value, count in counts.items() if count > 1)
+        twice = sorted(value for value, count in counts.items() if count > 1)
         if twice:
-            raise RosterError(f"two peers share the {what} {', '.join(twice)}")
+            whose = ", ".join(sorted(m.name for m in members if getattr(m, what) == twice[0]))
+            raise RosterError(f"two peers share the {what} {twice[0]}: {whose}")
+    if beyond := [f"{m.name} has {m.index}" for m in members if m.index >= len(members)]:
+        needed = f"{len(members)} peers need the indices 0 to {len(members) - 1} (`partition-id`)"
+        raise RosterError(f"{needed}, but {', '.join(beyond)}")
     complaints = []
     for what, label in (("fingerprint", "proxy set"), ("classes", "classes")):
         (common, _), *others = Counter(getattr(m, what) for m in members).most_common()
         if others:
             complaints += [
-                f"{m.name}'s {label} {getattr(m, what)} differ from the others' {common}"
+                f"{m.name}'s {label} {_short(getattr(m, what))} differ from the others' {_short(common)}"
                 for m in members
                 if getattr(m, what) != common
             ]
     if complaints:
         raise RosterError("; ".join(complaints))
     return sorted(members, key=lambda m: m.index)
+
+
+def expected(members: Sequence[Member]) -> int:
+    """Return how many peers there are, as most members say; of several answers as common, the smallest."""
+    counts = Counter(m.expected for m in members)
+    return min(counts, key=lambda value: (-counts[value], value), default=0)
+
+
+def _whole(facts: Mapping[str, str | int], name: str) -> int:
+    value = facts[name]
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(f"`{name}` is a whole number from 0 to {_MOST}, not {_short(value)}")
+    return value
+
+
+def _classes(text: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("`classes` is a list of names, not a tower of brackets") from error
+    if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"`classes` is a list of names, not {_short(text)}")
+    return tuple(one_line(name) for name in found)
+
+
+def _public_key(text: str) -> str:
+    from fedkd.sealing import Keys, SealError  # only sealed mail pays for the import of the ciphers
+
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"`public-key` is 64 hexadecimal digits, not {_short(text)!r}")
+    try:
+        Keys.generate().shared_with(bytes.fromhex(text), whose="the peer")
+    except SealError as error:
+        raise ValueError("`public-key` is a point of low order, with which no secret can be shared") from error
+    return text
+
+
+def _short(value: object) -> str:
+    return one_line(str(value), _SHOWN)

@@ -16,6 +16,7 @@ from fedkd.plots import accuracy_png, topology_png
 from fedkd.results import RunFolder, Summary
 from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
+from strategies.asynchronous import Asynchronous
 from strategies.averaged import Averaged
 from strategies.consensus import Consensus
 from strategies.console import closing_line, summary_table, topology_line
@@ -55,6 +56,7 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
     began = time.monotonic()
     config, folder = _open(config)
     if not config.resume:
+        folder.clear()
         facts = {"run": secrets.token_hex(8), "flower_run_id": run_id, "source": source_hash()}
         folder.write_config(config.to_mapping(), facts)
     run = str(folder.read_config()["run"])
@@ -68,6 +70,8 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
         say(topology_line(strategy.topology))
     relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume))
     relay.run()
+    if config.mode == "async":
+        Asynchronous(relay, say=say).run()
     summary = conclude(relay, config, seconds=time.monotonic() - began, say=say)
     _leave(relay, config, folder, summary, say=say)
 
@@ -90,15 +94,24 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary,
 def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
     """Return the settings and the folder of a run: new ones, or those of the run that is resumed."""
     if not config.resume:
-        return config, RunFolder(_out_dir(config))
+        return config.effective(), RunFolder(_out_dir(config))
     path = _absolute(config.resume)
     if not path.is_dir():
         raise SettingError("resume", config.resume, "the folder of a run")
     folder = RunFolder(path)
-    earlier = RunConfig.from_mapping(folder.read_config()["settings"])
+    earlier = replace(RunConfig.from_mapping(folder.read_config()["settings"]), resume="")
     if not resumable(earlier):
         raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
+    _refuse_changes(config, earlier)
     return replace(earlier, resume=config.resume, out_dir=str(path)), folder
+
+
+def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:
+    """Refuse settings that are neither the default nor those of the run that is resumed: they could not hold."""
+    defaults, before = RunConfig().to_mapping(), earlier.to_mapping()
+    for key, value in given.to_mapping().items():
+        if value not in (defaults[key], before[key]) and key not in ("resume", "out-dir"):
+            raise SettingError(key, value, f"{before[key]!r} as in the run that is resumed")
 
 
 def _out_dir(config: RunConfig) -> Path:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedkd.codec import BadKnowledge, codec
-from fedkd.config import RunConfig
+from fedkd.config import RunConfig, split_list
 from fedkd.knowledge import decode_features, without_features
 from fedkd.protocol import Answer, Letter
 from strategies.mailbox import Mailbox
-from strategies.sealed import address, check_sealed
+from strategies.sealed import address, check_sealed, most_sealed
 from strategies.topology import Topology, topology
 
 
@@ -42,24 +42,24 @@ class Strategy(ABC):
     def teachers(self, peer: int, round: int) -> Sequence[int]:
         """Return the peers that one peer hears in a round (counted from 1), ascending, itself not among them."""
 
-    def peer_settings(self) -> RunConfig:
-        """Return the settings that peers are sent."""
-        return self.config
-
     def check(self, answer: Answer) -> None:
         """Refuse knowledge that no peer could use.
 
         Raises:
             BadKnowledge: what is wrong with it.
         """
+        shape, dimensions = (self.config.travelling, self.classes), self.config.flow_dimensions
+        chosen = len(split_list(self.config.flow_layers)) or self.config.flow_depth
+        layers = chosen if self.config.method == "infoflow" else 0
         if self.config.sealed:
-            check_sealed(answer.arrays, receivers=self.peers)
+            most = most_sealed(self._codec, shape, layers=layers, dimensions=dimensions)
+            check_sealed(answer.arrays, receivers=self.peers, most=most)
             return
-        count = self.config.travelling
-        self._codec.decode(without_features(answer.arrays), shape=(count, self.classes))
-        found = decode_features(answer.arrays, count=count, dimensions=self.config.flow_dimensions)
-        if found and self.config.method != "infoflow":
-            raise BadKnowledge("expected logits alone, but got features too")
+        logits = without_features(answer.arrays)
+        if (found := len(answer.arrays) - len(logits)) > layers:
+            raise BadKnowledge(f"expected features of at most {layers} layers, but got {found}")
+        self._codec.decode(logits, shape=shape)
+        decode_features(answer.arrays, count=shape[0], dimensions=dimensions)
 
     def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return what a peer hears in a round: its teachers' newest knowledge, weighed down by its age."""
@@ -68,13 +68,19 @@ class Strategy(ABC):
             letter = mailbox.get(teacher)
             if letter is None:
                 continue
-            age = max(0, round - 1 - letter.round)
+            age = self.age(teacher, letter, round, mailbox)
             usable = age == 0 or (age <= self.config.max_staleness and not self.config.proxy_per_round)
             weight = self.config.staleness_decay**age
             if usable and weight > 0:
                 arrays = address(letter.arrays, peer) if self.config.sealed else letter.arrays
                 letters.append(replace(letter, arrays=arrays, weight=weight))
         return tuple(letters)
+
+    def age(self, teacher: int, letter: Letter, round: int, mailbox: Mailbox) -> int:
+        """Return how many rounds old a letter is; without rounds, as many peers' answers as there are make one."""
+        if self.config.mode == "async":
+            return mailbox.updates_since(teacher) // self.peers
+        return max(0, round - 1 - letter.round)
 
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return the knowledge that one peer is to distil into a common model after the start; usually none."""

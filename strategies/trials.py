@@ -60,7 +60,7 @@ class Trial:
             earlier = json.loads((self.folder / "config.json").read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return _comparable(earlier) == _comparable(self.config.to_mapping())
+        return _comparable(earlier) == _comparable(self.config.effective().to_mapping())
 
 
 def resumable(config: RunConfig) -> bool:

@@ -63,7 +63,7 @@ def test_killed_at_ten_random_moments_a_resumed_run_ends_as_an_uninterrupted_one
         grid.fault = None
         grid.forget()
 
-        resumed = federate(path, 4, grid=grid, resume=str(path / "run"))
+        resumed = federate(path, 4, grid=grid, resume=str(path / "run"), **SETTINGS)
 
         assert resumed.timeless_rows() == whole.timeless_rows(), f"killed at moment {fatal} of {moments}"
         totals = [run.summary()["totals"] | {"seconds": 0} for run in (resumed, whole)]
@@ -75,7 +75,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, whole):
     first = federate(tmp_path, 4, grid=grid, **SETTINGS)
     before = first.timeless_rows()
 
-    assert federate(tmp_path, 4, grid=grid, resume=str(first.folder)).timeless_rows() == before
+    assert federate(tmp_path, 4, grid=grid, resume=str(first.folder), **SETTINGS).timeless_rows() == before
 
 
 def test_a_damaged_ledger_is_refused_by_name(tmp_path):

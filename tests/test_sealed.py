@@ -93,6 +93,29 @@ def test_a_letter_older_than_one_already_heard_is_a_replay(tmp_path):
     assert row["refused_letters"] == 1 and "replay" in row["error"]
 
 
+def test_a_relay_that_swaps_a_key_later_is_refused(tmp_path):
+    from fedkd.sealing import Keys
+
+    grid = local_grid(tmp_path, 3)
+
+    def swap(partition, message):
+        if partition == 0 and message.content["mail"]["round"] == 2:
+            forged = {**message.content["keys"], "peer-1": Keys.generate().public_bytes.hex()}
+            message.content["keys"] = ConfigRecord(forged)
+
+    grid.fault = swap
+    run = federate(tmp_path, 3, grid=grid, sealed=True)
+
+    row = next(row for row in run.rows() if row["peer"] == "peer-0" and row["round"] == 2)
+    assert row["refused_letters"] == 2 and "another public key for peer-1" in row["error"]
+
+
+def test_sealed_mail_opens_without_rounds_too(tmp_path):
+    run = federate(tmp_path, 3, sealed=True, strategy="gossip", mode="async", updates=12, models="mlp")
+
+    assert all(row["refused_letters"] == 0 for row in run.rows())
+
+
 def test_private_keys_stay_with_the_peer_and_are_readable_by_it_alone(tmp_path):
     run = federate(tmp_path, 2, sealed=True, rounds=1)
 
@@ -120,6 +143,6 @@ def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
     grid.fault = None
     grid.forget()
 
-    resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"))
+    resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"), sealed=True, rounds=3)
 
     assert resumed.timeless_rows() == whole.timeless_rows()

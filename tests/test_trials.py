@@ -48,6 +48,25 @@ def test_a_trial_gives_what_it_gives_alone(tmp_path):
     assert timeless(tmp_path / "js") != alone.timeless_rows()
 
 
+def test_pretraining_is_paid_once_for_trials_that_start_alike(tmp_path, monkeypatch):
+    import clients.learner
+    from clients import starts
+
+    monkeypatch.setattr(starts, "_kept", starts.OrderedDict())
+    fitted = []
+    fit = clients.learner.fit
+
+    def counted(model, inputs, labels, **options):
+        fitted.append(options["epochs"])
+        return fit(model, inputs, labels, **options)
+
+    monkeypatch.setattr(clients.learner, "fit", counted)
+    own = {"pretrain-epochs": 3, "rounds": 1}
+    run_trials(tmp_path, {"js": own, "td": {**own, "divergence": "td"}, "sgd": {**own, "optimizer": "sgd"}})
+
+    assert fitted.count(3) == 2 * PEERS  # not for td, which differs from js only in the exchange
+
+
 def test_a_trial_with_fewer_peers_than_nodes_is_the_run_with_that_many(tmp_path):
     run_trials(tmp_path, {"two": {"peers": 2}, "three": {}})
 
@@ -91,6 +110,15 @@ def test_started_again_it_skips_what_is_finished_and_goes_on_in_the_middle_of_a_
     assert kinds == [("introduce", 0)] * 3 + [("learn", 2)] * 3 + [("learn", 3)] * 3
     assert timeless(tmp_path / "td") == federate(tmp_path / "alone", divergence="td", rounds=3).timeless_rows()
     assert not (tmp_path / "td" / "error.txt").exists()
+
+
+def test_a_baseline_that_brings_its_own_loss_is_skipped_too(tmp_path):
+    run_trials(tmp_path, {"one": {"strategy": "consensus"}})
+    written = (tmp_path / "one" / "summary.json").stat().st_mtime_ns
+
+    run_trials(tmp_path, {"one": {"strategy": "consensus"}})
+
+    assert (tmp_path / "one" / "summary.json").stat().st_mtime_ns == written
 
 
 def test_a_trial_whose_settings_changed_runs_again(tmp_path):

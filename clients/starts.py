@@ -1,0 +1,50 @@
+"""Pre-trained models that this process keeps: trials that differ only in their exchange start from the same ones."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from clients.place import Place
+from fedkd.config import RunConfig
+
+_EXCHANGE = {
+    "rounds", "strategy", "topology", "topology_degree", "topology_probability", "matching", "fanout", "gossip_style",
+    "mode", "updates", "max_seconds", "participation", "consensus", "fedavg_start", "fedavg_model", "divergence",
+    "temperature", "kd_weight", "t2_scaling", "match_gradients", "combine", "average", "reduction", "sharpen", "robust",
+    "trim", "regime", "schedule", "distill_epochs", "local_epochs", "cakd_alpha", "cakd_beta", "bdkd_delta",
+    "bdkd_rule", "method", "flow_auxiliary", "flow_decay", "flow_weight", "flow_initial", "proxy_per_round", "codec",
+    "controls", "eval_every", "out_dir", "run_name", "trials", "resume",
+}  # fmt: skip
+"""Settings without a say in how a peer starts. One that is not named here costs a hit, never a wrong start."""
+
+_MOST_BYTES = 256 * 2**20
+
+State = dict[str, Tensor]
+_kept: "OrderedDict[str, State]" = OrderedDict()  # the process's cache; what it holds can be made again
+
+
+def pretrain(model: nn.Module, config: RunConfig, place: Place, train: Callable[[], object]) -> None:
+    """Bring a model to a peer's start: from this process's memory if it trained the same before, else by training.
+
+    Args:
+        model: as it comes, on its device.
+        config: the run's settings as they hold at the peer.
+        place: the peer.
+        train: trains the model.
+    """
+    said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
+    key = repr((sorted(said.items()), place.index, place.of, place.model, place.checkpoint, place.dataset))
+    if key in _kept:
+        model.load_state_dict(_kept[key])
+        _kept.move_to_end(key)
+        return
+    train()
+    _kept[key] = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    while len(_kept) > 1 and sum(_bytes(state) for state in _kept.values()) > _MOST_BYTES:
+        _kept.popitem(last=False)
+
+
+def _bytes(state: State) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())

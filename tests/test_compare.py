@@ -1,0 +1,171 @@
+"""`fedkd compare`: recipes, the trials they stand for, and a comparison through `flwr run` itself."""
+
+import json
+import re
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments import recipe as recipes
+from experiments.cli import app
+from experiments.comparison import Comparison, alone
+from experiments.project import Project
+from experiments.recipe import FOLDER, plan, read
+from fedkd.config import RunConfig
+from fedkd.errors import FedkdError
+
+SMALL = """
+title = "Two measures"
+claims = ["They tie."]
+target = 0.5
+
+[settings]
+peers = 2
+models = "mlp"
+partition = "iid"
+proxy-size = 60
+pretrain-epochs = 1
+rounds = 1
+
+[[grid]]
+divergence = ["kl", "js"]
+seed = [0, 1]
+
+[quick]
+seed = [0]
+rounds = 2
+"""
+
+
+def recipe(path, text=SMALL, **options):
+    file = path / "small.toml"
+    file.write_text(text)
+    return read(file, **options)
+
+
+def test_trials_are_the_product_of_the_axes_one_seed_after_the_other(tmp_path):
+    trials = [(trial.settings["seed"], trial.name) for trial in plan(recipe(tmp_path))]
+
+    assert trials == [
+        (0, "divergence=kl,seed=0"), (0, "divergence=js,seed=0"),
+        (1, "divergence=kl,seed=1"), (1, "divergence=js,seed=1"),
+    ]  # fmt: skip
+
+
+def test_blocks_are_united_and_what_comes_twice_runs_once(tmp_path):
+    more = SMALL + '\n[[grid]]\ndivergence = ["js"]\nstrategy = ["averaged", "pairwise"]\nseed = [0]\n'
+
+    names = [trial.name for trial in plan(recipe(tmp_path, more))]
+
+    assert len(names) == len(set(names)) == 5
+
+
+def test_the_quick_size_takes_the_place_of_axes_and_settings(tmp_path):
+    quick = plan(recipe(tmp_path, quick=True))
+
+    assert [trial.settings["seed"] for trial in quick] == [0, 0]
+    assert {trial.settings["rounds"] for trial in quick} == {2}
+
+
+def test_settings_of_the_command_line_win_over_all(tmp_path):
+    trials = plan(recipe(tmp_path, quick=True, changes={"divergence": "td", "rounds": 5}))
+
+    assert [(trial.settings["divergence"], trial.settings["rounds"]) for trial in trials] == [("td", 5)]
+
+
+def test_a_control_runs_once_for_all_trials_that_share_it(tmp_path):
+    more = SMALL.replace(
+        '"kl", "js"', '"kl", "js"]\npartition = ["iid", "dirichlet"]\nstrategy = ["fedavg", "averaged"'
+    )
+
+    carriers = [t.settings for t in plan(recipe(tmp_path, more)) if t.settings["controls"]]
+
+    groups = [(s.get("partition", "dirichlet"), s["seed"]) for s in carriers]
+    assert sorted(groups) == [("dirichlet", 0), ("dirichlet", 1), ("iid", 0), ("iid", 1)]
+    assert all(s.get("strategy", "averaged") != "fedavg" for s in carriers)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('partition = "iid"', 'partitoin = "iid"', "`partitoin`.*partition"),
+        ('"kl", "js"', '"kl", 7', "`divergence`.*text.*7"),
+        ('"kl", "js"', "", "grid is empty: axis `divergence`"),
+        ('[[grid]]\ndivergence = ["kl", "js"]\nseed = [0, 1]', "", "grid is empty"),
+        ("target = 0.5", "target = 1.5", r"nothing can reach target = 1\.5"),
+        ("target = 0.5", 'goal = "high"', "unknown key `goal`.*target"),
+        ("target = 0.5", 'target = "high"', "unexpected value of `target`"),
+        ("rounds = 1", 'out-dir = "x"', "`out-dir` belongs to the comparison"),
+        ("peers = 2", "peers = 0", "`peers`.*>= 1"),
+        ("[settings]", "[settings", r"small\.toml"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_word_that_helps(tmp_path, old, new, complaint):
+    assert old in SMALL
+
+    with pytest.raises(FedkdError, match=complaint):
+        plan(recipe(tmp_path, SMALL.replace(old, new)))
+
+
+def test_a_quick_axis_that_nothing_takes_is_refused(tmp_path):
+    with pytest.raises(FedkdError, match=r"`temperature`.*no axis takes them"):
+        recipe(tmp_path, SMALL + "temperature = [1.0, 4.0]\n", quick=True)
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(FedkdError, match="rounds"):
+        recipes.find("nowhere")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_recipe_that_comes_along_can_be_planned(path, quick):
+    found = read(path, quick=quick)
+    trials = plan(found)
+
+    assert found.paper and found.claims and len(trials) > 1
+    assert all(re.fullmatch(r"[A-Za-z0-9._=,+-]+", trial.name) and len(trial.name) < 120 for trial in trials)
+    assert len({trial.settings["seed"] for trial in trials}) >= (2 if quick else 3)
+
+
+def test_the_command_of_a_trial_gives_its_settings(tmp_path):
+    changed = {"models": "mlp,cnn small", "download": True, "temperature": 4.0, "seed": 3, "controls": ""}
+
+    words = shlex.split(alone({"peers": 3, **changed}))
+
+    parsed = Project.read().settings(words[4:], cwd=tmp_path)
+    assert words[:4] == ["fedkd", "run", "--peers", "3"]
+    assert {key: parsed[key] for key in changed} == changed
+
+
+@pytest.mark.flower
+def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    (tmp_path / "small.toml").write_text(SMALL.replace('"js"', '"telepathy"'))
+    monkeypatch.chdir(tmp_path)
+
+    def compare():
+        return CliRunner().invoke(app, ["compare", "small.toml", "--quick", "--out", "out"], catch_exceptions=False)
+
+    first = compare()
+    finished = tmp_path / "out" / "trials" / "divergence=kl"
+    rows = (finished / "rounds.jsonl").read_text()
+
+    assert first.exit_code == 1 and "telepathy" in first.output  # one failed, and stopped nothing
+    assert len(rows.splitlines()) == 6
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "They tie." in page and "1 failed" in page and "telepathy" in page
+    assert not (finished / "peers").exists()
+    command = Comparison.read(tmp_path / "out").trials["divergence=kl"]
+    parsed = Project.read().settings(shlex.split(command)[4:], cwd=tmp_path)
+    settings = json.loads((finished / "config.json").read_text())["settings"]
+    same = RunConfig.from_mapping({**parsed, "out-dir": settings["out-dir"], "peers": 2}).to_mapping()
+    assert same == settings
+
+    (tmp_path / "out" / "trials" / "divergence=telepathy" / "error.txt").unlink()
+    (tmp_path / "small.toml").write_text(SMALL)
+    second = compare()
+
+    assert second.exit_code == 0 and "1 of 2 trials are finished already" in second.output
+    assert (finished / "rounds.jsonl").read_text() == rows
+    assert second.output.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"

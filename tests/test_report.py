@@ -1,0 +1,157 @@
+"""The report: one file without a network, complete, and candid about what is missing."""
+
+import csv
+import json
+import re
+
+import pytest
+from runs_on_disk import make_run
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.report import describe, find_runs, write_report
+from fedkd.errors import FedkdError, SettingError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two measures with three seeds each on two partitions; js never reaches 0.8."""
+    path = tmp_path_factory.mktemp("runs")
+    found = []
+    for partition in ("iid", "dirichlet"):
+        for divergence, final in (("kl", 0.85), ("js", 0.75)):
+            for seed in range(3):
+                curve = [[0.2, 0.3], [0.5, 0.6], [final + seed / 100, final - seed / 50]]
+                settings = {"partition": partition, "divergence": divergence, "seed": seed, "peers": 2}
+                found.append(make_run(path / f"{partition}-{divergence}-{seed}", curve, **settings))
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return write_report(folders, out, describe(folders, command="fedkd report ...", target=0.8))
+
+
+def test_the_report_is_one_file_that_needs_no_network(report):
+    page = report.read_text()
+
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", page) and "@import" not in page and "<script" not in page
+    assert page.count("data:image/svg+xml;base64,") == page.count("<img ") == 16
+
+
+def test_every_figure_is_there_as_svg_png_and_csv(report):
+    names = {path.stem for path in (report.parent / "figures").iterdir()}
+
+    figures = "accuracy-by-round accuracy-by-bytes final-accuracy to-target differences peers agreement reliability"
+    assert names == {f"{scenario}-{figure}" for scenario in (1, 2) for figure in figures.split()}
+    for name in names:
+        path = report.parent / "figures" / name
+        assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+        assert path.with_suffix(".svg").read_text().startswith("<?xml")
+        assert list(csv.DictReader(path.with_suffix(".csv").open()))
+
+
+def test_what_did_not_reach_the_target_stays_in_the_table(report):
+    rows = {row["variant"]: row for row in csv.DictReader((report.parent / "tables" / "1-variants.csv").open())}
+
+    assert (rows["kl"]["reached"], float(rows["kl"]["rounds_to_target"])) == ("3", 2)
+    assert (rows["js"]["reached"], rows["js"]["bytes_to_target"]) == ("0", "inf")
+    assert "not reached" in report.read_text()
+
+
+def test_every_trial_has_the_command_that_reproduces_it(report):
+    assert "fedkd run --peers 2 partition=iid rounds=2 divergence=kl seed=2" in report.read_text()
+
+
+def test_settings_and_versions_stand_under_every_figure(report):
+    page = report.read_text()
+
+    for caption in re.findall(r"<figcaption>.*?</figcaption>", page, re.S):
+        assert "fedkd report ..." in caption and "torch" in caption and "rounds = 2" in caption
+
+
+def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path):
+    one = [folder for folder in folders if folder.name.endswith("-0")]
+
+    page = write_report(one, tmp_path, describe(one, command="", target=None)).read_text()
+
+    assert "1 seed cannot tell a difference from noise" in page and "one seed" in page
+
+
+def test_failed_runs_and_damaged_lines_are_named(folders, tmp_path):
+    bad = make_run(tmp_path / "bad", [[0.1], [0.2]], seed=7)
+    (bad / "summary.json").unlink()
+    (bad / "error.txt").write_text("Expected setting `x` to be <y>.\n")
+    torn = make_run(tmp_path / "torn", [[0.1], [0.2]], seed=8)
+    (torn / "rounds.jsonl").write_text("torn\n" + (torn / "rounds.jsonl").read_text())
+
+    page = write_report([bad, torn], tmp_path / "out", describe([bad, torn], command="", target=None)).read_text()
+
+    assert "Expected setting `x` to be &lt;y&gt;." in page
+    assert "rounds.jsonl, line 1: left out" in page
+
+
+def test_nothing_to_report_about_is_said(tmp_path):
+    bad = make_run(tmp_path / "bad", [[0.1], [0.2]])
+    (bad / "summary.json").unlink()
+
+    with pytest.raises(FedkdError, match="all failed"):
+        write_report([bad], tmp_path / "out", describe([bad], command="", target=None))
+
+
+def test_a_target_nothing_can_reach_is_refused(folders):
+    with pytest.raises(SettingError, match=r"accuracy in \(0, 1\], but got 1\.5"):
+        describe(folders, command="", target=1.5)
+
+
+def test_a_target_that_nothing_reached_is_said(folders, tmp_path):
+    page = write_report(folders, tmp_path, describe(folders, command="", target=0.99)).read_text()
+
+    assert "no variant reached the target of 99.0%" in page
+    assert not (tmp_path / "figures" / "1-to-target.svg").exists()
+
+
+def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_start(tmp_path):
+    curves = {"cold": [0.1, 0.3, 0.5, 0.6, 0.7], "distilled": [0.65, 0.5, 0.7, 0.7, 0.7]}
+    runs = [
+        make_run(tmp_path / start, [[a] for a in curve], strategy="fedavg", fedavg_start=start)
+        for start, curve in curves.items()
+    ]
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    # Round 0 of a distilled start is the peers' own models, not the averaged one; the exchange counts as a round.
+    assert "needs 4 rounds from that start and 3 from a distilled one, a cut of 25%" in page
+
+
+def test_the_commands_report_and_show(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["show", str(folders[0])], catch_exceptions=False)
+    written = CliRunner().invoke(app, ["report", *map(str, folders)], catch_exceptions=False)
+
+    assert "fedkd run --peers 2 partition=iid" in shown.output
+    assert re.search(r"peer-1 +mlp +30\.0% +85\.0% +\+55\.0", shown.output)
+    assert written.output == f"report: {tmp_path / 'report' / 'report.html'}\n"
+
+
+def test_curves_are_written_for_tensorboard(folders, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    result = CliRunner().invoke(app, ["show", str(folders[0]), "--tensorboard", str(tmp_path)], catch_exceptions=False)
+
+    assert result.output == f"written to {tmp_path / folders[0].name}\n"
+    events = accumulator.EventAccumulator(str(tmp_path / folders[0].name / "peer-1")).Reload()
+    assert [event.value for event in events.Scalars("test_accuracy")] == pytest.approx([0.3, 0.6, 0.85])
+
+
+def test_a_comparisons_folder_stands_for_its_trials(folders, tmp_path):
+    for folder in folders[:2]:
+        (tmp_path / "trials").mkdir(exist_ok=True)
+        (tmp_path / "trials" / folder.name).symlink_to(folder)
+    about = {"title": "t", "paper": "", "claims": [], "target": 0.5, "command": "c", "recipe": "r",
+             "trials": {folder.name: "fedkd run" for folder in folders}}  # fmt: skip
+    (tmp_path / "comparison.json").write_text(json.dumps(about))
+
+    assert [path.name for path in find_runs([tmp_path])] == [folder.name for folder in folders[:2]]
+    assert describe([tmp_path], command="other", target=None).title == "t"

@@ -1,0 +1,232 @@
+"""Runs read back: what they cost, how they are sorted, and what a few seeds allow to say."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from runs_on_disk import make_run
+from scipy import stats
+
+from experiments.checks import checks, matched_gradients
+from experiments.evidence import agreement, reliability
+from experiments.statistics import all_pairs, compare, holm, mean, median, price
+from experiments.study import read_run, study
+from fedkd.errors import FedkdError
+
+
+def runs_of(tmp_path, **variants):
+    """Make a run for every seed of every variant: name = (settings, final accuracies by seed)."""
+    found = []
+    for name, (settings, finals) in variants.items():
+        for seed, final in enumerate(finals):
+            curve = [[0.2, 0.2], [final, final]]
+            found.append(read_run(make_run(tmp_path / f"{name}-{seed}", curve, seed=seed, **settings)))
+    return found
+
+
+def test_a_curve_counts_all_bytes_of_all_peers_and_the_rounds_wall_time(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [[0.1, 0.3], [0.4, 0.6], [0.7, 0.9]], bytes_per_round=1000))
+
+    curve = run.curve()
+
+    assert [point.accuracy for point in curve] == pytest.approx([0.2, 0.5, 0.8])
+    assert [point.bytes for point in curve] == [2000, 4000, 6000]
+    assert [point.seconds for point in curve] == [1.0, 2.0, 3.0]
+    assert curve[-1].worst == 0.7 and curve[-1].spread == pytest.approx(0.1)
+
+
+def test_a_peer_that_was_not_measured_stands_where_it_stood(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [[0.1, 0.3], [0.5, math.nan], [math.nan, math.nan]]))
+
+    assert [(point.round, point.accuracy) for point in run.curve()] == [
+        (0, pytest.approx(0.2)),
+        (1, pytest.approx(0.4)),
+    ]
+
+
+def test_what_travelled_between_rounds_is_charged_before_the_first(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [[0.1], [0.5]], bytes_per_round=1000))
+    totals = {**run.summary["totals"], "bytes_up": run.summary["totals"]["bytes_up"] + 700}
+
+    curve = replace(run, summary={**run.summary, "totals": totals}).curve()
+
+    assert [point.bytes for point in curve] == [1000, 2700]
+
+
+def test_a_damaged_line_is_named_and_the_rest_is_used(tmp_path):
+    path = make_run(tmp_path / "run", [[0.1, 0.3], [0.4, 0.6]])
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    (path / "rounds.jsonl").write_text("\n".join([*lines[:1], '{"round": 0, "pe', *lines[2:]]) + "\n")
+
+    run = read_run(path)
+
+    assert len(run.rows) == 3
+    assert len(run.problems) == 1 and "rounds.jsonl, line 2" in run.problems[0]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FedkdError, match=r"config\.json"):
+        read_run(tmp_path)
+
+
+def test_runs_are_sorted_by_data_then_by_what_is_compared(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        iid=({"partition": "iid", "divergence": "kl"}, [0.8, 0.9]),
+        kl=({"divergence": "kl"}, [0.5, 0.6]),
+        sed=({"divergence": "sed", "topology_degree": 5}, [0.7, 0.6]),
+    ))  # fmt: skip
+
+    assert [scenario.label for scenario in found.scenarios] == ["iid", "dirichlet"]
+    assert [variant.label for variant in found.scenarios[1].variants] == ["kl", "sed"]  # the topology has no degree
+    assert found.scenarios[1].variants[1].finals() == {0: 0.7, 1: 0.6}
+    assert found.common == {"rounds": 1, "peers": 2}
+
+
+def test_what_failed_is_kept_beside_what_finished(tmp_path):
+    runs = runs_of(tmp_path, kl=({"divergence": "kl"}, [0.5, 0.6]))
+    (tmp_path / "kl-1" / "summary.json").unlink()
+    (tmp_path / "kl-1" / "error.txt").write_text("out of memory\n")
+
+    found = study([runs[0], read_run(tmp_path / "kl-1")])
+
+    assert [run.error for run in found.failed] == ["out of memory"]
+    (variant,) = found.scenarios[0].variants
+    assert set(variant.runs) == {0} and variant.missing == (1,)
+
+
+def test_the_paired_test_is_scipys(tmp_path):
+    a, b = {0: 0.5, 1: 0.7, 2: 0.6, 5: 0.9}, {0: 0.4, 1: 0.5, 2: 0.55, 3: 0.1}
+    reference = stats.ttest_rel([0.5, 0.7, 0.6], [0.4, 0.5, 0.55])
+    interval = reference.confidence_interval()
+
+    result = compare("a", a, "b", b)
+
+    assert result.seeds == 3
+    assert result.p == pytest.approx(reference.pvalue)
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_holm_never_claims_more_than_the_single_tests():
+    p_values = [0.004, 0.03, math.nan, 0.2, 0.01]
+
+    adjusted = holm(p_values)
+
+    assert adjusted[0] == pytest.approx(0.016) and math.isnan(adjusted[2])
+    assert all(b >= a for a, b in zip(p_values, adjusted, strict=True) if not math.isnan(a))
+
+
+def test_two_seeds_cannot_tell_and_equal_numbers_are_called_identical(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        kl=({"divergence": "kl"}, [0.5, 0.6]),
+        ce=({"divergence": "ce"}, [0.5, 0.6]),
+        js=({"divergence": "js"}, [0.7, 0.9]),
+    ))  # fmt: skip
+
+    verdicts = {(p.first, p.second): p.verdict for p in all_pairs(found.scenarios[0].variants)}
+
+    assert verdicts == {
+        ("kl", "ce"): "identical",
+        ("kl", "js"): "too few seeds to tell",
+        ("ce", "js"): "too few seeds to tell",
+    }
+
+
+def test_a_steady_difference_is_told_from_noise(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        kl=({"divergence": "kl"}, [0.50, 0.61, 0.55, 0.58]),
+        js=({"divergence": "js"}, [0.60, 0.70, 0.66, 0.68]),
+        td=({"divergence": "td"}, [0.40, 0.75, 0.45, 0.70]),
+    ))  # fmt: skip
+
+    verdicts = {(p.first, p.second): p.verdict for p in all_pairs(found.scenarios[0].variants)}
+
+    assert verdicts[("kl", "js")] == "larger than seed noise"
+    assert verdicts[("kl", "td")] == "within seed noise"
+
+
+def test_the_interval_holds_the_mean_and_lies_within_the_values():
+    found = mean([0.2, 0.5, 0.9, 0.4])
+
+    assert 0.2 <= found.low < found.value < found.high <= 0.9
+    assert mean([0.2, 0.5, 0.9, 0.4]) == found
+
+
+def test_a_target_that_is_not_reached_is_kept_as_infinite(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [[0.1], [0.5], [0.7]], bytes_per_round=1000))
+
+    assert (price(run, 0.5).rounds, price(run, 0.5).bytes, price(run, 0.5).seconds) == (1, 2000, 2.0)
+    assert price(run, 0.8).bytes == math.inf
+    assert median([price(run, 0.5).rounds, price(run, 0.8).rounds]) == math.inf
+
+
+def test_controls_see_agreement_and_its_absence(tmp_path):
+    agreeing = study(runs_of(
+        tmp_path / "good",
+        kl=({"divergence": "kl"}, [0.50, 0.60, 0.55]),
+        ce=({"divergence": "ce"}, [0.50, 0.60, 0.55]),
+    ))  # fmt: skip
+    differing = study(runs_of(
+        tmp_path / "bad",
+        kl=({"divergence": "kl"}, [0.50, 0.60, 0.55]),
+        ce=({"divergence": "ce"}, [0.70, 0.81, 0.75]),
+    ))  # fmt: skip
+
+    assert {c.name: c.ok for c in checks(agreeing)}["ce and kl agree"] is True
+    assert {c.name: c.ok for c in checks(differing)}["ce and kl agree"] is False
+
+
+def test_floor_and_ceiling_are_checked_by_name(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        low=({"divergence": "kl"}, [0.3, 0.3]),
+        high=({"divergence": "js"}, [0.99, 0.99]),
+    ))  # fmt: skip
+
+    by_name = {check.name: check for check in checks(found)}
+
+    assert by_name["isolated is the floor"].ok is False and "kl (-10.0)" in by_name["isolated is the floor"].found
+    assert by_name["pooled is the ceiling"].ok is False and "js (+4.0)" in by_name["pooled is the ceiling"].found
+
+
+def test_pairwise_and_averaged_are_held_together_only_where_algebra_says_so(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        a=({"divergence": "kl", "strategy": "averaged"}, [0.5, 0.6]),
+        b=({"divergence": "kl", "strategy": "pairwise"}, [0.5, 0.6]),
+        c=({"divergence": "sed", "strategy": "averaged"}, [0.5, 0.6]),
+        d=({"divergence": "sed", "strategy": "pairwise"}, [0.7, 0.6]),
+    ))  # fmt: skip
+
+    names = [check.name for check in checks(found) if "pairwise" in check.name]
+
+    assert names == ["pairwise mean and averaged probabilities agree under kl"]
+
+
+def test_plain_and_matched_gradients_stand_side_by_side(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        plain=({"divergence": "sed", "optimizer": "sgd"}, [0.5, 0.6]),
+        matched=({"divergence": "sed", "optimizer": "sgd", "match_gradients": True}, [0.7, 0.6]),
+    ))  # fmt: skip
+
+    (row,) = matched_gradients(found.scenarios[0])
+
+    assert row["difference"] == pytest.approx(0.1)
+
+
+def test_agreement_is_read_from_the_last_knowledge(tmp_path):
+    names, matrix = agreement(read_run(make_run(tmp_path / "run", [[0.1, 0.3, 0.2], [0.4, 0.6, 0.3]], proxy_size=40)))
+
+    assert names == ["peer-0", "peer-1", "peer-2"]
+    assert matrix[1, 2] == 1.0 and matrix[0, 1] == 0.5
+
+
+def test_reliability_pools_peers_and_leaves_out_empty_bins(tmp_path):
+    found = reliability([read_run(make_run(tmp_path / "run", [[0.1, 0.3], [0.4, 0.6]]))])
+
+    assert list(found) == ["before", "after"]
+    assert found["after"].samples.tolist() == [4.0, 16.0]
+    assert found["after"].ece == pytest.approx(0.25)
