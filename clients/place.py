@@ -14,6 +14,7 @@ from pathlib import Path
 from fedkd.config import NAME, STRATEGIES, RunConfig, Scalar, numbers, split_list
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
+from fedkd.plugins import is_callable_spec
 from fedkd.protocol import Kind
 
 Own = Mapping[str, Scalar]
@@ -186,6 +187,8 @@ class Place:
                 raise SettingError(setting, value, allowed)
         if config.strategy == "fedavg" and config.fedavg_model not in names():
             raise SettingError("fedavg-model", config.fedavg_model, f"one of {', '.join(names())} in a deployment")
+        if is_callable_spec(config.divergence):
+            raise SettingError("divergence", config.divergence, "one of the library's in a deployment")
         own["device"] = self.device or "auto"
         return replace(config, download=False, **own)  # type: ignore[arg-type]
 
@@ -262,8 +265,10 @@ def _checked(key: str, value: Scalar) -> Scalar:
 
 def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
     """Return the epochs that a mail costs, by the setting that asks for them."""
-    if kind in ("start", "merge"):
+    if kind == "start":
         return {"pretrain-epochs": config.pretrain_epochs}
+    if kind == "merge":
+        return {"merge-epochs": config.merge_epochs}
     if kind == "isolated":
         return {"rounds × local-epochs": config.rounds * config.local_epochs}
     if kind != "learn":
@@ -273,6 +278,7 @@ def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
     return {
         "distill-epochs": config.distill_epochs * (1 + trials),
         "local-epochs": config.local_epochs * (1 + trials),
+        "flow-auxiliary-epochs": config.flow_auxiliary_epochs if config.flow_auxiliary else 0,
     }
 
 

@@ -58,7 +58,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         )
         if not outcome.completed:
             raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-        rows = [{**plan, "accuracy": _honest(folder / str(i), plan["attackers"])} for i, plan in enumerate(plans)]
+        rows = [{**plan, "accuracy": _honest(folder / str(i), plan)} for i, plan in enumerate(plans)]
     return {"peers": PEERS, "settings": BASE, "rows": rows}
 
 
@@ -81,7 +81,10 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _honest(folder: Path, attackers: float) -> float:
+def _honest(folder: Path, plan: Trial) -> float:
+    if not (folder / "summary.json").exists():
+        why = (folder / "error.txt").read_text(encoding="utf-8") if (folder / "error.txt").exists() else "no result"
+        raise FedkdError(f"the trial {plan} failed: {why}")
     peers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["peers"]
-    honest = peers[: PEERS - round(attackers * PEERS)]
+    honest = peers[: PEERS - round(plan["attackers"] * PEERS)]
     return statistics.fmean(peer["after"] for peer in honest)

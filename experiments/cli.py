@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(deploy, name="deploy", no_args_is_help=True)
 
 
 def main() -> None:
@@ -93,3 +95,131 @@ def run(
     else:
         typer.echo(f"error: {outcome.reason or outcome.status}", err=True)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="losses or robust.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    quick: Annotated[bool, typer.Option(help="A small size, to see that it runs.")] = False,
+) -> None:
+    """Run a benchmark and print its table."""
+    from experiments.bench import bench as run_bench
+
+    run_bench(name, json_path, quick=quick)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that comes with fedkd.")],
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the recipe's.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's quick size: minutes on two cores.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results; default: runs/compare-RECIPE.")
+    ] = None,
+    cpus_per_peer: Annotated[int, typer.Option(help="CPUs of a peer's actor.")] = 1,
+    gpus_per_peer: Annotated[float, typer.Option(help="GPUs of a peer's actor; 0.25: four actors on one GPU.")] = 0.0,
+    actors: Annotated[int | None, typer.Option(help="Peers that work at once; default: all that fit.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs that Ray may use; default: all it finds.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
+) -> None:
+    """Run a recipe's grid of trials in one `flwr run`, and write one report about them.
+
+    Started again with the same folder, it goes on where it stopped. The exit status is 0 if all trials have results,
+    1 if some failed (the report names them), 2 for a mistake found before anything ran.
+    """
+    import shlex
+
+    from experiments.compare import compare as run_comparison
+    from experiments.launch import Federation
+    from experiments.project import Project
+    from experiments.recipe import find, read
+
+    given = Project.read().settings(pairs or [], cwd=Path.cwd())
+    changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
+    chosen = read(find(recipe), quick=quick, changes=changes)
+    federation = Federation(peers=1, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer, actors=actors, gpus=gpus)
+    done = run_comparison(
+        chosen,
+        federation,
+        folder or Path("runs") / f"compare-{chosen.name}",
+        command=shlex.join(["fedkd", *sys.argv[1:]]),
+        out=typer.echo,
+        verbose=verbose,
+    )
+    for name in done.failed[:5]:
+        typer.echo(f"no result: {name}", err=True)
+    if len(done.failed) > 5:
+        typer.echo(f"no result: {len(done.failed) - 5} more", err=True)
+    typer.echo(f"report: {done.report}" if done.report else f"no report: no trial finished in {done.folder}")
+    raise typer.Exit(done.exit_code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or of comparisons.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the report; default: report, or the comparison's own.")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="Accuracy whose price in rounds and bytes is asked for.")] = None,
+) -> None:
+    """Write one self-contained HTML report about finished runs, with its figures and tables as files."""
+    import shlex
+
+    from experiments.report import describe, find_runs, write_report
+
+    command = shlex.join(["fedkd", *sys.argv[1:]])
+    about = describe(runs, command=command, target=target)
+    own = runs[0] if len(runs) == 1 and about.recipe else Path("report")
+    place = (folder or own).expanduser().absolute()
+    typer.echo(f"report: {write_report(find_runs(runs), place, about)}")
+
+
+@app.command()
+def tune(
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of every trial.")
+    ] = None,
+    peers: Annotated[int, typer.Option(help="Number of peers.")] = 6,
+    trials: Annotated[int, typer.Option(help="Finished trials in all, earlier ones in the folder included.")] = 32,
+    seeds: Annotated[int, typer.Option(help="Runs per trial, each with a seed of its own.")] = 1,
+    batch: Annotated[int, typer.Option(help="Trials proposed together and run in one `flwr run`.")] = 8,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the study.")] = Path("runs/tune"),
+    cpus_per_peer: Annotated[int, typer.Option(help="CPUs of a peer's actor.")] = 1,
+    gpus_per_peer: Annotated[float, typer.Option(help="GPUs of a peer's actor; 0.25: four actors on one GPU.")] = 0.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
+) -> None:
+    """Search temperature, weight and distillation epochs with Optuna; started again, the search goes on.
+
+    Settings are chosen by accuracy on a part of the training set that no peer holds, never by the test set.
+    """
+    from experiments.launch import Federation
+    from experiments.project import Project
+    from experiments.tune import tune as search
+
+    settings = Project.read().settings(pairs or [], cwd=Path.cwd())
+    federation = Federation(peers=peers, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer)
+    own = {key: value for key, value in settings.items() if key != "out-dir"}
+    found = search(own, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose)
+    typer.echo(f"best of {found.trials} trials: {found.accuracy:.1%} on held-out samples. On the test set:")
+    typer.echo(found.command)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write the curves for `tensorboard --logdir` there instead.")
+    ] = None,
+) -> None:
+    """Print one run's table and curves in the terminal, or write them for TensorBoard."""
+    if tensorboard is None:
+        from experiments.show import show as show_run
+
+        show_run(run)
+        return
+    from experiments.tensorboard import export
+
+    typer.echo(f"written to {export(run, tensorboard)}")

@@ -23,6 +23,7 @@ from types import FrameType
 from experiments.quiet import QuietLog
 from experiments.superlink import FlowerCommand, LaunchError, SuperLink, process_environment
 from fedkd.errors import SettingError
+from fedkd.results import git_commit
 
 Setting = str | int | float | bool
 
@@ -148,6 +149,7 @@ def launch(
     run_id, status, details = "", STOPPED, ""
     with _Interrupts() as interrupts, _temporary_home(scratch) as home:
         environment = process_environment(os.environ if env is None else env, home, ray_address=federation.ray_address)
+        environment.setdefault("FEDKD_COMMIT", git_commit(app))  # Flower runs a copy of the app, outside of git
         with (
             SuperLink(home, environment, hurry=interrupts.repeated) as superlink,
             FlowerCommand(home, environment) as flwr,

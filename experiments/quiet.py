@@ -18,6 +18,7 @@ _NOISE = re.compile(
             ".*FutureWarning: Tip: In future versions of Ray, ",
             r"  warnings\.warn\($",
             "Manually terminating ClientAppActor",
+            r"aggregate_train: Received \d+ results and 0 failures$",
             r"\s*$",
         )
     )

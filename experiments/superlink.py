@@ -66,7 +66,7 @@ class SuperLink:
     def __init__(self, home: Path, environment: Mapping[str, str], *, hurry: Callable[[], bool]) -> None:
         self.grace = _GRACE
         self._hurry, self._environment = hurry, environment
-        self._port, self._log, self._cwd = _free_port(), home / "superlink.log", home / "empty"
+        self._port, self._log, self._cwd = free_port(), home / "superlink.log", home / "empty"
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
         )
@@ -78,13 +78,13 @@ class SuperLink:
         ]  # fmt: skip
         self._cwd.mkdir()  # Ray puts it first on its actors' path: nothing in an empty folder can be taken for the app
         with self._log.open("w") as log:
-            self._process = _spawn(
+            self._process = spawn(
                 command, self._environment, self._cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _take_down(self._process.pid, grace=self.grace, hurry=self._hurry)
+        take_down(self._process.pid, grace=self.grace, hurry=self._hurry)
         self._process.wait()
 
     def wait_until_ready(self) -> None:
@@ -118,7 +118,7 @@ class FlowerCommand:
     def __enter__(self) -> Self:
         # -P: the script's folder is no place to import from.
         command = [sys.executable, "-P", "-u", str(Path(flower_shell.__file__).resolve())]
-        self._process = _spawn(
+        self._process = spawn(
             command, self._environment, self._home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -164,13 +164,14 @@ class FlowerCommand:
         return answer
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _spawn(command: list[str], environment: Mapping[str, str], cwd: Path, **pipes: Any) -> "subprocess.Popen[str]":
+def spawn(command: list[str], environment: Mapping[str, str], cwd: Path, **pipes: Any) -> "subprocess.Popen[str]":
     """Start a process in a session of its own, so that Ctrl-C reaches this process alone."""
     try:
         return subprocess.Popen(
@@ -181,7 +182,7 @@ def _spawn(command: list[str], environment: Mapping[str, str], cwd: Path, **pipe
         raise LaunchError(f"{command[0]} is not installed beside {sys.executable}.") from error
 
 
-def _take_down(pid: int, *, grace: float, hurry: Callable[[], bool]) -> None:
+def take_down(pid: int, *, grace: float, hurry: Callable[[], bool]) -> None:
     """End a process and all below it: SIGTERM, and after `grace` seconds SIGKILL.
 
     Flower and Ray start their parts in sessions of their own, so a process group does not reach them; the tree is

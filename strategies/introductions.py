@@ -48,6 +48,10 @@ def _count(members: Sequence[Member], config: RunConfig) -> int:
     return config.peers or expected(members)
 
 
+def _complete(members: Sequence[Member], config: RunConfig) -> bool:
+    return 0 < len(members) == _count(members, config) and {m.index for m in members} == set(range(len(members)))
+
+
 def _wait_for_newcomers(post: Post, config: RunConfig, met: set[int], missing: int) -> set[int]:
     """Wait for nodes that have not been met: as many as are missing.
 
@@ -82,8 +86,7 @@ def _introductions(
         for r in receipts
         if r.answer is not None and "spare" not in r.answer.facts
     ]
-    everyone = [*known, *found]
-    if everyone and {m.index for m in everyone} == set(range(_count(everyone, config))):
+    if _complete([*known, *found], config):
         return found
     silent = mails.keys() - {receipt.node for receipt in receipts}
     problems = [(f"node {receipt.node}", receipt.error) for receipt in receipts if receipt.error]

@@ -30,7 +30,7 @@ from experiments.superlink import free_port, process_environment, take_down
 from fedkd.errors import FedkdError, SettingError
 from strategies.roster import RosterError
 
-APP = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 SMALL = {"proxy-size": 60, "pretrain-epochs": 1, "rounds": 2, "distill-epochs": 1, "controls": "", "seed": 3}
 
 
@@ -41,11 +41,22 @@ def new_deployment(folder: Path) -> Deployment:
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory):
+def app(tmp_path_factory) -> Path:
+    """Return a copy of the app: one that nobody edits between the pin and the runs."""
+    folder = tmp_path_factory.mktemp("app")
+    for name in ("fedkd", "clients", "strategies"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, app):
     """Yield a federation that is up; peer-2 runs the code that its owner installed."""
     deployment = new_deployment(tmp_path_factory.mktemp("deploy") / "d")
     trial.up(deployment)
-    pin(deployment, "peer-2", tmp_path_factory.mktemp("bundle"))
+    pin(deployment, "peer-2", app, tmp_path_factory.mktemp("bundle"))
     with trial.flower(deployment) as flwr:
         trial.wait_until_connected(deployment, flwr, 3)
     yield deployment
@@ -58,11 +69,11 @@ def federation(tmp_path_factory):
 class Run(threading.Thread):
     """A run on a deployment, followed in the background."""
 
-    def __init__(self, deployment: Deployment, folder: Path, **settings) -> None:
+    def __init__(self, deployment: Deployment, app: Path, folder: Path, **settings) -> None:
         super().__init__(daemon=True)
         self.deployment, self.folder, self.said, self.reason = deployment, folder, [], None
         changed = {name.replace("_", "-"): value for name, value in settings.items()}
-        self._arguments = (deployment, APP, {**SMALL, "out-dir": str(folder), **changed})
+        self._arguments = (deployment, app, {**SMALL, "out-dir": str(folder), **changed})
         self._news = threading.Condition()
         self.start()
 
@@ -117,10 +128,10 @@ def learned(rows: list[dict]) -> list[tuple]:
 
 
 @pytest.mark.flower
-def test_a_real_run_learns_what_the_simulation_learns(federation, tmp_path):
+def test_a_real_run_learns_what_the_simulation_learns(federation, app, tmp_path):
     settings = {"strategy": "gossip", "sealed": True, "codec": "fp16"}
 
-    real = Run(federation, tmp_path / "real", **settings)
+    real = Run(federation, app, tmp_path / "real", **settings)
 
     assert real.end() == ""
     assert {row["model"] for row in real.rows()} == {"mlp", "cnn-small", "resnet8"}
@@ -129,7 +140,7 @@ def test_a_real_run_learns_what_the_simulation_learns(federation, tmp_path):
     assert learned(real.rows()) == learned(simulated(federation, tmp_path / "sim", **settings))
     secrets = [
         path
-        for pattern in ("*.key", "peer.toml", "key.json", "*.safetensors", "worker.*")
+        for pattern in ("*.key", "peer.toml", "key.json", "*.safetensors", "worker.sock", "worker.lock", "worker.log")
         for path in federation.folder.rglob(pattern)
     ]
     assert {"node.key", "server.key", "key.json", "round-000002.safetensors"} <= {path.name for path in secrets}
@@ -176,14 +187,14 @@ clientapp = "other:app"
 """
 
 
-def pin(deployment: Deployment, name: str, scratch: Path) -> None:
+def pin(deployment: Deployment, name: str, app: Path, scratch: Path) -> None:
     """Restart a SuperNode on the code that its owner installed, in a folder that it cannot write."""
     folder = deployment.peer(name)
     apps = folder / "home" / "apps"
     take_down(process(deployment, name).pid, grace=5.0, hurry=lambda: False)
     shutil.rmtree(apps, ignore_errors=True)
     environment = process_environment(os.environ, folder / "home", ray_address=None)
-    subprocess.run(["flwr", "build", "--app", APP], env=environment, cwd=scratch, check=True, capture_output=True)
+    subprocess.run(["flwr", "build", "--app", app], env=environment, cwd=scratch, check=True, capture_output=True)
     (bundle,) = scratch.glob("*.fab")
     subprocess.run(["flwr", "install", bundle], env=environment, cwd=scratch, check=True, capture_output=True)
     command = deployment.supernode_command(name, port=free_port())
@@ -198,7 +209,7 @@ def pin(deployment: Deployment, name: str, scratch: Path) -> None:
 @pytest.mark.flower
 def test_a_peer_whose_code_is_pinned_runs_no_other(federation, tmp_path):
     """The code of a run comes from the SuperLink; a peer that installed its own runs that or nothing."""
-    other = tmp_path / "app"
+    other = tmp_path / "other"
     other.mkdir()
     (other / "pyproject.toml").write_text(_OTHER_PROJECT)
     (other / "other.py").write_text(_OTHER_APP)
@@ -212,8 +223,8 @@ def test_a_peer_whose_code_is_pinned_runs_no_other(federation, tmp_path):
 
 
 @pytest.mark.flower
-def test_a_run_that_fails_says_why(federation, tmp_path):
-    reason = Run(federation, tmp_path / "run", strategy="fedavg").end()
+def test_a_run_that_fails_says_why(federation, app, tmp_path):
+    reason = Run(federation, app, tmp_path / "run", strategy="fedavg").end()
     assert "`strategy`" in reason
     assert "`allowed-strategies`" in reason
 
@@ -353,8 +364,8 @@ def test_unit_and_compose_files_are_well_formed(tmp_path):
 
 
 @pytest.mark.flower
-def test_a_killed_supernode_costs_a_round_its_timeout_and_comes_back(federation, tmp_path):
-    run = Run(federation, tmp_path / "run", rounds=40, round_timeout=15.0, strategy="gossip")
+def test_a_killed_supernode_costs_a_round_its_timeout_and_comes_back(federation, app, tmp_path):
+    run = Run(federation, app, tmp_path / "run", rounds=40, round_timeout=15.0, strategy="gossip")
     state = federation.peer("peer-1") / "state" / "peer-1"
     run.wait_for("round   1/40")
     psutil.Process(process(federation, "peer-1").pid).kill()
@@ -373,10 +384,10 @@ def test_a_killed_supernode_costs_a_round_its_timeout_and_comes_back(federation,
 
 
 @pytest.mark.flower
-def test_a_killed_superlink_fails_the_run_which_resumes_where_it_stopped(federation, tmp_path):
+def test_a_killed_superlink_fails_the_run_which_resumes_where_it_stopped(federation, app, tmp_path):
     """A run that was resumed ends with what an uninterrupted one learns."""
     settings = {"strategy": "averaged", "rounds": 3}
-    interrupted = Run(federation, tmp_path / "run", **settings)
+    interrupted = Run(federation, app, tmp_path / "run", **settings)
     interrupted.wait_for("round   1/3")
     psutil.Process(process(federation, "superlink").pid).kill()
     assert interrupted.end() != ""
@@ -385,7 +396,7 @@ def test_a_killed_superlink_fails_the_run_which_resumes_where_it_stopped(federat
     trial.start_superlink(federation)
     with trial.flower(federation) as flwr:
         trial.wait_until_connected(federation, flwr, 3)
-    resumed = Run(federation, tmp_path / "run", resume=str(tmp_path / "run"))
+    resumed = Run(federation, app, tmp_path / "run", resume=str(tmp_path / "run"), **settings)
 
     assert resumed.end() == ""
     assert closed < {0, 1, 2, 3}

@@ -188,8 +188,7 @@ def test_a_link_that_breaks_in_a_control_does_not_cost_the_summary(tmp_path, cap
     assert run.summary()["mean"]["after"] is not None and run.summary()["isolated"] is None
 
 
-@pytest.mark.parametrize("name", MARKUP)
-@pytest.mark.parametrize("value", [0.5, *IMPOSSIBLE])
+@pytest.mark.parametrize(("name", "value"), list(zip(MARKUP, [0.5, *IMPOSSIBLE, 2.0], strict=True)))
 def test_nothing_that_a_peer_says_stops_the_printing_and_drawing(tmp_path, name, value):
     rows = [Row(r, name, name, [], test_accuracy=value, error=name) for r in range(3)]
     rows += [Row(r, "peer-1", "mlp", [], test_accuracy=0.25) for r in range(3)]
@@ -274,7 +273,7 @@ def test_an_introduction_without_a_fact_is_refused_by_its_name(tmp_path):
 def test_a_key_that_nobody_can_seal_for_is_refused_at_the_introduction(tmp_path, key):
     grid = tampered(local_grid(tmp_path, 3), facts(public_key=key), kind="introduce")
 
-    with pytest.raises(RosterError, match="peer-1 .*`public-key`"):
+    with pytest.raises(RosterError, match=r"peer-1 .*`public-key`"):
         federate(tmp_path, 3, grid=grid, sealed=True)
 
     assert {message.content["mail"]["kind"] for message in grid.sent} == {"introduce"}
@@ -297,13 +296,16 @@ def test_a_peer_that_miscounts_the_others_makes_nobody_wait(tmp_path, monkeypatc
 
 def test_a_run_whose_nodes_are_all_spare_says_so(tmp_path):
     spare = {0: {"partition-id": 3, "num-partitions": 2}}
-    with pytest.raises(RosterError, match="no peer takes part.*`partition-id`"):
-        federate(tmp_path / "a", 1, grid=local_grid(tmp_path / "a", 1, node_config=spare))
 
-    with pytest.raises(RelayError, match="1 nodes connected in time"):
-        federate(
-            tmp_path / "b", 1, grid=local_grid(tmp_path / "b", 1, node_config=spare), peers=2, round_timeout=0.3
-        )  # fmt: skip
+    with pytest.raises(RosterError, match=r"no peer takes part.*`partition-id`"):
+        federate(tmp_path, 1, grid=local_grid(tmp_path, 1, node_config=spare))
+
+
+def test_a_run_whose_peers_do_not_come_says_how_many_are_missing(tmp_path):
+    first_of_three = {0: {"num-partitions": 3}}
+
+    with pytest.raises(RelayError, match=r"1 nodes connected in time \(`round-timeout`\), but 2 more"):
+        federate(tmp_path, 1, grid=local_grid(tmp_path, 1, node_config=first_of_three), round_timeout=0.3)
 
 
 def unreadable(content):
@@ -312,10 +314,10 @@ def unreadable(content):
 
 @pytest.mark.parametrize("how", ["silent", "error", "unreadable"])
 def test_a_node_too_many_that_says_nothing_of_use_is_left_out(tmp_path, how):
-    grid = local_grid(tmp_path, 4)
+    grid = local_grid(tmp_path, 4, node_config={i: {"num-partitions": 3} for i in range(4)})
     broken(grid, how, node=3)
 
-    run = federate(tmp_path, 4, grid=grid, peers=3, rounds=1, round_timeout=2.0)
+    run = federate(tmp_path, 4, grid=grid, rounds=1, round_timeout=2.0)
 
     assert statuses(run, 1) == dict.fromkeys(("peer-0", "peer-1", "peer-2"), "ok")
 

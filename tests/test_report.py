@@ -112,6 +112,37 @@ def test_a_target_that_nothing_reached_is_said(folders, tmp_path):
     assert not (tmp_path / "figures" / "1-to-target.svg").exists()
 
 
+def test_two_numbers_that_were_varied_together_are_drawn_as_a_map(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{alpha}-{beta}", [[0.1], [0.5 + 0.1 * alpha - 0.01 * beta]], divergence="cakd",
+                 cakd_alpha=float(alpha), cakd_beta=float(beta))
+        for alpha in (0, 1, 2) for beta in (1, 8)
+    ]  # fmt: skip
+
+    write_report(runs, tmp_path / "out", describe(runs, command="", target=None))
+
+    rows = list(csv.DictReader((tmp_path / "out" / "figures" / "map.csv").open()))
+    best = max(rows, key=lambda row: float(row["accuracy"]))
+    assert len(rows) == 6 and (best["cakd-alpha"], best["cakd-beta"]) == ("2.0", "1.0")
+
+
+def test_what_tuned_peers_chose_is_counted(tmp_path):
+    runs = [
+        make_run(tmp_path / regime, [[0.1, 0.2], [0.5, 0.6]], regime=regime, schedule="mixed", kd_weight=0.9)
+        for regime in ("vanilla", "tuned")
+    ]
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    for peer, chosen in zip(summary["peers"], (1.0, 4.0), strict=True):
+        peer |= {"temperature": chosen, "kd_weight": 0.9}
+    (runs[1] / "summary.json").write_text(json.dumps(summary))
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    rows = list(csv.DictReader((tmp_path / "out" / "figures" / "chosen.csv").open()))
+    assert [row["temperature"] for row in rows] == ["1.0", "4.0"]
+    assert "1 of 2 did not choose the run&#39;s own default" in page
+
+
 def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_start(tmp_path):
     curves = {"cold": [0.1, 0.3, 0.5, 0.6, 0.7], "distilled": [0.65, 0.5, 0.7, 0.7, 0.7]}
     runs = [

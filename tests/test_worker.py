@@ -73,6 +73,12 @@ def gone(pid: int) -> bool:
     return True
 
 
+def knowledge(run):
+    """Return the bytes of what peers sent the relay to pass on, without npy headers."""
+    records = [reply.content["knowledge"] for reply in run.grid.replies if "knowledge" in reply.content]
+    return [array.numpy().tobytes() for record in records for array in record.values()]
+
+
 def test_deployed_peers_in_their_workers_learn_what_simulated_ones_learn(tmp_path, sites, end_workers):
     simulated = federate(
         tmp_path / "a", grid=local_grid(tmp_path / "a", 2, node_config=dict(enumerate(sites))), strategy="gossip"
@@ -83,6 +89,10 @@ def test_deployed_peers_in_their_workers_learn_what_simulated_ones_learn(tmp_pat
 
     measured = [(row["peer"], row["test_accuracy"], row["kd_loss"]) for row in resident.rows()]
     assert measured == [(row["peer"], row["test_accuracy"], row["kd_loss"]) for row in simulated.rows()]
+    plain, sealed = b"".join(knowledge(simulated)), b"".join(knowledge(resident))
+    samples = [plain[at : at + 40] for at in range(0, len(plain), 40)]  # ten classes, fp32: one sample's logits
+    assert len(sealed) > len(plain) > 0
+    assert not any(sample in sealed for sample in samples)
     assert len(worker_pids(tmp_path / "b")) == 2
     assert worker_pids(tmp_path / "a") == []
     files = [path for path in (tmp_path / "b" / "state").rglob("*") if not path.is_dir()]
@@ -222,7 +232,6 @@ def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path,
     texts = [name for name in free if isinstance(getattr(RunConfig(), name), str)]
     names_only = {
         "topology",
-        "divergence",
         "codec",
         "resume",
         "out_dir",
@@ -234,14 +243,16 @@ def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path,
     evil = replace(RunConfig(), **{name: f"evil.{name}:run" for name in texts}, download=True)
     place = place_of(sites[0], tmp_path)
 
-    settled = place.settings(replace(evil, fedavg_model="mlp"))
+    settled = place.settings(replace(evil, fedavg_model="mlp", divergence="js"))
 
     assert {name for name in texts if "evil" in str(getattr(settled, name))} <= names_only
     assert not settled.download
     assert place.model_spec(settled) == "mlp"
     assert place.checkpoint_path(settled) is None
     with pytest.raises(SettingError, match="fedavg-model"):
-        place.settings(replace(evil, strategy="fedavg"))
+        place.settings(replace(evil, strategy="fedavg", divergence="js"))
+    with pytest.raises(SettingError, match="divergence"):
+        place.settings(replace(evil, fedavg_model="mlp"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""`fedkd compare`: a recipe's trials through one `flwr run`, and the report."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.comparison import Comparison, alone, comparison_runs
+from experiments.launch import Federation, Outcome, launch
+from experiments.project import OWN_FOLDER
+from experiments.recipe import Planned, Recipe, plan
+from fedkd.config import RunConfig
+from strategies.trials import read_trials
+
+_TRIAL = re.compile(r"^trial (\d+)/(\d+) ")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What became of a comparison.
+
+    Attributes:
+        folder: where everything is.
+        report: the HTML file; None if no trial finished.
+        finished: how many trials have results.
+        failed: names of those that do not.
+        exit_code: what a shell should see.
+    """
+
+    folder: Path
+    report: Path | None
+    finished: int
+    failed: tuple[str, ...]
+    exit_code: int
+
+
+def compare(
+    recipe: Recipe,
+    federation: Federation,
+    folder: Path,
+    *,
+    command: str,
+    out: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Compared:
+    """Run the trials of a recipe that have not finished yet, and write the report.
+
+    Args:
+        recipe: what to compare.
+        federation: the machine's share of a peer; the number of peers is the recipe's.
+        folder: where results go; trials that finished there are not run again.
+        command: what the user typed, for the report.
+        out: takes every line meant for the user.
+        verbose: pass on Flower's and Ray's own lines too.
+
+    Raises:
+        FedkdError: the recipe's settings do not go together, or the run did not start.
+    """
+    from experiments.report import write_report
+
+    planned = plan(recipe)
+    folder = folder.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = _write_trials(folder, planned)
+    commands = {trial.name: alone(trial.settings, federation) for trial in planned}
+    Comparison(recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands).write(folder)
+    peers = replace(federation, peers=max(trial.peers for trial in planned))
+    outcome = _run(trials, peers, out=out, verbose=verbose)
+    done = [trial.name for trial in planned if (folder / "trials" / trial.name / "summary.json").exists()]
+    failed = tuple(trial.name for trial in planned if trial.name not in done)
+    report = write_report(comparison_runs(folder), folder, Comparison.read(folder)) if done else None
+    exit_code = outcome.exit_code if outcome and outcome.signal else int(bool(failed))
+    if outcome and not outcome.completed and not outcome.signal:
+        out(f"error: {outcome.reason or outcome.status}")
+    return Compared(folder, report, len(done), failed, exit_code)
+
+
+def _write_trials(folder: Path, planned: Sequence[Planned]) -> Path:
+    path = folder / "trials.jsonl"
+    lines = [
+        {"name": trial.name, "settings": {**trial.settings, "out-dir": str(folder / "trials" / trial.name)}}
+        for trial in planned
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _run(trials: Path, federation: Federation, *, out: Callable[[str], None], verbose: bool) -> Outcome | None:
+    """Run what is not finished, with a bar that tells the time left; None if there is nothing to do."""
+    known = read_trials(trials, RunConfig())
+    done = sum(trial.finished() for trial in known)
+    out(f"{len(known)} trials" + (f", {done} of them finished already" if done else ""))
+    if done == len(known):
+        return None
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("trials", total=len(known), completed=done)
+
+        def show(line: str) -> None:
+            if counted := _TRIAL.match(line):
+                bar.update(task, completed=int(counted[1]))
+            out(line)
+
+        return launch(OWN_FOLDER, {"trials": str(trials)}, federation, out=show, verbose=verbose)

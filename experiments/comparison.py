@@ -1,0 +1,87 @@
+"""What a comparison is, beside its results: enough to make its report again and to run each trial alone."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.launch import Federation
+from fedkd.config import RunConfig, Scalar
+from fedkd.errors import FedkdError
+
+_NOT_TYPED = ("peers", "out-dir", "run-name", "resume", "trials")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison is, written beside its trials so that a report can be made again.
+
+    Attributes:
+        title: the report's.
+        paper: what it is after.
+        claims: what the paper says.
+        target: accuracy whose price is asked for, or None.
+        command: what the user typed.
+        recipe: the recipe's text.
+        trials: by name, the command that runs the trial alone.
+    """
+
+    title: str
+    paper: str
+    claims: tuple[str, ...]
+    target: float | None
+    command: str
+    recipe: str
+    trials: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write ``comparison.json``."""
+        (folder / "comparison.json").write_text(json.dumps(vars(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Comparison":
+        """Read ``comparison.json``.
+
+        Raises:
+            FedkdError: it is not there or not readable.
+        """
+        try:
+            content = json.loads((folder / "comparison.json").read_text())
+            return cls(**{**content, "claims": tuple(content["claims"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FedkdError(f"Expected the folder of a comparison, but got {folder}: {error}") from error
+
+
+def comparison_runs(folder: Path) -> list[Path]:
+    """Return the folders of a comparison's trials that were begun, in its order."""
+    names = Comparison.read(folder).trials
+    return [path for name in names if ((path := folder / "trials" / name) / "config.json").exists()]
+
+
+def alone(settings: Mapping[str, Scalar], federation: Federation | None = None) -> str:
+    """Return the command that runs a trial by itself and gives the same numbers.
+
+    Args:
+        settings: of the trial; ``peers`` says how many, defaults are left out.
+        federation: the machine's share of a peer.
+
+    >>> print(alone({"peers": 3, "seed": 1, "divergence": "sed"}, Federation(peers=6, gpus_per_peer=1)))
+    fedkd run --peers 3 --gpus-per-peer 1 seed=1 divergence=sed
+    """
+    words = ["fedkd", "run", "--peers", str(settings["peers"])]
+    defaults = Federation(peers=1)
+    federation = federation or defaults
+    for option in ("cpus_per_peer", "gpus_per_peer"):
+        value = getattr(federation, option)
+        if value != getattr(defaults, option):
+            words += ["--" + option.replace("_", "-"), f"{value:g}"]
+    usual = RunConfig().to_mapping()
+    words += [
+        f"{key}={_text(value)}" for key, value in settings.items() if key not in _NOT_TYPED and value != usual[key]
+    ]
+    return shlex.join(words)
+
+
+def _text(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,80 @@
+"""The `fedkd deploy` commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Run a real federation: SuperLink and SuperNodes over gRPC, TLS and node keys.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
+
+
+@app.command()
+def init(
+    folder: Folder,
+    peers: Annotated[int, typer.Option(help="Number of peers.")] = 3,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address of the SuperLink; several: the first is what peers use.")
+    ] = None,
+    fleet_port: Annotated[int, typer.Option(help="Where SuperNodes reach the SuperLink.")] = 9092,
+    control_port: Annotated[int, typer.Option(help="Where `flwr run` reaches it, on its own machine.")] = 9093,
+    node_port: Annotated[int, typer.Option(help="A SuperNode's local port; in a trial, the first of them.")] = 9400,
+    demo: Annotated[bool, typer.Option("--demo", help="Fill in models and data (digits), ready for a trial.")] = False,
+) -> None:
+    """Make certificates, keys, a configuration for every peer, unit files, and a README with the exact commands."""
+    from experiments.deploy.create import create
+    from experiments.deploy.layout import Deployment
+
+    hosts = tuple(host or ["127.0.0.1"])
+    deployment = Deployment(folder.expanduser().absolute(), hosts, peers, fleet_port, control_port, node_port)
+    create(deployment, demo=demo)
+    typer.echo((deployment.folder / "README.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def up(folder: Folder) -> None:
+    """Start the SuperLink and all peers on this machine, and wait until they are connected."""
+    from experiments.deploy import trial
+    from experiments.deploy.layout import Deployment
+
+    trial.up(Deployment.read(folder), out=typer.echo)
+
+
+@app.command()
+def down(folder: Folder) -> None:
+    """End what `up` started, and nothing else."""
+    from experiments.deploy import trial
+    from experiments.deploy.layout import Deployment
+
+    ended = trial.down(Deployment.read(folder))
+    typer.echo(f"ended: {', '.join(ended) or 'nothing was running'}")
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """Show which parties run and which peers are connected."""
+    from experiments.deploy import trial
+    from experiments.deploy.layout import Deployment
+
+    for line in trial.status(Deployment.read(folder)):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    folder: Folder,
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
+    ] = None,
+) -> None:
+    """Run a federation on the deployment's SuperLink; exit with 0 only if it completed."""
+    from experiments.deploy.layout import Deployment
+    from experiments.deploy.run import run as run_on
+    from experiments.project import Project
+
+    project = Project.read()
+    settings = project.settings(pairs or [], cwd=Path.cwd())
+    if reason := run_on(Deployment.read(folder), project.folder, settings, out=typer.echo):
+        typer.echo(f"error: {reason}", err=True)
+        raise typer.Exit(1)

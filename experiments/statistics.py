@@ -1,0 +1,157 @@
+"""What can be said from a few seeds: intervals, paired tests, and what a target costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+
+from experiments.study import Run, Variant
+
+LEVEL = 0.95
+FEWEST_SEEDS = 3
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95 % bootstrap interval; the interval is NaN for a single seed."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two variants over the seeds that both have.
+
+    Attributes:
+        first: label; ``second`` likewise.
+        difference: mean of first − second.
+        low: lower end of the 95 % interval of the mean difference (Student's t); ``high``: upper end.
+        p: two-sided p of the paired t-test; NaN for fewer than two seeds, or where all differences are zero.
+        adjusted: the same after Holm's correction for all pairs tested together.
+        seeds: how many.
+        identical: every difference is zero.
+    """
+
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    identical: bool
+    adjusted: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """Say what the seeds allow to say."""
+        if self.identical:
+            return "identical"
+        if self.seeds < FEWEST_SEEDS:
+            return "too few seeds to tell"
+        return "larger than seed noise" if self.adjusted < 1 - LEVEL else "within seed noise"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one run paid until its mean accuracy reached a target; infinite where it never did."""
+
+    rounds: float
+    bytes: float
+    seconds: float
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Return the mean and its percentile bootstrap interval, from a fixed stream of resamples.
+
+    >>> mean([0.5])
+    Mean(value=0.5, low=nan, high=nan, seeds=1)
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return Mean(math.nan, math.nan, math.nan, 0)
+    if len(finite) == 1:
+        return Mean(finite[0], math.nan, math.nan, 1)
+    data = np.asarray(finite)
+    drawn = np.random.default_rng(0).integers(len(data), size=(_RESAMPLES, len(data)))
+    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Mean(fmean(finite), float(low), float(high), len(finite))
+
+
+def compare(first: str, a: Mapping[int, float], second: str, b: Mapping[int, float]) -> Comparison:
+    """Compare two variants by the seeds they share, with the paired t-test.
+
+    Args:
+        first: the label of ``a``.
+        a: by seed.
+        second: the label of ``b``.
+        b: by seed.
+    """
+    from scipy import stats
+
+    differences = np.asarray([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=float)
+    count = len(differences)
+    if count == 0:
+        return Comparison(first, second, math.nan, math.nan, math.nan, math.nan, 0, False)
+    center = float(differences.mean())
+    if not differences.any():
+        return Comparison(first, second, 0.0, 0.0, 0.0, math.nan, count, True)  # nothing to test, nor to correct for
+    if count < 2:
+        return Comparison(first, second, center, math.nan, math.nan, math.nan, count, False)
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
+    if error < 1e-12:  # the same difference under every seed
+        return Comparison(first, second, center, center, center, 0.0, count, False)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    p = 2 * float(stats.t.sf(abs(center) / error, count - 1))
+    return Comparison(first, second, center, center - half, center + half, p, count, False)
+
+
+def all_pairs(variants: Sequence[Variant], what: str = "accuracy") -> list[Comparison]:
+    """Compare every two variants, and correct for their number."""
+    finals = {variant.label: variant.finals(what) for variant in variants}
+    found = [compare(a, finals[a], b, finals[b]) for a, b in combinations(finals, 2)]
+    return [Comparison(**{**vars(c), "adjusted": p}) for c, p in zip(found, holm([c.p for c in found]), strict=True)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number; NaN stays NaN and does not count.
+
+    Source: Holm 1979, https://www.jstor.org/stable/4615733.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, highest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def price(run: Run, target: float, *, after: int = -1) -> Price:
+    """Return what a run paid until the mean accuracy of its peers reached a target, in a round later than ``after``."""
+    for point in run.curve():
+        if point.round > after and point.accuracy >= target:
+            return Price(point.round, point.bytes, point.seconds)
+    return Price(math.inf, math.inf, math.inf)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median with infinity for what was not reached, so that nothing is dropped.
+
+    >>> median([3.0, math.inf, 5.0]), median([3.0, math.inf])
+    (5.0, inf)
+    """
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    if not ordered:
+        return math.nan
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

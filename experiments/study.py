@@ -1,0 +1,360 @@
+"""Finished runs read back and sorted: what was compared (variants), and under which data (scenarios)."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from fedkd.config import RunConfig, Scalar
+from fedkd.errors import FedkdError
+from fedkd.results import Row, read_row
+
+SCENARIO_KEYS = (
+    "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
+    "normalize", "peers", "models", "checkpoints", "pretrain-epochs", "evaluate-on",
+)  # fmt: skip
+"""Settings that say which data and models are there: results under different ones are not compared."""
+
+CONTROL_KEYS = (
+    *SCENARIO_KEYS, "data-dir", "optimizer", "learning-rate", "momentum", "weight-decay", "batch-size", "rounds",
+    "local-epochs", "eval-every", "pooled-model", "device", "threads", "seed",
+)  # fmt: skip
+"""Settings on which the controls depend: a control run once serves all trials that agree in them."""
+
+_NO_VARIANT = {
+    *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
+    "threads", "round-timeout", "eval-every",
+}  # fmt: skip
+_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "partition-alpha": ("partition", ("dirichlet",)),
+    "classes-per-peer": ("partition", ("classes", "overlap")),
+    "shared-classes": ("partition", ("overlap",)),
+    "topology-degree": ("topology", ("k-regular", "small-world")),
+    "topology-probability": ("topology", ("erdos-renyi", "small-world")),
+    "reduction": ("strategy", ("pairwise", "gossip")),
+    "average": ("strategy", ("averaged", "gossip")),
+    "consensus": ("strategy", ("consensus",)),
+    "fedavg-start": ("strategy", ("fedavg",)),
+    "fedavg-model": ("strategy", ("fedavg",)),
+    **{f"cakd-{name}": ("divergence", ("cakd", "dkd")) for name in ("alpha", "beta", "mode", "strong", "top-k")},
+    **{f"bdkd-{name}": ("divergence", ("bdkd",)) for name in ("delta", "rule")},
+    **{
+        f"flow-{name}": ("method", ("infoflow",))
+        for name in ("layers", "depth", "dimensions", "weight", "initial", "decay", "variant", "auxiliary")
+    },
+}
+_NOT_AVERAGING = {"distill-epochs", "schedule", "regime", "topology", "combine", "method"}
+"""Settings that say nothing about federated averaging."""
+
+_NOT_FROM_SCRATCH = {"divergence", "temperature", "kd-weight", "t2-scaling", "match-gradients", "codec"}
+"""Settings that say nothing about it unless it starts from distilled knowledge."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run stands at the end of a round: accuracies over the peers, and what it has cost so far."""
+
+    round: int
+    accuracy: float
+    worst: float
+    spread: float
+    own_accuracy: float
+    ece: float
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder, as far as it could be read.
+
+    Attributes:
+        path: the folder.
+        name: of the folder.
+        settings: all of them; ``peers`` is how many took part.
+        environment: versions, machine, commit.
+        rows: of ``rounds.jsonl``.
+        summary: ``summary.json``; empty if the run did not finish.
+        problems: what could not be read, by file and line.
+        error: why it did not finish.
+    """
+
+    path: Path
+    name: str
+    settings: Mapping[str, Scalar]
+    environment: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    summary: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Return its seed."""
+        return int(self.settings["seed"])
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Return the peers' names."""
+        return tuple(dict.fromkeys(row.peer for row in self.rows))
+
+    def curve(self) -> list[Point]:
+        """Return where it stood after every round in which peers were measured.
+
+        A peer that was not measured in a round stands where it stood before. Bytes are those of all encoded arrays
+        of all peers, up and down, from the start to the end of the round.
+        """
+        totals = self.summary.get("totals", {})
+        by_round: dict[int, list[Row]] = {}
+        for row in self.rows:
+            by_round.setdefault(row.round, []).append(row)
+        in_rows = sum(row.bytes_up + row.bytes_down for row in self.rows)
+        # What travelled between the rounds, such as a model merged for federated averaging, was due before round 1.
+        unseen = int(totals.get("bytes_up", 0)) + int(totals.get("bytes_down", 0)) - in_rows if totals else 0
+        seconds = list(self.summary.get("round_seconds") or [])
+        last: dict[str, Row] = {}
+        points, spent = [], 0
+        for round in sorted(by_round):
+            spent += sum(row.bytes_up + row.bytes_down for row in by_round[round])
+            spent += max(0, unseen) if round == 1 else 0
+            measured = [row for row in by_round[round] if math.isfinite(row.test_accuracy)]
+            last |= {row.peer: row for row in measured}
+            if not measured:
+                continue
+            accuracies = [row.test_accuracy for row in last.values()]
+            took = sum(seconds[: round + 1]) if round < len(seconds) else math.nan
+            points.append(
+                Point(
+                    round,
+                    fmean(accuracies),
+                    min(accuracies),
+                    pstdev(accuracies),
+                    fmean([row.own_accuracy for row in last.values()]),
+                    fmean([row.ece for row in last.values()]),
+                    spent,
+                    took,
+                )
+            )
+        return points
+
+    def control(self, name: str) -> float:
+        """Return the final accuracy of a control (``isolated``, ``pooled``); NaN without it."""
+        value = self.summary.get(name)
+        return math.nan if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: runs that differ only in their seeds.
+
+    Attributes:
+        label: what sets it apart from the other variants.
+        settings: common to its runs.
+        runs: finished ones, by seed.
+        missing: seeds of runs that failed.
+    """
+
+    label: str
+    settings: Mapping[str, Scalar]
+    runs: Mapping[int, Run]
+    missing: tuple[int, ...] = ()
+
+    def finals(self, what: str = "accuracy") -> dict[int, float]:
+        """Return a number of the last point of every run's curve, by seed."""
+        return {seed: float(getattr(run.curve()[-1], what)) for seed, run in self.runs.items() if run.curve()}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Variants that met the same data and models.
+
+    Attributes:
+        label: what sets these data apart.
+        variants: what was compared on them.
+        isolated: mean final accuracy of the peers without exchange, by seed.
+        pooled: final accuracy of one model on all private data, by seed.
+        isolated_by_peer: final accuracy of each peer without exchange, averaged over seeds.
+    """
+
+    label: str
+    variants: tuple[Variant, ...]
+    isolated: Mapping[int, float] = field(default_factory=dict)
+    pooled: Mapping[int, float] = field(default_factory=dict)
+    isolated_by_peer: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Variant | None:
+        """Return the variant with the highest final accuracy; None if no run finished."""
+        having = [variant for variant in self.variants if variant.runs]
+        return max(having, key=lambda variant: fmean(variant.finals().values()), default=None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a report is about.
+
+    Attributes:
+        scenarios: in the order of their first runs.
+        runs: all runs, failed ones too.
+        common: settings that all runs share and that are not the defaults.
+        varied: settings that differ between variants.
+    """
+
+    scenarios: tuple[Scenario, ...]
+    runs: tuple[Run, ...]
+    common: Mapping[str, Scalar]
+    varied: tuple[str, ...]
+
+    @property
+    def failed(self) -> tuple[Run, ...]:
+        """Return the runs without a result."""
+        return tuple(run for run in self.runs if not run.summary or not run.curve())
+
+    @property
+    def problems(self) -> list[str]:
+        """Return everything that could not be read."""
+        return [problem for run in self.runs for problem in run.problems]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder. A line of ``rounds.jsonl`` that cannot be read is named and costs nothing else.
+
+    Raises:
+        FedkdError: it is not the folder of a run.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
+        settings = {**RunConfig().to_mapping(), **config["settings"]}
+        environment = dict(config.get("environment", {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedkdError(f"Expected the folder of a run with its config.json, but got {path}: {error}") from error
+    problems: list[str] = []
+    rows: list[Row] = []
+    rounds = path / "rounds.jsonl"
+    for number, line in enumerate(rounds.read_text(errors="replace").splitlines() if rounds.exists() else [], 1):
+        try:
+            rows.append(read_row(line))
+        except ValueError as error:
+            problems.append(f"{rounds}, line {number}: left out, not a row ({_brief(str(error))})")
+    summary: Mapping[str, Any] = {}
+    if (path / "summary.json").exists():
+        try:
+            summary = json.loads((path / "summary.json").read_text())
+        except ValueError as error:
+            problems.append(f"{path / 'summary.json'}: {error}")
+    failure = path / "error.txt"
+    error_text = failure.read_text().strip() if failure.exists() else "" if summary else "not finished"
+    settings["peers"] = len({row.peer for row in rows}) or settings["peers"]
+    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), error_text)
+
+
+def study(runs: Sequence[Run]) -> Study:
+    """Sort runs into scenarios and variants.
+
+    Raises:
+        FedkdError: there is no run.
+    """
+    if not runs:
+        raise FedkdError("Expected at least one run to report about, but got none.")
+    keys = list(RunConfig().to_mapping())
+    varied = tuple(k for k in keys if k not in _NO_VARIANT and len({run.settings[k] for run in runs}) > 1)
+    scenic = tuple(k for k in SCENARIO_KEYS if len({run.settings[k] for run in runs}) > 1)
+    groups: dict[tuple[Scalar, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.settings[k] for k in scenic), []).append(run)
+    defaults = RunConfig().to_mapping()
+    common = {
+        key: runs[0].settings[key]
+        for key in keys
+        if key not in ("out-dir", "run-name", "controls", "resume", "trials")
+        and len({run.settings[key] for run in runs}) == 1
+        and runs[0].settings[key] != defaults[key]
+    }
+    scenarios = tuple(_scenario(members, scenic, varied) for members in groups.values())
+    return Study(scenarios, tuple(runs), common, varied)
+
+
+def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
+    """Return what sets settings apart, leaving out what has no effect under them.
+
+    >>> settings = {"strategy": "averaged", "divergence": "sed", "temperature": 4.0, "reduction": "mean"}
+    >>> label(settings, ["divergence", "strategy", "temperature", "reduction"])
+    'sed · averaged · temperature 4'
+    """
+    telling = [key for key in keys if has_effect(settings, key)]
+    words = [_word(key, settings[key]) for key in telling if settings[key] is not False]
+    return " · ".join(words or [f"no {key}" for key in telling])
+
+
+def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
+    """Tell whether a setting does anything under the others.
+
+    >>> has_effect({"topology": "ring", "topology-degree": 4}, "topology-degree")
+    False
+    """
+    other, values = _ONLY_WITH.get(key, ("", ()))
+    if other and settings.get(other) not in values:
+        return False
+    if settings.get("strategy") != "fedavg":
+        return True
+    return key not in _NOT_AVERAGING and (settings["fedavg-start"] == "distilled" or key not in _NOT_FROM_SCRATCH)
+
+
+def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scalar | None, ...]:
+    """Return the values of some settings, None for those without an effect: equal where the same is run."""
+    return tuple(settings[key] if has_effect(settings, key) else None for key in keys)
+
+
+def differing(variants: Sequence[Variant]) -> list[str]:
+    """Return the settings in which variants differ, in the order of the settings."""
+    keys = variants[0].settings if variants else ()
+    return [key for key in keys if key not in _NO_VARIANT and len({v.settings[key] for v in variants}) > 1]
+
+
+def _word(key: str, value: Scalar) -> str:
+    if isinstance(value, bool):
+        return key
+    if isinstance(value, int | float):
+        return f"{key} {value:g}"
+    return value or f"no {key}"
+
+
+def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str]) -> Scenario:
+    groups: dict[tuple[Scalar | None, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(effective(run.settings, varied), []).append(run)
+    varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
+    variants = []
+    for members in groups.values():
+        good = {run.seed: run for run in members if run.summary and run.curve()}
+        missing = tuple(run.seed for run in members if run.seed not in good)
+        settings = members[0].settings
+        variants.append(Variant(label(settings, varied) or "this run", settings, good, missing))
+    isolated, pooled = (
+        {run.seed: run.control(name) for run in _carriers(runs, name)} for name in ("isolated", "pooled")
+    )
+    return Scenario(
+        label(runs[0].settings, scenic) or "Results", tuple(variants), isolated, pooled, _isolated_by_peer(runs)
+    )
+
+
+def _carriers(runs: Sequence[Run], name: str) -> list[Run]:
+    """Return the runs that ran a control, those of federated averaging first, so that the others prevail."""
+    having = [run for run in runs if math.isfinite(run.control(name))]
+    return sorted(having, key=lambda run: run.settings["strategy"] != "fedavg")
+
+
+def _isolated_by_peer(runs: Sequence[Run]) -> dict[str, float]:
+    found: dict[str, dict[int, float]] = {}
+    for run in _carriers(runs, "isolated"):
+        for peer in run.summary["peers"]:
+            if peer["isolated"] is not None:
+                found.setdefault(peer["peer"], {})[run.seed] = peer["isolated"]
+    return {name: fmean(by_seed.values()) for name, by_seed in found.items()}
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,172 @@
+"""`fedkd tune`: look for good settings with Optuna, many trials in one `flwr run`, going on where it stopped.
+
+Peers are measured on a part of the training set that none of them holds: what is chosen has not seen the test set.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.comparison import alone
+from experiments.launch import Federation, launch
+from experiments.project import OWN_FOLDER
+from fedkd.config import RunConfig, Scalar
+from fedkd.errors import FedkdError, SettingError
+
+if TYPE_CHECKING:
+    import optuna
+
+_STUDY = "study.journal"
+_ALWAYS: Mapping[str, Scalar] = {"schedule": "mixed", "evaluate-on": "validation", "controls": ""}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found.
+
+    Attributes:
+        settings: the best trial's.
+        accuracy: on held-out samples, the mean of its peers and seeds.
+        trials: how many have been finished in all.
+        command: runs the best settings and measures them on the test set.
+    """
+
+    settings: Mapping[str, Scalar]
+    accuracy: float
+    trials: int
+    command: str
+
+
+def tune(
+    settings: Mapping[str, Scalar],
+    federation: Federation,
+    folder: Path,
+    *,
+    trials: int,
+    seeds: int = 1,
+    batch: int = 8,
+    out: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Tuned:
+    """Search temperature, weight and distillation epochs until so many trials are finished in the folder.
+
+    Args:
+        settings: of every trial; ``schedule = mixed`` unless they say otherwise.
+        federation: the peers and the machine's share of each.
+        folder: where the study file and the trials' results go.
+        trials: finished trials in all, earlier ones of this folder included.
+        seeds: runs per trial, with the seeds ``seed``, ``seed`` + 1, ...
+        batch: trials proposed together, for one `flwr run`.
+        out: takes every line meant for the user.
+        verbose: pass on Flower's and Ray's own lines too.
+
+    Raises:
+        FedkdError: Optuna is not installed, the study is about other settings, or no trial finished.
+    """
+    _need_optuna()
+    for name, value in (("--trials", trials), ("--seeds", seeds), ("--batch", batch)):
+        if value < 1:
+            raise SettingError(name, value, "a whole number >= 1")
+    base = {**_ALWAYS, **settings, "peers": federation.peers}
+    for key in ("evaluate-on", "regime"):
+        usual = {"evaluate-on": "validation", "regime": "vanilla"}[key]
+        if base.get(key, usual) != usual:
+            raise SettingError(key, base[key], f"{usual} in a search over temperature and weight")
+    config = RunConfig.from_mapping({**base, "kd-weight": 0.5} if base["schedule"] == "mixed" else base)
+    folder = folder.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed)
+    while (missing := trials - _finished(study)) > 0:
+        proposed = [study.ask() for _ in range(min(batch, missing))]
+        runs = {
+            trial.number: [{**base, **_suggest(trial, config), "seed": config.seed + i} for i in range(seeds)]
+            for trial in proposed
+        }
+        file = _write(folder, runs)
+        outcome = launch(OWN_FOLDER, {"trials": str(file)}, federation, out=out, verbose=verbose)
+        told = [_tell(study, trial, folder, seeds) for trial in proposed]
+        if outcome.signal or not any(told):
+            raise FedkdError(outcome.reason or f"no trial finished; see the error.txt below {folder / 'trials'}")
+        out(f"{_finished(study)} of {trials} trials, best {study.best_value:.1%} with {study.best_params}")
+    best = {**base, **study.best_params}
+    command = alone({**{k: v for k, v in best.items() if k not in ("evaluate-on", "controls")}}, federation)
+    return Tuned(best, study.best_value, _finished(study), command)
+
+
+def _suggest(trial: "optuna.Trial", config: RunConfig) -> dict[str, Scalar]:
+    found: dict[str, Scalar] = {"temperature": trial.suggest_float("temperature", 0.5, 16.0, log=True)}
+    if config.schedule == "mixed" or config.optimizer == "sgd":  # elsewhere a weight has no effect
+        found["kd-weight"] = trial.suggest_float("kd-weight", 0.1, 0.95)
+    found["distill-epochs"] = trial.suggest_int("distill-epochs", 1, 5)
+    return found
+
+
+def _open(folder: Path, base: Mapping[str, Scalar], seed: int) -> "optuna.Study":
+    """Open the study of a folder, or begin one; what a killed search had proposed is forgotten."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    backend = JournalFileBackend(str(folder / _STUDY))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="fedkd",
+        direction="maximize",
+        load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
+    )
+    earlier = study.user_attrs.get("settings")
+    if earlier is not None and earlier != dict(base):
+        differing = sorted(k for k in earlier.keys() | base.keys() if earlier.get(k) != base.get(k))
+        raise FedkdError(f"The study in {folder} is about other settings: {', '.join(differing)}. Take another --out.")
+    study.set_user_attr("settings", dict(base))
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    # A sampler that is seeded anew would propose the same again.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
+    return study
+
+
+def _finished(study: "optuna.Study") -> int:
+    return sum(trial.value is not None for trial in study.trials)
+
+
+def _write(folder: Path, runs: Mapping[int, list[dict[str, Scalar]]]) -> Path:
+    lines = [
+        {"name": f"{number}-{i}", "settings": {**settings, "out-dir": str(_place(folder, number, i))}}
+        for number, of in runs.items()
+        for i, settings in enumerate(of)
+    ]
+    path = folder / "trials.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _place(folder: Path, number: int, i: int) -> Path:
+    return folder / "trials" / f"{number:04d}-{i}"
+
+
+def _tell(study: "optuna.Study", trial: "optuna.Trial", folder: Path, seeds: int) -> bool:
+    """Tell the study what came of a trial: the mean over its seeds, or that it failed."""
+    import optuna
+
+    found: list[float] = []
+    for i in range(seeds):
+        summary = _place(folder, trial.number, i) / "summary.json"
+        mean = json.loads(summary.read_text())["mean"]["after"] if summary.exists() else None
+        found.append(math.nan if mean is None else float(mean))
+    if any(math.isnan(value) for value in found):
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return False
+    study.tell(trial, sum(found) / len(found))
+    return True
+
+
+def _need_optuna() -> None:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise FedkdError("`fedkd tune` needs Optuna: pip install 'fedkd[tune]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
