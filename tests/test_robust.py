@@ -35,7 +35,7 @@ def test_attackers_are_the_last_peers():
     ("robust", "attackers"), [("median", 0.2), ("trimmed", 0.2), ("agreement", 0.2), ("agreement", 0.4)]
 )
 def test_a_defence_keeps_honest_peers_above_an_undefended_mean(tmp_path, robust, attackers):
-    """Peers of five flip their labels, the classic poison. At 40 % half of a peer's teachers lie: no median helps then."""
+    """Some of five peers flip their labels. At 40 % half of a peer's teachers lie, and no median helps."""
     settings = {
         "attack": "flip", "attackers": attackers, "proxy_size": 300, "pretrain_epochs": 12, "rounds": 3,
         "distill_epochs": 6, "models": "mlp", "trim": 0.3, "partition": "dirichlet",
