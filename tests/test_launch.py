@@ -351,7 +351,10 @@ def test_a_failed_run_ends_with_the_apps_own_words_and_exit_status_1(toy, tmp_pa
 @pytest.mark.flower
 def test_ctrl_c_stops_the_run_and_all_its_processes(toy, tmp_path, marked):
     command = [sys.executable, "-u", "-m", "experiments", "run", "--app", str(toy), "--peers", "1", "behave=wait"]
-    launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launched = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
+    )  # fmt: skip
     lines = iter(launched.stdout)
     while "waiting" not in next(lines):
         pass
