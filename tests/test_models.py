@@ -15,7 +15,7 @@ from fedkd.errors import SettingError
 from fedkd.models import registry
 from fedkd.models.resnet import BasicBlock
 
-SMALL = ["mlp", "cnn-small", "cnn-wide", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"]
+SMALL = ["mlp", "cnn-small", "cnn-wide", "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56"]
 TORCHVISION = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0"]
 RGB = (3, 32, 32)
 
