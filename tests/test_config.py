@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def test_the_app_ships_the_defaults_of_the_dataclass():
 def test_flower_installs_nothing_for_a_run_whatever_extras_there_are():
     """Flower's `uv sync` resolves all extras: a package that is not excluded would be fetched before every run."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    named = [*content["project"]["dependencies"], *sum(content["project"]["optional-dependencies"].values(), [])]
+    extras = content["project"]["optional-dependencies"].values()
+    named = chain(content["project"]["dependencies"], *extras)
 
     assert {re.split(r"[^\w.-]", name)[0] for name in named} == set(content["tool"]["uv"]["exclude-dependencies"])
 
