@@ -35,17 +35,34 @@ def test_every_peer_hears_all_the_others(run):
         assert set(row["teachers"]) == (others if row["round"] else set())
 
 
-def test_nothing_leaves_a_peer_but_logits_on_the_proxy_set_and_a_few_numbers(run):
+def assert_only_knowledge_and_small_facts_travel(run, shapes):
     """Every message is read: no array is of another shape, and nothing else has room for weights or samples."""
-    shape = (SMALL["proxy-size"], 10)
     for message in run.grid.sent + run.grid.replies:
         for name, record in message.content.array_records.items():
             assert name == "knowledge" or name.startswith("letter.")
-            assert [array.numpy().shape for array in record.values()] == [shape]
+            assert {key: array.numpy().shape for key, array in record.items()} == shapes
         for record in (*message.content.config_records.values(), *message.content.metric_records.values()):
-            words = sum(len(str(value)) for value in record.values())
-            assert words < 4000  # the smallest model has 13,706 parameters
+            assert sum(len(str(value)) for value in record.values()) < 4000  # the smallest model has 13,706 parameters
             assert not any(isinstance(value, bytes) for value in record.values())
+
+
+def test_nothing_leaves_a_peer_but_logits_on_the_proxy_set_and_a_few_numbers(run):
+    assert_only_knowledge_and_small_facts_travel(run, {"logits": (SMALL["proxy-size"], 10)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "features"),
+    [
+        ({"strategy": "pairwise"}, {}),
+        ({"strategy": "gossip"}, {}),
+        ({"strategy": "gossip", "mode": "async"}, {}),
+        ({"method": "infoflow", "flow_dimensions": 5}, {f"flow.{layer}": (60, 5) for layer in range(3)}),
+    ],
+)
+def test_nothing_more_leaves_a_peer_under_the_other_server_free_strategies(tmp_path, settings, features):
+    run = federate(tmp_path, **settings)
+
+    assert_only_knowledge_and_small_facts_travel(run, {"logits": (60, 10), **features})
 
 
 def test_knowledge_is_what_the_saved_model_says_about_the_proxy_set(run):

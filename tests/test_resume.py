@@ -5,6 +5,7 @@ import random
 import pytest
 from federation import federate, local_grid
 
+from fedkd.errors import SettingError
 from fedkd.results import RunFolder
 from strategies.ledger import Ledger, LedgerError
 
@@ -86,3 +87,28 @@ def test_a_damaged_ledger_is_refused_by_name(tmp_path):
 
     with pytest.raises(LedgerError, match=r"relay\.safetensors"):
         federate(tmp_path, 2, grid=grid, resume=str(run.folder))
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped_when_the_run_is_resumed(tmp_path):
+    grid = local_grid(tmp_path, 2)
+    first = federate(tmp_path, 2, grid=grid)
+    before = first.timeless_rows()
+    with (first.folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 2, "pee')
+
+    resumed = federate(tmp_path, 2, grid=grid, resume=str(first.folder))
+
+    assert resumed.timeless_rows() == before
+
+
+def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path):
+    grid = local_grid(tmp_path, 2)
+    first = federate(tmp_path, 2, grid=grid)
+
+    with pytest.raises(SettingError, match=r"`rounds` to be 2 as in the run that is resumed, but got 99"):
+        federate(tmp_path, 2, grid=grid, resume=str(first.folder), rounds=99)
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"`resume`.*nowhere"):
+        federate(tmp_path, 3, resume=str(tmp_path / "nowhere"))

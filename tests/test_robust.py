@@ -6,6 +6,7 @@ from federation import federate
 
 from fedkd.attacks import is_attacker, poison
 from fedkd.config import RunConfig
+from fedkd.robust import agreement_weights
 
 ATTACKS = ["flip", "noise", "constant", "collude"]
 
@@ -48,3 +49,17 @@ def test_a_defence_keeps_honest_peers_above_an_undefended_mean(tmp_path, robust,
     defended = honest(federate(tmp_path / robust, 5, robust=robust, **settings))
 
     assert defended > undefended
+
+
+def test_agreement_leaves_out_two_colluding_copies_of_five_peers():
+    torch.manual_seed(0)
+    truth = torch.randint(0, 10, (400,))
+
+    def honest():
+        logits = torch.nn.functional.one_hot(truth, 10).float() * 4 + torch.randn(400, 10) * 1.5
+        return logits
+
+    flipped = torch.nn.functional.one_hot((truth + 1) % 10, 10).float() * 9
+    teachers = torch.stack([honest(), honest(), flipped, flipped])
+
+    assert agreement_weights(teachers, honest()).tolist() == [1, 1, 0, 0]
