@@ -18,12 +18,14 @@ from fedkd.divergences import (
     TeacherTerms,
     check_pair,
     check_temperature,
-    compare_kl,
-    compare_reverse_kl,
     compute_dtype,
+    into,
     kl,
+    log_ratio,
     register,
+    reverse,
     soften,
+    tempered,
 )
 
 __all__ = ["OnlineLosses", "balanced", "online"]
@@ -41,15 +43,19 @@ _Weights = tuple[tuple[float, float], tuple[float, float]]
 
 
 def _compare(
-    student: Distribution, log_p: Tensor, p: Tensor, entropy_p: Tensor, *, weights: _Weights
+    student: Tensor, log_p: Tensor, p: Tensor, entropy_p: Tensor, *, weights: _Weights
 ) -> tuple[Tensor, Tensor]:
-    forward, forward_slope = compare_kl(student, log_p, p)
-    reverse, reverse_slope = compare_reverse_kl(student, log_p, p)
-    flat = (_entropy(student) > entropy_p).to(forward)
+    softened = soften(student)
+    flat = (_entropy(softened) > entropy_p).to(p)
+    log_q, q = softened
+    log_p_over_q = log_ratio(log_p, log_q)
+    forward = (p * log_p_over_q).sum(dim=-1).clamp_min_(0)
+    backward, slope = reverse(q, log_p_over_q)
     (a_flat, r_flat), (a_sharp, r_sharp) = weights
     a = a_sharp + (a_flat - a_sharp) * flat
     r = r_sharp + (r_flat - r_sharp) * flat
-    return a * forward + r * reverse, a.unsqueeze(-1) * forward_slope + r.unsqueeze(-1) * reverse_slope
+    value = a * forward + r * backward
+    return value, slope.mul_(r.unsqueeze(-1)).addcmul_(a.unsqueeze(-1), torch.sub(q, p, out=into(q, p)))
 
 
 def _entropy(softened: Distribution) -> Tensor:
@@ -73,7 +79,7 @@ def _prepare(
     }
     if rule not in rules:
         raise ValueError(f"Expected argument `rule` to be one of {list(rules)}, but got {rule!r}.")
-    teacher = soften(teacher_logits, temperature)
+    teacher = soften(tempered(teacher_logits, temperature))
     compare = partial(_compare, weights=rules[rule])
     return TeacherTerms(compare, (*teacher, _entropy(teacher)), temperature)
 

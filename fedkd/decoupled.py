@@ -29,6 +29,7 @@ from fedkd.divergences import (
     compute_dtype,
     register,
     soften,
+    tempered,
 )
 
 __all__ = ["Decoupled", "cakd", "cakd_features", "decouple", "dkd", "warm_up"]
@@ -77,9 +78,9 @@ def decouple(student_logits: Tensor, teacher_logits: Tensor, strong: Tensor, *, 
     check_temperature(temperature)
     _check_strong(strong, student_logits)
     student_logits = student_logits.to(compute_dtype(student_logits))
-    teacher = soften(teacher_logits, temperature, student_logits.dtype)
+    teacher = soften(tempered(teacher_logits, temperature, student_logits.dtype))
     of_teacher = _split(teacher, strong.to(student_logits.dtype))
-    parts = _parts(soften(student_logits, temperature), of_teacher)
+    parts = _parts(soften(tempered(student_logits, temperature)), of_teacher)
     slopes = (parts.between, parts.within * of_teacher.strong, parts.within * (1 - of_teacher.strong))
     bcd, scd, wcd = (
         attach(student_logits, value, slope, temperature) for value, slope in zip(parts[:3], slopes, strict=True)
@@ -122,10 +123,10 @@ def _parts(student: Distribution, teacher: _Split) -> _Parts:
     )
 
 
-def _compare(student: Distribution, *terms: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(student: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
     *of_teacher, factors = terms
     split = _Split(*of_teacher)
-    parts = _parts(student, split)
+    parts = _parts(soften(student), split)
     value = (factors * torch.stack(parts[:3], dim=-1)).sum(dim=-1)
     within = parts.within.mul_(_of_group(split.strong, factors[..., 1:]))
     return value, within.addcmul_(parts.between, factors[..., :1])
@@ -134,7 +135,7 @@ def _compare(student: Distribution, *terms: Tensor) -> tuple[Tensor, Tensor]:
 def _terms(
     teacher_logits: Tensor, strong: Tensor, temperature: float, factors: tuple[float, float, float], mode: str = "free"
 ) -> TeacherTerms:
-    softened = soften(teacher_logits, temperature)
+    softened = soften(tempered(teacher_logits, temperature))
     split = _split(softened, strong.to(softened.probs.dtype))
     weights = split.log_mass.new_tensor(factors).expand(*split.log_mass.shape[:-1], 3)
     if mode == "scaled":

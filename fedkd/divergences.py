@@ -8,7 +8,8 @@ Numerics. A divergence is computed together with its gradient ∂D/∂z_s in clo
 hands that gradient on. This gives what autograd through the formula cannot: at p = q the gradient is exactly
 zero, it stays finite where classes are masked (logits of −∞) or probabilities underflow, and a backward pass
 costs one multiplication. The price is that there is no second derivative. bfloat16 and float16 are computed, and
-returned, in float32.
+returned, in float32. Each operand goes through one softmax, and what follows is written into memory already at hand,
+as a large new tensor costs as much as several passes over an old one.
 
 Masked classes. log 0 counts as −1e30, so every value is finite. A class with p = q = 0 contributes nothing. Where
 p > 0 = q, ``ce``, ``kl`` and ``jeffreys``, infinite by definition, are p·1e30, and their gradient is that of a q which
@@ -24,7 +25,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -57,7 +58,8 @@ class Distribution(NamedTuple):
     probs: Tensor
 
 
-# (student, *terms of the teacher) -> values [..., B] and slopes ∂D/∂(z_s/T) [..., B, C].
+# (z_s/T, *terms of the teacher) -> values [..., B] and slopes ∂D/∂(z_s/T) [..., B, C], both new tensors. The memory of
+# z_s/T, [B, C], is the function's own, to be written over; that of the terms is not.
 Compare = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -65,7 +67,7 @@ Compare = Callable[..., tuple[Tensor, Tensor]]
 class TeacherTerms:
     """All of a divergence that the teacher alone decides: made once, used at every step of a student.
 
-    ``compare`` gives values ``[..., B]`` and slopes ``[..., B, C]`` of a softened student and ``terms``, which are
+    ``compare`` gives values ``[..., B]`` and slopes ``[..., B, C]`` of a student and ``terms``, which are
     ``[..., B, *]`` like the teacher logits that they are made from. Called with student logits ``[B, C]``, it gives the
     divergence ``[B]`` of one teacher.
     """
@@ -76,9 +78,7 @@ class TeacherTerms:
 
     def __call__(self, student_logits: Tensor) -> Tensor:
         """Return the divergence ``[B]``, differentiable in the student logits."""
-        student_logits = student_logits.to(compute_dtype(student_logits))
-        value, slope = self.compare(soften(student_logits, self.temperature), *self.terms)
-        return attach(student_logits, value, slope, self.temperature)
+        return differentiable(self.compare, student_logits, self.terms, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,11 @@ def get(name: str) -> Divergence:
 
 
 def names() -> list[str]:
-    """Return the names of all divergences, a user's own included, in alphabetical order."""
+    """Return the names of all divergences, a user's own included, in alphabetical order.
+
+    >>> [name for name in names() if name.endswith("kl")]
+    ['kl', 'reverse_kl']
+    """
     return sorted(_REGISTRY.keys() | _ELSEWHERE.keys())
 
 
@@ -208,119 +212,182 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def soften(logits: Tensor, temperature: float, dtype: torch.dtype | None = None) -> Distribution:
-    """Return softmax(z/T) of the detached logits ``[..., C]``."""
-    logits = logits.detach().to(dtype or compute_dtype(logits))
-    log_probs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1).clamp_min_(-FAR)
-    return Distribution(log_probs, log_probs.exp())
+@lru_cache(maxsize=64)
+def _scalar(number: float, dtype: torch.dtype) -> Tensor:
+    """Keep a number as the tensor that PyTorch otherwise makes and casts at every use: half of a small division."""
+    return torch.tensor(number, dtype=dtype, device="cpu")
+
+
+def tempered(logits: Tensor, temperature: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return z/T of the detached logits, in memory of its own and in ``dtype``: unless given, the one to compute in."""
+    dtype = dtype or compute_dtype(logits)
+    if logits.requires_grad:
+        logits = logits.detach()
+    if logits.dtype != dtype:
+        logits = logits.to(dtype)
+    return logits / _scalar(temperature, dtype)
+
+
+def soften(scaled: Tensor) -> Distribution:
+    """Return softmax(z/T) of ``scaled``, z/T ``[..., C]``, which is written over."""
+    log_probs = torch.log_softmax(scaled, dim=-1).clamp_min_(-FAR)
+    return Distribution(log_probs, torch.exp(log_probs, out=scaled))
+
+
+def into(own: Tensor, like: Tensor) -> Tensor | None:
+    """Return ``own`` as the ``out`` of what comes out like ``like``; ``None``, new memory, where it does not fit.
+
+    With K teachers, a student's ``[B, C]`` is too small; with teachers in float64, one in float32 is too coarse.
+    """
+    return own if own.shape == like.shape and own.dtype == like.dtype else None
 
 
 def tilt(probs: Tensor, score: Tensor) -> Tensor:
     """Return q·(score − Σ q·score), the gradient in z where ``score``, overwritten, is that in q = softmax(z)."""
-    return score.sub_((probs * score).sum(dim=-1, keepdim=True)).mul_(probs)
+    weighted = score.mul_(probs)
+    return weighted.addcmul_(probs, weighted.sum(dim=-1, keepdim=True), value=-1)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, result: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+        value, slope = result  # as one argument, for autograd makes a view of a tensor that is handed through
         ctx.save_for_backward(slope)
         ctx.temperature = temperature
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # as under `create_graph`; autograd's own check costs a tenth of a small loss
             raise RuntimeError("The divergences have no second derivative: their gradient is made with their value.")
         (slope,) = ctx.saved_tensors
-        return (grad / ctx.temperature).unsqueeze(-1) * slope, None, None, None
+        return (grad / _scalar(ctx.temperature, grad.dtype)).unsqueeze(-1) * slope, None, None
 
 
 def attach(student_logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
-    """Return ``value`` ``[B]`` as a function of ``student_logits`` ``[B, C]`` with gradient ``slope/T``."""
-    attached: Tensor = _Attach.apply(student_logits, value, slope, temperature)
+    """Return ``value`` ``[B]``, a new tensor, as a function of student logits ``[B, C]`` with gradient ``slope/T``."""
+    attached: Tensor = _Attach.apply(student_logits, (value, slope), temperature)
     return attached
 
 
-def preparing(compare: Compare) -> Callable[..., TeacherTerms]:
-    """Return the ``prepare`` of a divergence whose teacher terms are the softened teacher itself."""
+def differentiable(compare: Compare, student_logits: Tensor, terms: tuple[Tensor, ...], temperature: float) -> Tensor:
+    """Return the divergence ``[B]`` from one teacher's ``terms``, differentiable in the student logits ``[B, C]``."""
+    dtype = compute_dtype(student_logits)
+    if student_logits.dtype != dtype:
+        student_logits = student_logits.to(dtype)
+    value, slope = compare(tempered(student_logits, temperature, dtype), *terms)
+    return attach(student_logits, value, slope, temperature)
+
+
+def preparing(compare: Compare, terms: Callable[[Tensor], tuple[Tensor, ...]] = soften) -> Callable[..., TeacherTerms]:
+    """Return the ``prepare`` of a divergence whose teacher terms are made of z_t/T alone: unless given, log p and p."""
 
     def prepare(teacher_logits: Tensor, *, temperature: float, labels: Tensor | None = None) -> TeacherTerms:
-        return TeacherTerms(compare, soften(teacher_logits, temperature), temperature)
+        return TeacherTerms(compare, terms(tempered(teacher_logits, temperature)), temperature)
 
     return prepare
 
 
-def _compute(compare: Compare, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def _compute(
+    compare: Compare,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    terms: Callable[[Tensor], tuple[Tensor, ...]] = soften,
+) -> Tensor:
     check_pair(student_logits, teacher_logits)
     check_temperature(temperature)
-    teacher = soften(teacher_logits, temperature, compute_dtype(student_logits))
-    return TeacherTerms(compare, teacher, temperature)(student_logits)
+    teacher = terms(tempered(teacher_logits, temperature, compute_dtype(student_logits)))
+    return differentiable(compare, student_logits, teacher, temperature)
+
+
+def _probs(scaled: Tensor) -> tuple[Tensor]:
+    """Return the terms of a teacher whose log p is not asked for."""
+    return (torch.softmax(scaled, dim=-1),)
 
 
 # Values and slopes. Near p = q rounding alone can take a divergence below zero: hence the clamps of finished values.
 
 
-def compare_ce(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return -(p * student.log_probs).sum(dim=-1), student.probs - p
+def compare_ce(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, q = soften(student)
+    value = torch.mul(log_q, p, out=into(log_q, p)).sum(dim=-1).neg_()
+    return value, torch.sub(q, p, out=into(q, p))
 
 
-def compare_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return (log_p - student.log_probs).mul_(p).sum(dim=-1).clamp_min_(0), student.probs - p
+def compare_kl(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, q = soften(student)
+    value = log_ratio(log_p, log_q).mul_(p).sum(dim=-1).clamp_min_(0)
+    return value, torch.sub(q, p, out=into(q, p))
 
 
-def _compare_kl_in_place(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`compare_kl`, in the memory of its arguments: a large allocation costs as much as a pass over it."""
-    return log_p.sub_(student.log_probs).mul_(p).sum(dim=-1).clamp_min_(0), student.probs.sub_(p)
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return log(p/q), in the memory of ``log_q`` where it fits."""
+    return torch.sub(log_p, log_q, out=into(log_q, log_p))
 
 
-def compare_reverse_kl(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    log_q, q = student
-    log_ratio = log_p - log_q
-    value = (q * log_ratio).sum(dim=-1).neg_().clamp_min_(0)
-    return value, tilt(q, torch.threshold_(log_ratio, -FAR / 2, 0)).neg_()
+def reverse(q: Tensor, log_p_over_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(q‖p) and its slope, of log(p/q), which is written over."""
+    value = (q * log_p_over_q).sum(dim=-1).neg_().clamp_min_(0)
+    return value, tilt(q, torch.threshold_(log_p_over_q, -FAR / 2, 0)).neg_()
 
 
-def compare_jeffreys(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    forward, forward_slope = compare_kl(student, log_p, p)
-    reverse, reverse_slope = compare_reverse_kl(student, log_p, p)
-    return forward.add_(reverse), forward_slope.add_(reverse_slope)
+def compare_reverse_kl(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, q = soften(student)
+    return reverse(q, log_ratio(log_p, log_q))
 
 
-def compare_td(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    q = student.probs
+def compare_jeffreys(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, q = soften(student)
+    log_p_over_q = log_ratio(log_p, log_q)
+    forward = (p * log_p_over_q).sum(dim=-1).clamp_min_(0)
+    backward, slope = reverse(q, log_p_over_q)
+    return forward.add_(backward), slope.add_(torch.sub(q, p, out=into(q, p)))
+
+
+def compare_td(student: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    q = torch.softmax(student, dim=-1)
     total = (p + q).clamp_min_(torch.finfo(q.dtype).tiny)
-    gap = p - q
-    value = gap.square().div_(total).sum(dim=-1).div_(2)
-    contrast = gap.div_(total)  # in [−1, 1]
-    return value, tilt(q, contrast.mul_(contrast + 2)).div_(-2)
+    gap = torch.sub(q, p, out=into(student, p))
+    contrast = torch.div(gap, total, out=total)  # in [−1, 1]
+    value = gap.mul_(contrast).sum(dim=-1).div_(2)
+    return value, tilt(q, torch.addcmul(contrast, contrast, contrast, value=-0.5, out=gap))
 
 
-def _skewed_js(q: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """(1−s)·KL(p‖m) + s·KL(q‖m) with m = (1−s)·p + s·q, s the student's share: ``js`` at one half.
+def _skewed_js(student: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(1−s)·KL(p‖m) + s·KL(q‖m) with m = (1−s)·p + s·q, s the student's share, and its slope over −s.
 
-    By log1p of the gap, and not as a difference of entropies, for full precision near p = q.
+    ``js`` at one half. By log1p of the gap, and not as a difference of entropies, for full precision near p = q.
     """
+    q = torch.softmax(student, dim=-1)
     tiny = torch.finfo(q.dtype).tiny
-    gap = p - q
-    log_p_m = (gap * -share).div_(p.clamp_min(tiny)).log1p_().neg_()
-    log_q_m = gap.mul_(1 - share).div_(q.clamp_min(tiny)).log1p_().neg_()
-    value = (p * log_p_m).sum(dim=-1) * (1 - share) + (q * log_q_m).sum(dim=-1) * share
-    return value.clamp_min_(0), tilt(q, log_q_m).mul_(share)
+    gap = torch.sub(p, q, out=into(student, p))
+    floor = p.clamp_min(tiny)
+    log_m_over_p = torch.div(gap, floor, out=floor).mul_(-share).log1p_()
+    of_teacher = log_m_over_p.mul_(p).sum(dim=-1)
+    log_m_over_q = gap.div_(torch.clamp_min(q, tiny, out=into(floor, q))).mul_(1 - share).log1p_()
+    weighted = log_m_over_q.mul_(q)
+    of_student = weighted.sum(dim=-1)
+    value = of_teacher.mul_(share - 1).sub_(of_student, alpha=share).clamp_min_(0)
+    return value, weighted.addcmul_(q, of_student.unsqueeze(-1), value=-1)
 
 
-def compare_js(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return _skewed_js(student.probs, p, 0.5)
+def compare_js(student: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _skewed_js(student, p, 0.5)
+    return value, slope.mul_(-0.5)
 
 
-def compare_sed(student: Distribution, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    value, slope = _skewed_js(student.probs, p, 0.5)
-    return value.expm1_(), slope.mul_((value + 1).unsqueeze(-1))
+def compare_sed(student: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _skewed_js(student, p, 0.5)
+    value = value.expm1_()
+    return value, slope.mul_(((value + 1) * -0.5).unsqueeze(-1))
 
 
-def compare_msed(student: Distribution, p: Tensor, spread: Tensor, *, teachers: int) -> tuple[Tensor, Tensor]:
-    value, slope = _skewed_js(student.probs, p, 1 / (teachers + 1))
+def compare_msed(student: Tensor, p: Tensor, spread: Tensor, *, teachers: int) -> tuple[Tensor, Tensor]:
+    share = 1 / (teachers + 1)
+    value, slope = _skewed_js(student, p, share)
     value = value.add_(spread).expm1_()
-    return value / teachers, slope.mul_(((value + 1) / teachers).unsqueeze(-1))
+    return value / teachers, slope.mul_(((value + 1) * (-share / teachers)).unsqueeze(-1))
 
 
 def _prepare_msed(
@@ -328,14 +395,18 @@ def _prepare_msed(
 ) -> TeacherTerms:
     # The entropy of a mixture splits: JS of all n members = JS among the K teachers (their spread, which no
     # student changes) + the skewed JS between the student and the teachers' mean.
-    probs = soften(teacher_logits, temperature).probs
+    scaled = tempered(teacher_logits, temperature)
+    probs = torch.softmax(scaled, dim=-1)
     teachers = len(probs)
     weights = probs.new_ones(teachers) if weights is None else weights
     shares = (weights / weights.sum()).to(probs).reshape(-1, 1, 1)
     # From the first teacher on, so that equal teachers have exactly their own mean.
-    mean = probs[:1] + ((probs - probs[:1]) * shares).sum(dim=0, keepdim=True)
-    log_ratio = -torch.log1p((mean - probs) / probs.clamp_min(torch.finfo(probs.dtype).tiny))
-    spread = (probs * log_ratio * shares).sum(dim=(0, 2), keepdim=True).squeeze(-1).clamp_min_(0)
+    first, gaps = probs[:1], torch.sub(probs, probs[:1], out=scaled)
+    mean = first + gaps.mul_(shares).sum(dim=0, keepdim=True)
+    floor = probs.clamp_min(torch.finfo(probs.dtype).tiny)
+    log_mean_over_p = torch.sub(mean, probs, out=gaps).div_(floor).log1p_()
+    apart = log_mean_over_p.mul_(probs).sum(dim=-1, keepdim=True)
+    spread = apart.mul_(shares).sum(dim=0, keepdim=True).squeeze(-1).neg_().clamp_min_(0)
     compare = partial(compare_msed, teachers=teachers)
     return TeacherTerms(compare, (mean, spread * (teachers / (teachers + 1))), temperature)
 
@@ -366,7 +437,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
     >>> kl(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([0.2447])
     """
-    return _compute(_compare_kl_in_place, student_logits, teacher_logits, temperature)
+    return _compute(compare_kl, student_logits, teacher_logits, temperature)
 
 
 @register("reverse_kl", prepare=preparing(compare_reverse_kl))
@@ -393,7 +464,7 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
     return _compute(compare_jeffreys, student_logits, teacher_logits, temperature)
 
 
-@register("js", bound=math.log(2), symmetric=True, root_is_metric=True, prepare=preparing(compare_js))
+@register("js", bound=math.log(2), symmetric=True, root_is_metric=True, prepare=preparing(compare_js, _probs))
 def js(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Jensen-Shannon divergence, H(m) − (H(p) + H(q))/2, bounded by ln 2.  [B, C], [B, C] -> [B], nats.
 
@@ -404,10 +475,10 @@ def js(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
     >>> js(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([0.0598])
     """
-    return _compute(compare_js, student_logits, teacher_logits, temperature)
+    return _compute(compare_js, student_logits, teacher_logits, temperature, _probs)
 
 
-@register("td", bound=1.0, symmetric=True, root_is_metric=True, prepare=preparing(compare_td))
+@register("td", bound=1.0, symmetric=True, root_is_metric=True, prepare=preparing(compare_td, _probs))
 def td(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Triangular divergence, ½ Σ (p−q)²/(p+q), bounded by 1.  [B, C], [B, C] -> [B], dimensionless.
 
@@ -418,10 +489,10 @@ def td(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1
     >>> td(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([0.1171])
     """
-    return _compute(compare_td, student_logits, teacher_logits, temperature)
+    return _compute(compare_td, student_logits, teacher_logits, temperature, _probs)
 
 
-@register("sed", bound=1.0, symmetric=True, prepare=preparing(compare_sed))
+@register("sed", bound=1.0, symmetric=True, prepare=preparing(compare_sed, _probs))
 def sed(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Structural entropic distance, C(m)/√(C(p)·C(q)) − 1, bounded by 1.  [B, C], [B, C] -> [B].
 
@@ -433,7 +504,7 @@ def sed(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     >>> sed(torch.tensor([[1.0, 1.5, 0.0, -0.5]]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]))
     tensor([0.0617])
     """
-    return _compute(compare_sed, student_logits, teacher_logits, temperature)
+    return _compute(compare_sed, student_logits, teacher_logits, temperature, _probs)
 
 
 @register("msed", bound=1.0, symmetric=True, multiway=True, prepare=_prepare_msed)

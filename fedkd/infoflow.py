@@ -233,6 +233,16 @@ def transfer(
 
     Raises:
         ValueError: layers that do not exist or pair up, or fewer than two inputs or samples in a batch.
+
+    Source: arXiv 2005.00727 §3 [paper], with its code's settings [code].
+
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> student, teacher = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    >>> losses = transfer(student, teacher, torch.randn(64, 4), student_layers=["0"], teacher_layers=["1"],
+    ...                   loss=FlowLoss(), epochs=20, seed=0, learning_rate=0.01)
+    >>> losses[-1] < losses[0]
+    True
     """
     if len(inputs) < 2 or batch_size < 2:
         raise ValueError(
@@ -312,6 +322,17 @@ def transfer_via_auxiliary(
         batch_size: at least 2.
         learning_rate: Adam's.
         pool: see :func:`features`.
+
+    Source: arXiv 2005.00727 §3 [paper].
+
+    >>> from torch import nn
+    >>> def family(width):
+    ...     return nn.Sequential(nn.Linear(4, 4 * width), nn.ReLU(), nn.Linear(4 * width, 3))
+    >>> auxiliary = transfer_via_auxiliary(
+    ...     family(1), family(5), lambda: family(2), torch.randn(8, 4), student_layers=["0", "2"], teacher_layer="2",
+    ...     loss=FlowLoss(), auxiliary_epochs=1, epochs=1, seed=0)
+    >>> auxiliary[0].out_features
+    8
     """
     auxiliary = make_auxiliary()
     transfer(

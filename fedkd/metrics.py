@@ -54,7 +54,7 @@ def nll(logits: Tensor, labels: Tensor) -> float:
 def brier(logits: Tensor, labels: Tensor) -> float:
     """Mean Brier score over all classes, Σ_c (p_c − 1[c = y])², in [0, 2].
 
-    Source: Brier 1950, https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
+    Source: Brier 1950, https://doi.org/10.1175/1520-0493%281950%29078%3C0001:VOFEIT%3E2.0.CO;2.
 
     >>> brier(torch.zeros(1, 4), torch.tensor([0]))
     0.75

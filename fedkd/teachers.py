@@ -8,7 +8,7 @@ set (:meth:`Objective.prepare`) and then indexed by every batch of every epoch.
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from fedkd.divergences import (
     check_logits,
     check_temperature,
     compute_dtype,
+    differentiable,
     get,
     soften,
+    tempered,
 )
 
 __all__ = ["Objective", "Prepared", "objective"]
@@ -45,7 +47,7 @@ class Prepared:
 
     def __getitem__(self, index: Tensor) -> "Prepared":
         """Select the samples of an integer ``index`` ``[B]``."""
-        return replace(self, terms=tuple(term.index_select(1, index) for term in self.terms))
+        return Prepared(self.compare, tuple([term.index_select(1, index) for term in self.terms]), self.scale)
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ class Objective:
                 return self._plain(student_logits, prepared.terms[0])
             losses = [self._plain(student_logits, teacher) for teacher in prepared.terms[0]]
             return torch.stack([loss * scale for loss, scale in zip(losses, prepared.scale, strict=True)]).sum(dim=0)
-        student_logits = student_logits.to(compute_dtype(student_logits))
-        value, slope = prepared.compare(soften(student_logits, self.temperature), *prepared.terms)
         if len(prepared.scale) == 1:
-            value, slope = value.squeeze(0), slope.squeeze(0)
-        else:
-            value = (value * prepared.scale.unsqueeze(-1)).sum(dim=0)
-            slope = (slope * prepared.scale.reshape(-1, 1, 1)).sum(dim=0)
+            one_teacher = tuple([term.squeeze(0) for term in prepared.terms])
+            return differentiable(prepared.compare, student_logits, one_teacher, self.temperature)
+        student_logits = student_logits.to(compute_dtype(student_logits))
+        value, slope = prepared.compare(tempered(student_logits, self.temperature), *prepared.terms)
+        value = (value * prepared.scale.unsqueeze(-1)).sum(dim=0)
+        slope = (slope * prepared.scale.reshape(-1, 1, 1)).sum(dim=0)
         return attach(student_logits, value, slope, self.temperature)
 
     def combine(
@@ -155,17 +157,17 @@ class Objective:
         elif self.average == "logits":
             combined = self._centre(logits, shares)
         elif self.robust == "none":
-            log_probs = soften(logits, temperature).log_probs
+            log_probs = soften(tempered(logits, temperature)).log_probs
             combined = temperature * torch.logsumexp(log_probs + shares.log().to(logits).reshape(-1, 1, 1), dim=0)
         else:
-            probs = soften(logits, temperature).probs
+            probs = torch.softmax(tempered(logits, temperature), dim=-1)
             robust = self._centre(probs, shares)
             # Where no class has most of the teachers, a coordinate-wise rule can leave nothing: then the mean.
             mass = robust.sum(dim=-1, keepdim=True)
             robust = torch.where(mass > 0, robust, _mean(probs, shares))
             combined = temperature * (robust / robust.sum(dim=-1, keepdim=True)).log()
         if self.sharpen is not None:
-            combined = soften(combined, temperature).probs * (temperature / self.sharpen)
+            combined = torch.softmax(tempered(combined, temperature), dim=-1) * (temperature / self.sharpen)
         return combined
 
     def _centre(self, values: Tensor, shares: Tensor) -> Tensor:

@@ -135,3 +135,14 @@ def test_each_online_loss_trains_its_own_model_alone():
 def test_online_wants_a_label_for_each_sample():
     with pytest.raises(ValueError, match=r"`labels`.*\[1\].*\[2\]"):
         online(FLAT, TEACHER, torch.tensor([0, 1]))
+
+
+@given(student=rows, teacher=rows, shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)))
+@law
+def test_neither_a_shift_of_the_logits_nor_the_order_of_classes_matters(student, teacher, shifts):
+    order = torch.tensor([2, 0, 3, 1])
+    for rule in ("opposite", "none"):
+        expected = balanced(student, teacher, rule=rule)
+        shifted = balanced(student + shifts[0], teacher + shifts[1], rule=rule)
+        torch.testing.assert_close(balanced(student[:, order], teacher[:, order], rule=rule), expected)
+        torch.testing.assert_close(shifted, expected, rtol=1e-7, atol=1e-9)

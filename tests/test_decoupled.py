@@ -301,3 +301,18 @@ def test_warm_up_rises_linearly_to_one():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(problem=problems(), shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)), seed=st.integers(0, 99))
+@law
+def test_neither_a_shift_of_the_logits_nor_the_order_of_classes_matters(problem, shifts, seed):
+    student, teacher, strong, temperature = problem
+    parts = decouple(student, teacher, strong, temperature=temperature)
+    order = torch.randperm(student.shape[1], generator=torch.Generator().manual_seed(seed))
+
+    shifted = decouple(student + shifts[0], teacher + shifts[1], strong, temperature=temperature)
+    reordered = decouple(student[:, order], teacher[:, order], strong[:, order], temperature=temperature)
+
+    for found in (shifted, reordered):
+        for part, expected in zip(found, parts, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-7, atol=1e-10)

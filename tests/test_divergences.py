@@ -170,6 +170,16 @@ def test_second_derivative_is_refused_not_wrong():
         torch.autograd.grad(kl(student, TEACHER).square().sum(), student, create_graph=True)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", [*PAIRWISE, "msed"])
+def test_logits_are_left_as_they_are(name, temperature):
+    pair = random_logits(3, 5, seed=1), random_logits(3, 5, seed=2)
+    before = [z.clone() for z in pair]
+    value_and_gradient(name, *pair, temperature=temperature)
+    as_multiway(name)(*pair, temperature=temperature)
+    assert all(torch.equal(z, kept) for z, kept in zip(pair, before, strict=True))
+
+
 def test_teacher_may_come_from_inference_mode():
     with torch.inference_mode():
         teacher = TEACHER.clone()

@@ -280,6 +280,29 @@ def test_combined_teacher_at_another_temperature():
 # Preparation.
 
 
+@pytest.mark.parametrize("teachers", [TEACHERS, TEACHERS[:1]], ids=["many", "one"])
+@pytest.mark.parametrize("combine", ["averaged", "pairwise"])
+@pytest.mark.parametrize("name", ALL)
+def test_prepared_teachers_serve_every_step_alike(name, combine, teachers):
+    goal = objective(name, combine=combine, temperature=2.0)
+    prepared = goal.prepare(teachers, labels=LABELS)
+    before = [term.clone() for term in prepared.terms]
+    first = goal(STUDENT, prepared)
+    goal(STUDENT.flip(0), prepared)
+    assert torch.equal(goal(STUDENT, prepared), first)
+    assert all(torch.equal(term, kept) for term, kept in zip(prepared.terms, before, strict=True))
+
+
+@pytest.mark.parametrize("teachers", [TEACHERS, TEACHERS[:1]], ids=["many", "one"])
+@pytest.mark.parametrize("name", ALL)
+def test_teachers_may_be_of_a_higher_precision_than_the_student(name, teachers):
+    goal = objective(name, combine="pairwise", temperature=2.0)
+    exact, exact_gradient = loss_and_gradient(goal, teachers=teachers, labels=LABELS)
+    loss, gradient = loss_and_gradient(goal, STUDENT.float(), teachers, labels=LABELS)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("combine", ["averaged", "pairwise"])
 def test_prepared_batch_is_the_batch_prepared(name, combine):
