@@ -1,4 +1,4 @@
-"""The heat maps of a report: differences, agreement, and accuracy over two settings."""
+"""The heat maps of a report: differences, accuracy over two settings, and what peers chose."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from experiments.canvas import Figure, folded, new_axes
-from experiments.evidence import agreement
 from experiments.statistics import Comparison
 from experiments.study import Scenario, Variant, differing, label
 
@@ -19,14 +18,14 @@ def differences(scenario: Scenario, pairs: Sequence[Comparison]) -> Figure:
     """Draw the difference of every two variants; a frame marks what is larger than seed noise."""
     names = [variant.label for variant in scenario.variants if variant.runs]
     matrix = np.full((len(names), len(names)), np.nan)
-    canvas, (axes,) = new_axes(1, 1, height=1.4 + 0.36 * len(names))
+    canvas, (axes,) = new_axes(1, 1, height=1.4 + (0.36 if len(names) <= _MOST_WRITTEN else 0.24) * len(names))
     axes.grid(visible=False)
     for pair in pairs:
         i, j = names.index(pair.first), names.index(pair.second)
         matrix[i, j], matrix[j, i] = 100 * pair.difference, -100 * pair.difference
     top = float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 1.0
     image = axes.imshow(matrix, cmap="RdBu", vmin=-(top or 1.0), vmax=top or 1.0, aspect="auto")
-    telling = {(p.first, p.second) for p in pairs if p.verdict == "larger than seed noise"}
+    telling = {(p.first, p.second) for p in pairs if p.larger_than_noise}
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             marked = (a, b) in telling or (b, a) in telling
@@ -46,34 +45,6 @@ def differences(scenario: Scenario, pairs: Sequence[Comparison]) -> Figure:
         "(paired t-test, p < 0.05 after Holm's correction over all pairs here)."
     )
     return Figure("differences", "Which differences are larger than seed noise", caption, canvas, table)
-
-
-def agreement_map(variant: Variant) -> Figure | None:
-    """Draw on how much of the proxy set every two peers have the same top class, for the first seed that tells."""
-    for run in variant.runs.values():
-        found = agreement(run)
-        if found is None:
-            continue
-        names, matrix = found
-        canvas, (axes,) = new_axes(1, 1, height=1.6 + 0.42 * len(names))
-        axes.grid(visible=False)
-        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
-        if len(names) <= _MOST_WRITTEN:
-            for i in range(len(names)):
-                for j in range(len(names)):
-                    color = "black" if matrix[i, j] > 0.6 else "white"
-                    axes.text(j, i, f"{matrix[i, j]:.0%}", ha="center", va="center", fontsize=8, color=color)
-        axes.set_xticks(range(len(names)), [name.removeprefix("peer-") for name in names])
-        axes.set_yticks(range(len(names)), names)
-        canvas.colorbar(image, ax=axes, shrink=0.9)
-        table = [
-            {"first": a, "second": b, "agreement": float(matrix[i, j])}
-            for i, a in enumerate(names)
-            for j, b in enumerate(names)
-        ]
-        caption = f"Share of the proxy set on which two peers agree in their last knowledge: “{variant.label}”, "
-        return Figure("agreement", "Who agrees with whom", f"{caption}seed {run.seed}.", canvas, table)
-    return None
 
 
 def parameter_maps(scenario: Scenario) -> list[Figure]:
@@ -123,8 +94,13 @@ def _map(members: Sequence[Variant], down: str, across: str, *, number: int) -> 
     return Figure(name, f"A map of {down} and {across}", caption, canvas, table)
 
 
-def chosen_map(variant: Variant) -> Figure | None:
-    """Draw how many peers chose which temperature and weight; None where nothing was chosen."""
+def chosen_map(variant: Variant, number: int) -> Figure | None:
+    """Draw how many peers chose which temperature and weight; None where nothing was chosen.
+
+    Args:
+        variant: of the regime ``tuned``.
+        number: of the figure, from 1.
+    """
     found = [
         (float(peer["temperature"]), float(peer["kd_weight"]), run.seed, peer["peer"])
         for run in variant.runs.values()
@@ -153,7 +129,9 @@ def chosen_map(variant: Variant) -> Figure | None:
         f"{len(found) - usual} of {len(found)} did not choose the run's own default."
     )
     table = [{"temperature": t, "kd_weight": w, "seed": seed, "peer": peer} for t, w, seed, peer in found]
-    return Figure("chosen", "Best temperature and weight", caption, canvas, table)
+    return Figure(
+        "chosen" if number == 1 else f"chosen-{number}", "Best temperature and weight", caption, canvas, table
+    )
 
 
 def _frame(x: int, y: int) -> Any:

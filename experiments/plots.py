@@ -1,13 +1,13 @@
-"""The figures of a report, but for the heat maps. Each comes with the table of the numbers in it."""
+"""The figures that set variants side by side. Each comes with the table of the numbers in it."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from experiments.canvas import COLORS, Figure, Table, amount, folded, legend, new_axes, percent
-from experiments.evidence import reliability
+from experiments.canvas import COLORS, Figure, Table, amount, folded, legend, new_axes, percent, rows_of
+from experiments.ranks import Ranking
 from experiments.statistics import Price, mean, median
 from experiments.study import Scenario, Variant, differing, label
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 _LINES = ("-", "--", ":", "-.")
 _NAMES = {"round": "communication round", "bytes": "bytes exchanged by all peers, up and down"}
+_SPENT = {
+    "rounds": "Communication rounds",
+    "bytes": "Bytes of all peers, up and down,",
+    "seconds": "Wall time of the rounds on this machine, without what comes before round 1,",
+}
 _MOST_LINES = 8  # in one panel
+_MANY_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def accuracy_by(scenario: Scenario, what: str) -> Figure:
 def finals(scenario: Scenario) -> Figure:
     """Draw final accuracy: the mean of the peers with its interval, every seed, and the worst peer."""
     variants = [variant for variant in scenario.variants if variant.runs]
-    canvas, (axes,) = new_axes(1, 1, height=1.6 + 0.32 * len(variants))
+    canvas, (axes,) = new_axes(1, 1, height=0.4 + _rows_height(len(variants)))
     table: Table = []
     for y, variant in enumerate(variants):
         values, worst = variant.finals(), variant.finals("worst")
@@ -77,8 +83,7 @@ def finals(scenario: Scenario) -> Figure:
             {"variant": variant.label, "seed": seed, "accuracy": values[seed], "worst": worst[seed]} for seed in values
         ]
     _controls(axes, scenario, vertical=True)
-    axes.set_yticks(range(len(variants)), [folded(variant.label) for variant in variants])
-    axes.invert_yaxis()
+    rows_of([variant.label for variant in variants], axes)
     axes.set_xlabel("final test accuracy")
     percent(axes.xaxis)
     legend(canvas, [axes])
@@ -89,94 +94,107 @@ def finals(scenario: Scenario) -> Figure:
     return Figure("final-accuracy", "Final accuracy", caption, canvas, table)
 
 
-def to_target(prices: Mapping[str, Sequence[Price]], target: float) -> Figure | None:
-    """Draw what every run paid until a target accuracy; what never reached it stands at the right edge.
+def to_target(prices: Mapping[str, Mapping[int, Price]], target: float, what: str) -> Figure | None:
+    """Draw how many ``rounds``, ``bytes`` or ``seconds`` every run took to a target; what missed it stands at the edge.
 
     None if no run reached it: the table says so, and there is no scale to draw on.
+
+    Args:
+        prices: by variant and seed.
+        target: accuracy.
+        what: is counted.
     """
-    if not any(math.isfinite(p.rounds) for paid in prices.values() for p in paid):
-        return None
     names = [name for name in prices if prices[name]]
-    canvas, panels = new_axes(2, 1, height=2.4 + 0.5 * len(names))
-    table = [
-        {"variant": name, "run": i, "rounds": p.rounds, "bytes": p.bytes, "seconds": p.seconds, "target": target}
-        for name in names
-        for i, p in enumerate(prices[name])
-    ]
-    for axes, what in zip(panels, ("rounds", "bytes"), strict=True):
-        reached = [getattr(p, what) for name in names for p in prices[name] if math.isfinite(getattr(p, what))]
-        top = max(reached, default=1.0)
-        edge = top * (1.15 if what == "rounds" else 3) + (what == "rounds")
-        for y, name in enumerate(names):
-            values = [getattr(p, what) for p in prices[name]]
-            inside = [v for v in values if math.isfinite(v)]
-            axes.plot(inside, [y] * len(inside), "|", color=COLORS[0], markersize=9)
-            middle = median(values)
-            if math.isfinite(middle):
-                axes.plot(middle, y, "o", color=COLORS[0])
-            if missed := len(values) - len(inside):
-                axes.plot(edge, y, "x", color=COLORS[1])
-                note = f"{missed} of {len(values)}"
-                axes.annotate(note, (edge, y), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
-        if len(reached) < sum(map(len, prices.values())):
-            axes.axvline(edge, color=COLORS[1], linestyle=":", linewidth=1)
-        amount(axes, "bytes" if what == "bytes" else "round")
-        if what == "rounds":
-            axes.set_xlim(left=-0.3)
-        axes.set_xlabel(f"{what} to {target:.0%}")
-        axes.set_yticks(range(len(names)), [folded(name) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
+    values = {name: [float(getattr(p, what)) for p in prices[name].values()] for name in names}
+    reached = [value for name in names for value in values[name] if math.isfinite(value)]
+    if not reached:
+        return None
+    canvas, (axes,) = new_axes(1, 1, height=_rows_height(len(names)))
+    edge = max(reached) * (3 if what == "bytes" else 1.15) + (what != "bytes")
+    for y, name in enumerate(names):
+        inside = [value for value in values[name] if math.isfinite(value)]
+        axes.plot(inside, [y] * len(inside), "|", color=COLORS[0], markersize=9)
+        if math.isfinite(middle := median(values[name])):
+            axes.plot(middle, y, "o", color=COLORS[0])
+        if missed := sum(map(math.isinf, values[name])):
+            axes.plot(edge, y, "x", color=COLORS[1])
+            note = f"{missed} of {len(values[name])}"
+            axes.annotate(note, (edge, y), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
+    if any(math.isinf(value) for name in names for value in values[name]):
+        axes.axvline(edge, color=COLORS[1], linestyle=":", linewidth=1)
+    amount(axes, what)
+    if what != "bytes":
+        axes.set_xlim(left=-0.02 * edge)
+    axes.set_xlabel(f"{what} to {target:.1%}")
+    rows_of(names, axes)
     caption = (
-        f"What a run spent until the mean of its peers reached {target:.1%}: dots are medians over seeds, ticks every "
+        f"{_SPENT[what]} until the mean of its peers reached {target:.1%}: dots are medians over seeds, ticks every "
         "seed. Crosses at the dotted line: not reached, and in how many runs; those count as infinite in the median."
     )
-    return Figure("to-target", "Rounds and bytes to the target", caption, canvas, table)
+    table = [
+        {"variant": name, "seed": seed, **vars(paid), "target": target}
+        for name in names
+        for seed, paid in prices[name].items()
+    ]
+    return Figure(f"{what}-to-target", f"{what.capitalize()} to the target", caption, canvas, table)
 
 
-def dumbbell(variant: Variant, isolated: Mapping[str, float]) -> Figure:
-    """Draw every peer of a variant before and after, averaged over seeds, and what it reaches by itself."""
-    peers = [{**peer, "isolated": isolated.get(peer["peer"], math.nan)} for peer in _peers(variant)]
-    canvas, (axes,) = new_axes(1, 1, height=1.6 + 0.34 * len(peers))
-    for y, peer in enumerate(peers):
-        gained = peer["after"] >= peer["before"]
-        color = COLORS[2] if gained else COLORS[1]
-        axes.plot([peer["before"], peer["after"]], [y, y], color=color, linewidth=3, alpha=0.6, zorder=1)
-        axes.plot(peer["before"], y, "o", color="0.45", label="before" if y == 0 else None)
-        axes.plot(peer["after"], y, "o", color=color, label="after" if y == 0 else None)
-        if math.isfinite(peer["isolated"]):
-            axes.plot(peer["isolated"], y, "|", color="black", markersize=14, label="isolated" if y == 0 else None)
-    axes.set_yticks(range(len(peers)), [f"{peer['peer']} ({peer['model']})" for peer in peers])
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy")
-    percent(axes.xaxis)
-    legend(canvas, [axes])
-    caption = f"Every peer under “{variant.label}”, averaged over seeds; green gained, orange lost."
-    return Figure("peers", "Every peer before and after", caption, canvas, peers)
+def ranks(ranking: Ranking, *, blocks: str) -> Figure:
+    """Draw mean ranks with bars over those that cannot be told apart: a critical-difference diagram, lying down.
 
-
-def reliability_diagram(variant: Variant) -> Figure | None:
-    """Draw accuracy by confidence before and after, over all peers and seeds."""
-    found = reliability(variant.runs.values())
-    if len(found) == 0:
-        return None
-    canvas, (axes,) = new_axes(1, 1, height=3.9)
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
-    table: Table = []
-    for (name, bins), color in zip(found.items(), ("0.45", COLORS[0]), strict=False):
-        axes.plot(bins.confidence, bins.accuracy, "o-", color=color, label=f"{name} (ECE {bins.ece:.3f})")
-        table += [
-            {"when": name, "confidence": c, "accuracy": a, "samples": n}
-            for c, a, n in zip(bins.confidence, bins.accuracy, bins.samples, strict=True)
-        ]
-    axes.set(xlabel="confidence of the top class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    percent(axes.xaxis)
-    percent(axes.yaxis)
-    legend(canvas, [axes])
+    Args:
+        ranking: of the variants.
+        blocks: what a block is, for the caption.
+    """
+    names, means, count = ranking.labels, ranking.means, len(ranking.labels)
+    canvas, (axes,) = new_axes(1, 1, height=_rows_height(count) + 0.2)
+    axes.set_axisbelow(True)
+    for y, places in enumerate(ranking.ranks):
+        axes.plot(places, [y] * len(places), "|", color=COLORS[0], alpha=0.35, markersize=7)
+    axes.plot(means, range(count), "o", color=COLORS[0])
+    step = (count - 1) * min(0.06, 0.4 / max(1, len(ranking.cliques)))
+    for i, clique in enumerate(ranking.cliques):
+        across = count + (i + 1.5) * step
+        axes.plot([across] * len(clique), clique, ".-", color=COLORS[1], linewidth=2, markersize=6)
+    if math.isfinite(ranking.critical):
+        axes.plot([1, 1 + ranking.critical], [-0.8, -0.8], "|-", color="black", linewidth=1.5)
+        text = f"critical difference {ranking.critical:.2f}"
+        axes.annotate(text, (1, -0.8), (0, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"mean rank over {ranking.blocks} blocks, 1 is best")
+    rows_of(names, axes)
+    axes.set_ylim(top=-1.5)
+    axes.set_xlim(0.7, None)
+    axes.set_xticks(range(1, count + 1, math.ceil(count / 8)))
+    table = [
+        {"variant": name, "place": place, "mean rank": mean_rank, "blocks": ranking.blocks,
+         "cliques": " ".join(str(n) for n, clique in enumerate(ranking.cliques, 1) if place - 1 in clique)}
+        for place, (name, mean_rank) in enumerate(zip(names, means, strict=True), 1)
+    ]  # fmt: skip
     caption = (
-        f"“{variant.label}”: test samples of all peers and seeds in bins of their confidence. Below the diagonal a "
-        "model is too sure of itself. The ECE here is that of the pooled bins, not the mean of the peers' own."
+        f"Ranks by final accuracy in {ranking.blocks} blocks, {blocks}: dots are means, ticks single blocks. "
+        f"{_told(ranking)}"
     )
-    return Figure("reliability", "Is confidence worth what it says?", caption, canvas, table)
+    return Figure("ranks", "Mean ranks and their critical difference", caption, canvas, table)
+
+
+def _told(ranking: Ranking) -> str:
+    """Say what the tests of a ranking allow to say."""
+    text = f"Friedman's test by permutations: p = {ranking.p:.2g}. "
+    if math.isnan(ranking.critical):
+        method = "Wilcoxon's signed-rank test with Holm's correction over all pairs"
+    elif math.isinf(ranking.critical):
+        return text + "So few blocks cannot tell any two apart, however steady they are."
+    else:
+        method = (
+            f"the critical difference of {ranking.critical:.2f} (Nemenyi's, by permutations: too few blocks for "
+            "Wilcoxon's test to find anything)"
+        )
+    pairs = math.comb(len(ranking.labels), 2)
+    return f"{text}{ranking.told_apart} of {pairs} pairs are told apart at 5 %, by {method}; orange bars join the rest."
+
+
+def _rows_height(rows: int) -> float:
+    return 1.2 + (0.32 if rows <= _MANY_ROWS else 0.25) * rows
 
 
 def _by(variant: Variant, what: str) -> Table:
@@ -193,21 +211,6 @@ def _by(variant: Variant, what: str) -> Table:
             bounds = (found.low, found.high) if found.seeds > 1 else (found.value, found.value)
             row = {"variant": variant.label, "round": round, what: across, "accuracy": found.value}
             rows.append({**row, "low": bounds[0], "high": bounds[1], "seeds": found.seeds})
-    return rows
-
-
-def _peers(variant: Variant) -> Table:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for run in variant.runs.values():
-        for peer in run.summary["peers"]:
-            found.setdefault(peer["peer"], []).append(peer)
-    rows: Table = []
-    for name, entries in found.items():
-        numbers = {
-            what: mean([math.nan if e[what] is None else e[what] for e in entries]).value
-            for what in ("before", "after")
-        }
-        rows.append({"variant": variant.label, "peer": name, "model": entries[0]["model"], **numbers})
     return rows
 
 

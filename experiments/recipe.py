@@ -179,16 +179,28 @@ def _checked_parts(content: dict[str, Any], path: Path) -> tuple[dict[str, Any],
             continue
         if key not in _PARTS:
             raise RecipeError(f"{path}: unknown key `{key}`; a recipe has {', '.join(_PARTS)} and [[grid]] blocks.")
-        if not isinstance(value, _PARTS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise RecipeError(f"{path}: unexpected value of `{key}`: {value!r}.")
+        _check_kind(key, value, path)
+    if "target" in content.get("quick", {}):
+        _check_kind("target", content["quick"]["target"], path)
     blocks = content.get("grid", [])
     blocks = [blocks] if isinstance(blocks, dict) else blocks
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise RecipeError(
+            f"{path}: unexpected value of `grid`: {blocks!r}; expected [[grid]] blocks of `key = [values]`."
+        )
     grids = [{key: value if isinstance(value, list) else [value] for key, value in block.items()} for block in blocks]
     empty = [key for axes in grids for key, values in axes.items() if not values]
     if not any(grids) or empty:
         which = f"axis `{empty[0]}` has no value" if empty else "no [[grid]] block has an axis"
         raise RecipeError(f"{path}: the grid is empty: {which}.")
     return content, list(grids)
+
+
+def _check_kind(key: str, value: Any, path: Path) -> None:
+    if not isinstance(value, _PARTS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
+        raise RecipeError(f"{path}: unexpected value of `{key}`: {value!r}.")
+    if key == "claims" and not all(isinstance(claim, str) for claim in value):
+        raise RecipeError(f"{path}: unexpected value of `claims`: {value!r}; expected a list of texts.")
 
 
 def _replaced(

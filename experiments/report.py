@@ -5,26 +5,51 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments import maps, plots
+from experiments import maps, plots, portraits
 from experiments.canvas import Figure, Table
 from experiments.checks import checks, matched_gradients
 from experiments.comparison import Comparison, alone, comparison_runs
-from experiments.statistics import Price, all_pairs, mean, median, price
-from experiments.study import Run, Scenario, Study, Variant, read_run, study
-from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, points, share
+from experiments.ranks import Ranking, rank
+from experiments.statistics import MEASURES, all_pairs, price
+from experiments.study import Run, Scenario, Study, read_run, study
+from experiments.tables import ends, numbers, shown
+from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share
 from fedkd.errors import FedkdError, SettingError
-from strategies.console import size
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
-_HEADS = ("final accuracy", "95 % interval", "gain", "worst peer", "spread", "own classes", "ECE", "rounds to target",
-          "bytes to target", "seconds to target", "reached")  # fmt: skip
 _MOST_PAIRS = 12
+_MOST_CHOSEN = 4
 _BRIEFLY = ("fedkd", "python", "flwr", "ray", "torch")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a report goes and what its pictures carry inside them."""
+
+    folder: Path
+    note: str
+
+    def write(self, figures: Sequence[Figure], prefix: str) -> list[dict[str, Any]]:
+        """Write figures as files; return what a page needs of them."""
+        return [
+            {
+                "name": prefix + figure.name,
+                "title": figure.title,
+                "caption": figure.caption,
+                "tall": figure.tall,
+                "image": _save(figure, self.folder / "figures" / (prefix + figure.name), self.note),
+            }
+            for figure in figures
+        ]
+
+    def tabulate(self, name: str, rows: Table | Sequence[Mapping[str, Any]]) -> None:
+        """Write a table."""
+        _write_table(self.folder / "tables" / f"{name}.csv", rows)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -36,7 +61,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         found += comparison_runs(path) if (path / "comparison.json").exists() else [path]
-    return found
+    return list({path.resolve(): path for path in found}.values())
 
 
 def describe(paths: Sequence[Path], *, command: str, target: float | None) -> Comparison:
@@ -49,7 +74,7 @@ def describe(paths: Sequence[Path], *, command: str, target: float | None) -> Co
         raise SettingError("--target", target, "an accuracy in (0, 1]")
     if len(paths) == 1 and (paths[0] / "comparison.json").exists():
         about = Comparison.read(paths[0])
-        return about if target is None else replace(about, target=target)
+        return about if target is None else replace(about, target=target, command=f"{about.command}\n{command}")
     names = ", ".join(path.resolve().name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
     return Comparison(f"Runs {names}", "", (), target, command, "", {})
 
@@ -70,27 +95,32 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
     found = study([read_run(path) for path in runs])
     if len(found.failed) == len(found.runs):
         raise FedkdError(f"Expected at least one finished run, but all failed; the first: {found.runs[0].error}")
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    (folder / "tables").mkdir(exist_ok=True)
-    versions = _versions(found)
-    note = f"{about.command}\n{versions}\n{_common(found)}"
+    for name in ("figures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    versions, common = _versions(found), _common(found)
+    place = _Place(folder, f"{about.command}\n{versions}\n{common}")
+    several = len(found.scenarios) > 1
     scenarios = [
-        _scenario(scenario, f"{number}-" if len(found.scenarios) > 1 else "", about.target, folder, note)
+        _scenario(scenario, f"{number}-" if several else "", about.target, place)
         for number, scenario in enumerate(found.scenarios, 1)
     ]
+    overall = _overall(found, place) if several else []
     controls = checks(found)
-    _write_table(folder / "tables" / "controls.csv", [vars(check) for check in controls])
+    place.tabulate("controls", [vars(check) for check in controls])
     trials = [_trial(run, about, folder) for run in found.runs]
-    _write_table(folder / "tables" / "trials.csv", trials)
+    place.tabulate("trials", trials)
+    waiting = [name for name in about.trials if name not in {run.name for run in found.runs}]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=about.title,
         paper=about.paper,
         claims=about.claims,
-        short=in_short(found, scenarios, chosen=about.target is None),
+        short=in_short(found, scenarios, chosen=about.target is None, waiting=len(waiting)),
         failed=found.failed,
+        waiting=waiting,
         problems=found.problems,
         scenarios=scenarios,
+        overall=overall,
         checks=controls,
         trials=trials,
         command=about.command,
@@ -98,39 +128,36 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         brief_versions=_versions(found, _BRIEFLY),
         machine=_machine(found),
         recipe=about.recipe,
-        common=_common(found),
+        common=common,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _scenario(scenario: Scenario, prefix: str, wanted: float | None, folder: Path, note: str) -> dict[str, Any]:
+def _scenario(scenario: Scenario, prefix: str, wanted: float | None, place: _Place) -> dict[str, Any]:
     """Draw and tabulate one scenario."""
     target = _target(scenario) if wanted is None else wanted
-    prices = {v.label: [price(run, target) for run in v.runs.values()] for v in scenario.variants}
-    numbers = [_numbers(variant, prices[variant.label]) for variant in scenario.variants]
-    _write_table(folder / "tables" / f"{prefix}variants.csv", numbers)
-    pairs = all_pairs([v for v in scenario.variants if v.runs])
-    telling = sorted((p for p in pairs if p.verdict == "larger than seed noise"), key=lambda p: -abs(p.difference))
-    figures = [
-        {
-            "name": prefix + figure.name,
-            "title": figure.title,
-            "caption": figure.caption,
-            "image": _save(figure, folder / "figures" / (prefix + figure.name), note),
-        }
-        for figure in _figures(scenario, prices, target, pairs)
-    ]
+    prices = {v.label: {seed: price(run, target) for seed, run in v.runs.items()} for v in scenario.variants}
+    rows = [numbers(variant, list(prices[variant.label].values())) for variant in scenario.variants]
+    place.tabulate(f"{prefix}variants", rows)
+    place.tabulate(f"{prefix}runs", ends(scenario))
+    pairs = {what: all_pairs([v for v in scenario.variants if v.runs], what) for what in MEASURES}
+    place.tabulate(
+        f"{prefix}pairs",
+        [{"measure": what, **vars(p), "verdict": p.verdict} for what, tested in pairs.items() for p in tested],
+    )
+    telling = sorted((p for p in pairs["accuracy"] if p.larger_than_noise), key=lambda p: -abs(p.difference))
+    compared = len(pairs["accuracy"])
+    counts = {what: sum(p.larger_than_noise for p in tested) for what, tested in pairs.items()}
     return {
         "label": scenario.label,
         "source": scenario,
         "target": target,
         "prices": prices,
-        "heads": _HEADS,
-        "table": [_cells(row) for row in numbers],
-        "note": how_to_read(scenario, target),
-        "figures": figures,
+        "tables": shown(rows, target),
+        "note": how_to_read(scenario),
+        "figures": place.write(_figures(scenario, prices, target, pairs["accuracy"]), prefix),
         "pairs": [
             {
                 "first": p.first,
@@ -142,9 +169,10 @@ def _scenario(scenario: Scenario, prefix: str, wanted: float | None, folder: Pat
             }
             for p in telling[:_MOST_PAIRS]
         ],
+        "pairs_file": f"{prefix}pairs",
         "telling": len(telling),
-        "compared": len(pairs),
-        "noise": about_noise(scenario, len(pairs), len(telling)),
+        "compared": compared,
+        "noise": about_noise(scenario, counts, compared),
         "matched": [
             {**row, "plain": share(row["plain"]), "matched": share(row["matched"]),
              "difference": f"{100 * row['difference']:+.1f}"}
@@ -153,70 +181,34 @@ def _scenario(scenario: Scenario, prefix: str, wanted: float | None, folder: Pat
     }  # fmt: skip
 
 
-def _figures(scenario: Scenario, prices: Mapping[str, Sequence[Price]], target: float, pairs: Any) -> list[Figure]:
-    best = scenario.best
-    if best is None:
+def _figures(scenario: Scenario, prices: Mapping[str, Any], target: float, pairs: Any) -> list[Figure]:
+    if scenario.best is None:
         return []
-    several = sum(bool(v.runs) for v in scenario.variants) > 1
+    having = [variant for variant in scenario.variants if variant.runs]
+    ranking = rank({variant.label: variant.finals() for variant in having})
     drawn: list[Figure | None] = [
         plots.accuracy_by(scenario, "round"),
         plots.accuracy_by(scenario, "bytes"),
         plots.finals(scenario),
-        plots.to_target(prices, target),
-        maps.differences(scenario, pairs) if several else None,
-        plots.dumbbell(best, scenario.isolated_by_peer),
-        maps.agreement_map(best),
-        plots.reliability_diagram(best),
+        *(plots.to_target(prices, target, what) for what in ("rounds", "bytes", "seconds")),
+        maps.differences(scenario, pairs) if len(having) > 1 else None,
+        plots.ranks(ranking, blocks="one per seed") if ranking else None,
+        *maps.parameter_maps(scenario),
+        portraits.dumbbells(having, scenario.isolated_by_peer),
+        portraits.agreements(having),
+        portraits.reliabilities(having),
     ]
-    drawn += maps.parameter_maps(scenario)
-    tuned = [maps.chosen_map(v) for v in scenario.variants if v.settings["regime"] == "tuned"]
-    return [figure for figure in [*drawn, *tuned[:1]] if figure]
+    tuned = [variant for variant in having if variant.settings["regime"] == "tuned"]
+    drawn += [maps.chosen_map(variant, number) for number, variant in enumerate(tuned[:_MOST_CHOSEN], 1)]
+    return [figure for figure in drawn if figure]
 
 
-def _numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
-    accuracy = mean(list(variant.finals().values()))
-    ends = {
-        what: fmean(variant.finals(what).values()) if variant.runs else math.nan
-        for what in ("worst", "spread", "own_accuracy", "ece")
-    }
-    starts = [run.curve()[0] for run in variant.runs.values()]
-    return {
-        "variant": variant.label,
-        "accuracy": accuracy.value,
-        "low": accuracy.low,
-        "high": accuracy.high,
-        "gain": accuracy.value - fmean(p.accuracy for p in starts) if starts else math.nan,
-        "ece_before": fmean(p.ece for p in starts) if starts else math.nan,
-        **ends,
-        **{f"{what}_to_target": median([getattr(p, what) for p in prices]) for what in ("rounds", "bytes", "seconds")},
-        "reached": sum(math.isfinite(p.rounds) for p in prices),
-        "seeds": len(variant.runs),
-        "failed": len(variant.missing),
-    }
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    of = f"{row['reached']} of {row['seeds']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
-    interval = f"{share(row['low'])} – {share(row['high'])}" if math.isfinite(row["low"]) else "one seed"
-    rounds, spent, seconds = (row[f"{what}_to_target"] for what in ("rounds", "bytes", "seconds"))
-
-    def reached(value: float, text: str) -> str:
-        return "not reached" if math.isinf(value) else "–" if math.isnan(value) else text
-
-    return [
-        row["variant"],
-        share(row["accuracy"]),
-        interval,
-        points(row["gain"]),
-        share(row["worst"]),
-        f"{100 * row['spread']:.1f}",
-        share(row["own_accuracy"]),
-        f"{row['ece_before']:.3f} → {row['ece']:.3f}",
-        reached(rounds, f"{rounds:g}"),
-        reached(spent, size(int(spent)).strip() if math.isfinite(spent) else ""),
-        reached(seconds, f"{seconds:.1f}"),
-        of,
-    ]
+def _overall(found: Study, place: _Place) -> list[dict[str, Any]]:
+    """Rank what was compared in every scenario, over all of them."""
+    ranking: Ranking | None = rank(found.in_every_scenario())
+    if ranking is None:
+        return []
+    return place.write([plots.ranks(ranking, blocks="one per scenario and seed")], "overall-")
 
 
 def _target(scenario: Scenario) -> float:
@@ -242,6 +234,8 @@ def _save(figure: Figure, path: Path, note: str) -> str:
     """Write a figure as SVG, PNG and CSV; return the SVG in base64."""
     import matplotlib
 
+    figure.canvas.draw_without_rendering()
+    figure.canvas.set_layout_engine("none")  # the layout is found: not once more for every format
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": figure.name}):
         figure.canvas.savefig(buffer, format="svg", metadata={"Date": None, "Description": note})

@@ -73,13 +73,14 @@ def _curves(run: Run) -> Any:
     from strategies.console import size
 
     table = Table(box=None, title="by round", title_justify="left")
-    for name in ("round", "mean", "worst", "spread", "ECE", "bytes so far", "seconds so far"):
+    for name in ("round", "mean", "worst", "spread", "ECE", "NLL", "Brier", "bytes so far", "seconds so far"):
         table.add_column(name, justify="right")
     for point in run.curve():
         seconds = f"{point.seconds:.1f}" if math.isfinite(point.seconds) else "–"
         table.add_row(
             str(point.round), _share(point.accuracy), _share(point.worst), f"{100 * point.spread:.1f}",
-            f"{point.ece:.3f}", size(point.bytes), seconds,
+            *(f"{value:.3f}" if math.isfinite(value) else "–" for value in (point.ece, point.nll, point.brier)),
+            size(point.bytes), seconds,
         )  # fmt: skip
     table.caption = ", ".join(
         f"{name} {_share(run.control(name))}" for name in ("isolated", "pooled") if math.isfinite(run.control(name))

@@ -12,6 +12,8 @@ from experiments.study import Run, Variant
 
 LEVEL = 0.95
 FEWEST_SEEDS = 3
+MEASURES = ("accuracy", "worst", "spread", "own_accuracy", "ece", "nll", "brier")
+"""Of a run's end, that variants are compared by."""
 _RESAMPLES = 2000
 
 
@@ -56,7 +58,12 @@ class Comparison:
             return "identical"
         if self.seeds < FEWEST_SEEDS:
             return "too few seeds to tell"
-        return "larger than seed noise" if self.adjusted < 1 - LEVEL else "within seed noise"
+        return "larger than seed noise" if self.larger_than_noise else "within seed noise"
+
+    @property
+    def larger_than_noise(self) -> bool:
+        """Tell whether the difference is larger than what seeds do by themselves."""
+        return self.seeds >= FEWEST_SEEDS and self.adjusted < 1 - LEVEL
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,10 @@ def compare(first: str, a: Mapping[int, float], second: str, b: Mapping[int, flo
         second: the label of ``b``.
         b: by seed.
     """
-    from scipy import stats
+    from scipy import special
 
     differences = np.asarray([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=float)
+    differences = differences[np.isfinite(differences)]
     count = len(differences)
     if count == 0:
         return Comparison(first, second, math.nan, math.nan, math.nan, math.nan, 0, False)
@@ -108,8 +116,8 @@ def compare(first: str, a: Mapping[int, float], second: str, b: Mapping[int, flo
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     if error < 1e-12:  # the same difference under every seed
         return Comparison(first, second, center, center, center, 0.0, count, False)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    p = 2 * float(stats.t.sf(abs(center) / error, count - 1))
+    half = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * error  # Student's t, without stats.t's long way there
+    p = 2 * float(special.stdtr(count - 1, -abs(center) / error))
     return Comparison(first, second, center, center - half, center + half, p, count, False)
 
 

@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from fedkd.config import RunConfig, Scalar
+from fedkd.config import STRATEGIES, RunConfig, Scalar
 from fedkd.errors import FedkdError
 from fedkd.results import Row, read_row
 
@@ -26,7 +27,7 @@ CONTROL_KEYS = (
 
 _NO_VARIANT = {
     *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
-    "threads", "round-timeout", "eval-every",
+    "threads", "round-timeout", "eval-every", "profile",
 }  # fmt: skip
 _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "partition-alpha": ("partition", ("dirichlet",)),
@@ -49,13 +50,27 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
 _NOT_AVERAGING = {"distill-epochs", "schedule", "regime", "topology", "combine", "method"}
 """Settings that say nothing about federated averaging."""
 
+_OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
+
+_MEANS = ("own_accuracy", "ece", "test_loss", "brier")
+"""Of a row; the test loss is the negative log-likelihood."""
+
 _NOT_FROM_SCRATCH = {"divergence", "temperature", "kd-weight", "t2-scaling", "match-gradients", "codec"}
 """Settings that say nothing about it unless it starts from distilled knowledge."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run stands at the end of a round: accuracies over the peers, and what it has cost so far."""
+    """Where a run stands at the end of a round: over its peers, and what it has cost so far.
+
+    Attributes:
+        round: its number.
+        accuracy: mean test accuracy; ``worst``: the lowest; ``spread``: their standard deviation.
+        own_accuracy: mean accuracy on the peers' own label mixes.
+        ece: mean expected calibration error; ``nll``, in nats, and ``brier`` likewise.
+        bytes: of all encoded arrays of all peers, up and down, since the start.
+        seconds: wall time since the end of round 0; NaN where that is not known.
+    """
 
     round: int
     accuracy: float
@@ -63,6 +78,8 @@ class Point:
     spread: float
     own_accuracy: float
     ece: float
+    nll: float
+    brier: float
     bytes: int
     seconds: float
 
@@ -104,9 +121,13 @@ class Run:
     def curve(self) -> list[Point]:
         """Return where it stood after every round in which peers were measured.
 
-        A peer that was not measured in a round stands where it stood before. Bytes are those of all encoded arrays
-        of all peers, up and down, from the start to the end of the round.
+        A peer that was not measured in a round stands where it stood before. Round 0 costs bytes but no seconds: it
+        loads or trains the models that the peers bring, and whichever run comes first does that for all after it.
         """
+        return self._curve
+
+    @cached_property
+    def _curve(self) -> list[Point]:
         totals = self.summary.get("totals", {})
         by_round: dict[int, list[Row]] = {}
         for row in self.rows:
@@ -125,17 +146,15 @@ class Run:
             if not measured:
                 continue
             accuracies = [row.test_accuracy for row in last.values()]
-            took = sum(seconds[: round + 1]) if round < len(seconds) else math.nan
             points.append(
                 Point(
                     round,
                     fmean(accuracies),
                     min(accuracies),
                     pstdev(accuracies),
-                    fmean([row.own_accuracy for row in last.values()]),
-                    fmean([row.ece for row in last.values()]),
-                    spent,
-                    took,
+                    *(fmean(getattr(row, what) for row in last.values()) for what in _MEANS),
+                    bytes=spent,
+                    seconds=sum(seconds[1 : round + 1]) if round < len(seconds) else math.nan,
                 )
             )
         return points
@@ -201,12 +220,14 @@ class Study:
         runs: all runs, failed ones too.
         common: settings that all runs share and that are not the defaults.
         varied: settings that differ between variants.
+        repeated: a sentence for each run that is left out, as another has the same settings and seed.
     """
 
     scenarios: tuple[Scenario, ...]
     runs: tuple[Run, ...]
     common: Mapping[str, Scalar]
     varied: tuple[str, ...]
+    repeated: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Run, ...]:
@@ -215,8 +236,24 @@ class Study:
 
     @property
     def problems(self) -> list[str]:
-        """Return everything that could not be read."""
-        return [problem for run in self.runs for problem in run.problems]
+        """Return everything that could not be read, and what is left out because it is there twice."""
+        return [problem for run in self.runs for problem in run.problems] + list(self.repeated)
+
+    def in_every_scenario(self) -> dict[str, dict[tuple[int, int], float]]:
+        """Return the final accuracies, by (scenario, seed), of what was compared in every scenario, by label."""
+        found: dict[tuple[Scalar | None, ...], dict[int, Variant]] = {}
+        for number, scenario in enumerate(self.scenarios):
+            for variant in scenario.variants:
+                if variant.runs:
+                    found.setdefault(effective(variant.settings, self.varied), {})[number] = variant
+        everywhere = [of for of in found.values() if len(of) == len(self.scenarios)]
+        telling = [key for key in self.varied if len({of[0].settings[key] for of in everywhere}) > 1]
+        return {
+            label(of[0].settings, telling) or "this run": {
+                (number, seed): value for number, variant in of.items() for seed, value in variant.finals().items()
+            }
+            for of in everywhere
+        }
 
 
 def read_run(path: Path) -> Run:
@@ -242,13 +279,23 @@ def read_run(path: Path) -> Run:
     summary: Mapping[str, Any] = {}
     if (path / "summary.json").exists():
         try:
-            summary = json.loads((path / "summary.json").read_text())
-        except ValueError as error:
-            problems.append(f"{path / 'summary.json'}: {error}")
+            summary = _read_summary(path / "summary.json")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{path / 'summary.json'}: left out, not a run's summary ({_brief(repr(error))})")
     failure = path / "error.txt"
-    error_text = failure.read_text().strip() if failure.exists() else "" if summary else "not finished"
+    text = failure.read_text(errors="replace").strip() if failure.exists() else "" if summary else "not finished"
     settings["peers"] = len({row.peer for row in rows}) or settings["peers"]
-    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), error_text)
+    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text)
+
+
+def _read_summary(path: Path) -> Mapping[str, Any]:
+    """Read a summary as far as reports use it; any error of a wrong kind of content may come out."""
+    content = json.loads(path.read_text())
+    missing = [name for entry in content["peers"] for name in _OF_A_PEER if name not in entry]
+    if missing or not content["peers"]:
+        raise ValueError(f"no {missing[0]}" if missing else "no peers")
+    sum(content.get("totals", {}).values()) + sum(content.get("round_seconds") or [])
+    return dict(content)
 
 
 def study(runs: Sequence[Run]) -> Study:
@@ -274,7 +321,7 @@ def study(runs: Sequence[Run]) -> Study:
         and runs[0].settings[key] != defaults[key]
     }
     scenarios = tuple(_scenario(members, scenic, varied) for members in groups.values())
-    return Study(scenarios, tuple(runs), common, varied)
+    return Study(scenarios, tuple(runs), common, varied, tuple(_repeated(runs, scenarios)))
 
 
 def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
@@ -296,7 +343,10 @@ def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
     False
     """
     other, values = _ONLY_WITH.get(key, ("", ()))
-    if other and settings.get(other) not in values:
+    found = settings.get(other)
+    if other == "strategy" and found not in STRATEGIES:
+        found = "gossip"  # one's own strategy leaves the combining to the peers, as this one does
+    if other and found not in values:
         return False
     if settings.get("strategy") != "fedavg":
         return True
@@ -329,7 +379,8 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
     variants = []
     for members in groups.values():
-        good = {run.seed: run for run in members if run.summary and run.curve()}
+        good = {run.seed: run for run in reversed(members) if run.summary and run.curve()}
+        good = {run.seed: run for run in members if good.get(run.seed) is run}  # the first of each seed
         missing = tuple(run.seed for run in members if run.seed not in good)
         settings = members[0].settings
         variants.append(Variant(label(settings, varied) or "this run", settings, good, missing))
@@ -339,6 +390,13 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     return Scenario(
         label(runs[0].settings, scenic) or "Results", tuple(variants), isolated, pooled, _isolated_by_peer(runs)
     )
+
+
+def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[str]:
+    shown = {id(run) for scenario in scenarios for variant in scenario.variants for run in variant.runs.values()}
+    for run in runs:
+        if run.summary and run.curve() and id(run) not in shown:
+            yield f"{run.path}: left out, another run has the same settings and seed {run.seed}"
 
 
 def _carriers(runs: Sequence[Run], name: str) -> list[Run]:

@@ -1,7 +1,7 @@
 """What a report says in words: what came out, and how much of it can be told from noise."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -10,12 +10,24 @@ from experiments.study import Scenario, Study
 from strategies.console import size
 
 NEAR_THE_BEST = 0.98
+_MEASURES = {
+    "worst": "the worst peer", "spread": "the spread across peers", "own_accuracy": "own classes", "ece": "ECE",
+    "nll": "NLL", "brier": "Brier",
+}  # fmt: skip
 
 
-def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool) -> list[str]:
-    """Say what came out, one sentence each."""
+def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool, waiting: int) -> list[str]:
+    """Say what came out, one sentence each.
+
+    Args:
+        found: all runs.
+        scenarios: as the page shows them.
+        chosen: nobody asked for a target, so one was chosen.
+        waiting: how many trials have not begun.
+    """
     seeds = sorted({run.seed for run in found.runs})
-    lines = [f"{len(found.runs)} trials with {len(seeds)} seed{'s' * (len(seeds) > 1)}; {len(found.failed)} failed."]
+    begun = f"{len(found.runs)} trials with {len(seeds)} seed{'s' * (len(seeds) > 1)}; {len(found.failed)} failed"
+    lines = [begun + (f", {waiting} more have not begun." if waiting else ".")]
     for entry in scenarios:
         scenario: Scenario = entry["source"]
         target: float = entry["target"]
@@ -32,7 +44,7 @@ def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool)
             text += f"; {entry['telling']} of {entry['compared']} differences are larger than seed noise"
         lines.append(text + ".")
         cheapest = min(
-            ((median([p.bytes for p in prices]), name) for name, prices in entry["prices"].items() if prices),
+            ((median([p.bytes for p in paid.values()]), name) for name, paid in entry["prices"].items() if paid),
             default=(math.inf, ""),
         )
         origin = ", which is 98 % of the best final accuracy," if chosen else ""
@@ -70,27 +82,39 @@ def _head_start(scenario: Scenario, where: str) -> list[str]:
     ]
 
 
-def how_to_read(scenario: Scenario, target: float) -> str:
-    """Return what a reader of a scenario's table needs to know."""
-    parts = [f"Target: {share(target)} mean accuracy of the peers; medians over seeds, not reached counts as infinite."]
+def how_to_read(scenario: Scenario) -> str:
+    """Return what a reader of a scenario's tables needs to know."""
+    parts = []
     for name, values in (("isolated", scenario.isolated), ("pooled", scenario.pooled)):
         if values:
             parts.append(f"{name.capitalize()}: {share(fmean(values.values()))}.")
     parts.append(
-        "Worst peer, spread (standard deviation over peers, in points), own classes (accuracy on the peer's own label "
-        "mix) and ECE (15 bins, mean of the peers) are at the last measurement. Seconds are wall time on this machine."
+        "Means over seeds, at the last measurement. Spread: standard deviation over the peers, in points, before → "
+        "after. Own classes: accuracy on the peer's own label mix. Until the target, a mean accuracy of the peers: "
+        "medians over seeds, where not reached counts as infinite; seconds are wall time on this machine from the end "
+        "of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the peers. Bold: the best of a column."
     )
     return " ".join(parts)
 
 
-def about_noise(scenario: Scenario, compared: int, telling: int) -> str:
-    """Return how far the seeds of a scenario can tell differences from noise."""
+def about_noise(scenario: Scenario, telling: Mapping[str, int], compared: int) -> str:
+    """Return how far the seeds of a scenario can tell differences from noise.
+
+    Args:
+        scenario: the scenario.
+        telling: by measure, how many differences are larger than noise.
+        compared: of how many.
+    """
     seeds = max((len(v.runs) for v in scenario.variants), default=0)
     if not compared:
         return ""
     if seeds < FEWEST_SEEDS:
         return f"{seeds} seed{'s' * (seeds > 1)} cannot tell a difference from noise: run at least {FEWEST_SEEDS}."
-    text = f"{telling} of {compared} differences are larger than seed noise."
+    others = ", ".join(f"{_MEASURES[what]} {count}" for what, count in telling.items() if what != "accuracy")
+    text = (
+        f"{telling['accuracy']} of {compared} differences in final accuracy are larger than seed noise (paired t-test, "
+        f"p < 0.05 after Holm's correction over all of them); by other measures: {others}."
+    )
     if seeds <= 5:
         text += (
             f" With {seeds} seeds the paired t-test leans on differences being normal: a sign-flip test, which does "

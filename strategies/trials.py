@@ -1,5 +1,6 @@
 """Many trials in one run: Ray, the data and the imports are paid for once, and each trial stands alone."""
 
+import fcntl
 import json
 import shutil
 import time
@@ -119,6 +120,10 @@ def _attempt(trial: Trial, run: Run) -> str:
     """Run one trial with its lines in ``log.txt``; return what went wrong, in one line, or nothing."""
     folder = RunFolder(trial.folder)
     with (folder.path / "log.txt").open("a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a launcher that was killed with SIGKILL leaves its run behind
+            return f"another process, perhaps of a killed run, works in {folder.path}: end it, or let it finish"
         try:
             run(trial.next_config(), say=lambda line: print(line, file=log, flush=True))
         except FedkdError as error:

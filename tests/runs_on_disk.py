@@ -11,7 +11,10 @@ from strategies.ledger import Ledger
 
 
 def make_run(path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pooled=0.95, **settings) -> Path:
-    """Write the folder of a run whose peers had these test accuracies, ``[round][peer]``."""
+    """Write the folder of a run whose peers had these test accuracies, ``[round][peer]``.
+
+    Losses and Brier scores are their complement.
+    """
     changed = {name.replace("_", "-"): value for name, value in settings.items()}
     config = RunConfig.from_mapping({"rounds": len(accuracies) - 1, **changed})
     folder = RunFolder(path)
@@ -21,6 +24,7 @@ def make_run(path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pool
     for round, found in enumerate(accuracies):
         folder.append([
             Row(round, peer, "mlp", [], test_accuracy=accuracy, own_accuracy=accuracy, ece=0.1,
+                test_loss=1 - accuracy, brier=1 - accuracy,
                 bytes_up=bytes_per_round // 2, bytes_down=bytes_per_round // 2)
             for peer, accuracy in zip(peers, found, strict=True)
         ])  # fmt: skip

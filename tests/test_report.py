@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 from runs_on_disk import make_run
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.report import describe, find_runs, write_report
+from experiments.tensorboard import Board
 from fedkd.errors import FedkdError, SettingError
 
 
@@ -33,17 +36,26 @@ def report(folders, tmp_path_factory):
     return write_report(folders, out, describe(folders, command="fedkd report ...", target=0.8))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out the pictures' files, which take most of the time, where a test reads the page's words alone."""
+    monkeypatch.setattr("experiments.report._save", lambda figure, path, note: "")
+
+
 def test_the_report_is_one_file_that_needs_no_network(report):
     page = report.read_text()
 
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page) and "@import" not in page and "<script" not in page
-    assert page.count("data:image/svg+xml;base64,") == page.count("<img ") == 16
+    assert page.count("data:image/svg+xml;base64,") == page.count("<img ") == 20
 
 
 def test_every_figure_is_there_as_svg_png_and_csv(report):
     names = {path.stem for path in (report.parent / "figures").iterdir()}
 
-    figures = "accuracy-by-round accuracy-by-bytes final-accuracy to-target differences peers agreement reliability"
+    figures = (
+        "accuracy-by-round accuracy-by-bytes final-accuracy rounds-to-target bytes-to-target seconds-to-target "
+        "differences peers agreement reliability"
+    )
     assert names == {f"{scenario}-{figure}" for scenario in (1, 2) for figure in figures.split()}
     for name in names:
         path = report.parent / "figures" / name
@@ -58,6 +70,68 @@ def test_what_did_not_reach_the_target_stays_in_the_table(report):
     assert (rows["kl"]["reached"], float(rows["kl"]["rounds_to_target"])) == ("3", 2)
     assert (rows["js"]["reached"], rows["js"]["bytes_to_target"]) == ("0", "inf")
     assert "not reached" in report.read_text()
+    paid = list(csv.DictReader((report.parent / "figures" / "1-seconds-to-target.csv").open()))
+    assert [(row["variant"], row["seed"], float(row["seconds"])) for row in paid] == [
+        *(("kl", str(seed), 2.0) for seed in range(3)), *(("js", str(seed), math.inf) for seed in range(3)),
+    ]  # fmt: skip
+
+
+def test_calibration_and_spread_stand_beside_accuracy(report):
+    rows = {row["variant"]: row for row in csv.DictReader((report.parent / "tables" / "1-variants.csv").open())}
+
+    kl = {name: float(rows["kl"][name]) for name in ("accuracy", "nll", "nll_before", "brier", "ece", "spread")}
+    assert kl["nll"] == kl["brier"] == pytest.approx(1 - kl["accuracy"])
+    assert kl["nll_before"] == pytest.approx(0.75) and kl["ece"] == pytest.approx(0.1)
+    assert kl["spread"] == pytest.approx((0.0 + 0.015 + 0.03) / 3)
+    for head in ("spread across peers", "ECE", "NLL", "Brier"):
+        assert report.read_text().count(f"<th>{head}</th>") == 2
+
+
+def test_every_pair_is_tested_by_every_measure(report):
+    rows = list(csv.DictReader((report.parent / "tables" / "1-pairs.csv").open()))
+
+    assert [row["measure"] for row in rows] == ["accuracy", "worst", "spread", "own_accuracy", "ece", "nll", "brier"]
+    assert {(row["first"], row["second"], row["seeds"]) for row in rows} == {("kl", "js", "3")}
+    assert float(rows[0]["difference"]) == pytest.approx(0.1)
+
+
+def test_every_variant_is_drawn_by_itself_the_best_first(report):
+    for name in ("peers", "agreement", "reliability"):
+        rows = list(csv.DictReader((report.parent / "figures" / f"1-{name}.csv").open()))
+
+        assert list(dict.fromkeys(row["variant"] for row in rows)) == ["kl", "js"]
+
+
+def test_every_mean_can_be_traced_to_its_runs(report):
+    rows = list(csv.DictReader((report.parent / "tables" / "2-runs.csv").open()))
+
+    assert [row["run"] for row in rows] == [f"dirichlet-{d}-{seed}" for d in ("kl", "js") for seed in range(3)]
+
+
+def test_three_variants_are_ranked_within_each_scenario_and_over_all(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{partition}-{divergence}-{seed}", [[0.1], [final + seed / 100]], partition=partition,
+                 divergence=divergence, seed=seed)
+        for partition in ("iid", "dirichlet") for divergence, final in (("kl", 0.5), ("js", 0.6), ("td", 0.7))
+        for seed in range(3)
+    ]  # fmt: skip
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    rows = list(csv.DictReader((tmp_path / "out" / "figures" / "overall-ranks.csv").open()))
+    assert [(row["variant"], float(row["mean rank"]), row["blocks"]) for row in rows] == [
+        ("td", 1.0, "6"), ("js", 2.0, "6"), ("kl", 3.0, "6")
+    ]  # fmt: skip
+    assert "6 blocks, one per scenario and seed" in page and page.count("3 blocks, one per seed") == 4
+
+
+def test_what_has_not_begun_is_said(folders, tmp_path, undrawn):
+    about = replace(describe(folders[:2], command="", target=None), trials={f.name: "fedkd run" for f in folders[:3]})
+
+    page = write_report(folders[:2], tmp_path, about).read_text()
+
+    assert "2 trials with 2 seeds; 0 failed, 1 more have not begun." in page
+    assert f"Not begun yet: {folders[2].name}." in page
 
 
 def test_every_trial_has_the_command_that_reproduces_it(report):
@@ -71,7 +145,7 @@ def test_settings_and_versions_stand_under_every_figure(report):
         assert "fedkd report ..." in caption and "torch" in caption and "rounds = 2" in caption
 
 
-def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path):
+def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path, undrawn):
     one = [folder for folder in folders if folder.name.endswith("-0")]
 
     page = write_report(one, tmp_path, describe(one, command="", target=None)).read_text()
@@ -79,7 +153,7 @@ def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path):
     assert "1 seed cannot tell a difference from noise" in page and "one seed" in page
 
 
-def test_failed_runs_and_damaged_lines_are_named(folders, tmp_path):
+def test_failed_runs_and_damaged_lines_are_named(folders, tmp_path, undrawn):
     bad = make_run(tmp_path / "bad", [[0.1], [0.2]], seed=7)
     (bad / "summary.json").unlink()
     (bad / "error.txt").write_text("Expected setting `x` to be <y>.\n")
@@ -109,7 +183,7 @@ def test_a_target_that_nothing_reached_is_said(folders, tmp_path):
     page = write_report(folders, tmp_path, describe(folders, command="", target=0.99)).read_text()
 
     assert "no variant reached the target of 99.0%" in page
-    assert not (tmp_path / "figures" / "1-to-target.svg").exists()
+    assert not list((tmp_path / "figures").glob("*-to-target.*"))
 
 
 def test_two_numbers_that_were_varied_together_are_drawn_as_a_map(tmp_path):
@@ -143,7 +217,7 @@ def test_what_tuned_peers_chose_is_counted(tmp_path):
     assert "1 of 2 did not choose the run&#39;s own default" in page
 
 
-def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_start(tmp_path):
+def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_start(tmp_path, undrawn):
     curves = {"cold": [0.1, 0.3, 0.5, 0.6, 0.7], "distilled": [0.65, 0.5, 0.7, 0.7, 0.7]}
     runs = [
         make_run(tmp_path / start, [[a] for a in curve], strategy="fedavg", fedavg_start=start)
@@ -174,6 +248,44 @@ def test_curves_are_written_for_tensorboard(folders, tmp_path):
     assert result.output == f"written to {tmp_path / folders[0].name}\n"
     events = accumulator.EventAccumulator(str(tmp_path / folders[0].name / "peer-1")).Reload()
     assert [event.value for event in events.Scalars("test_accuracy")] == pytest.approx([0.3, 0.6, 0.85])
+
+
+def test_a_run_that_goes_on_is_written_round_by_round_and_each_round_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = make_run(tmp_path / "run", [[0.1], [0.5], [0.7]])
+    rows = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    heard = []
+
+    def told():
+        events = accumulator.EventAccumulator(str(tmp_path / "board" / "run" / "mean")).Reload()
+        return [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_accuracy")]
+
+    with Board(tmp_path / "board") as board:
+        take = board.follow(heard.append)
+        take(f"results go to {run}")
+        (run / "rounds.jsonl").write_text("".join(rows[:2]))
+        take("round   1/2  ...")
+        assert told() == [(0, 0.1), (1, 0.5)]
+        (run / "rounds.jsonl").write_text("".join(rows))
+        take("round   2/2  ...")
+        take(f"results: {run}")
+
+    assert told() == [(0, 0.1), (1, 0.5), (2, 0.7)] and len(heard) == 4
+    with Board(tmp_path / "board") as board:  # once more: not twice
+        board.write(run)
+    assert told() == [(0, 0.1), (1, 0.5), (2, 0.7)]
+
+
+def test_the_trials_of_a_comparison_are_written_as_they_end(tmp_path):
+    pytest.importorskip("tensorboard")
+    make_run(tmp_path / "trials" / "seed=0", [[0.1], [0.5]])
+
+    with Board(tmp_path / "board") as board:
+        take = board.follow(lambda line: None, tmp_path / "trials")
+        take("trial 1/2  seed=0  10.0% → 50.0%  3.0 s")
+        take("trial 2/2  seed=1  FAILED: before it began")
+
+    assert [path.name for path in (tmp_path / "board").iterdir()] == ["seed=0"]
 
 
 def test_a_comparisons_folder_stands_for_its_trials(folders, tmp_path):

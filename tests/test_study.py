@@ -1,5 +1,6 @@
 """Runs read back: what they cost, how they are sorted, and what a few seeds allow to say."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -31,7 +32,8 @@ def test_a_curve_counts_all_bytes_of_all_peers_and_the_rounds_wall_time(tmp_path
 
     assert [point.accuracy for point in curve] == pytest.approx([0.2, 0.5, 0.8])
     assert [point.bytes for point in curve] == [2000, 4000, 6000]
-    assert [point.seconds for point in curve] == [1.0, 2.0, 3.0]
+    assert [point.seconds for point in curve] == [0.0, 1.0, 2.0]  # round 0 is not counted
+    assert [point.nll for point in curve] == [point.brier for point in curve] == pytest.approx([0.8, 0.5, 0.2])
     assert curve[-1].worst == 0.7 and curve[-1].spread == pytest.approx(0.1)
 
 
@@ -62,6 +64,64 @@ def test_a_damaged_line_is_named_and_the_rest_is_used(tmp_path):
 
     assert len(run.rows) == 3
     assert len(run.problems) == 1 and "rounds.jsonl, line 2" in run.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("test_accuracy", "high"),
+        ("round", "one"),
+        ("round", 1.5),
+        ("bytes_up", None),
+        ("peer", 3),
+        ("test_accuracy", True),
+    ],
+)
+def test_a_line_with_values_of_a_wrong_kind_is_damaged_too(tmp_path, name, wrong):
+    path = make_run(tmp_path / "run", [[0.1, 0.3], [0.4, 0.6]])
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    (path / "rounds.jsonl").write_text("\n".join([*lines[:3], json.dumps({**json.loads(lines[3]), name: wrong})]))
+
+    run = read_run(path)
+
+    assert len(run.problems) == 1 and f"rounds.jsonl, line 4: left out, not a row (unexpected {name}" in run.problems[0]
+    assert run.curve()[-1].accuracy == pytest.approx(0.35)  # peer-1 stands where it stood
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"peers": []}', '{"peers": [{}]}', '{"peers": 3}', "null"])
+def test_a_damaged_summary_is_named_and_the_run_counts_as_failed(tmp_path, content):
+    path = make_run(tmp_path / "run", [[0.1], [0.4]])
+    (path / "summary.json").write_text(content)
+
+    found = study([read_run(path)])
+
+    assert len(found.problems) == 1 and "summary.json: left out" in found.problems[0]
+    assert [run.error for run in found.failed] == ["not finished"]
+
+
+def test_a_run_that_is_there_twice_is_named_and_counted_once(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, [[0.1], [final]], seed=3)) for name, final in (("a", 0.4), ("b", 0.6))]
+
+    found = study(runs)
+
+    assert found.scenarios[0].variants[0].finals() == {3: 0.4}
+    assert found.problems == [f"{tmp_path / 'b'}: left out, another run has the same settings and seed 3"]
+
+
+def test_what_is_in_every_scenario_is_ranked_over_all(tmp_path):
+    found = study(runs_of(
+        tmp_path,
+        iid_kl=({"partition": "iid", "divergence": "kl"}, [0.8, 0.9]),
+        iid_js=({"partition": "iid", "divergence": "js"}, [0.7]),
+        iid_td=({"partition": "iid", "divergence": "td"}, [0.3]),
+        skewed_kl=({"partition": "dirichlet", "divergence": "kl"}, [0.5, 0.6]),
+        skewed_td=({"partition": "dirichlet", "divergence": "td"}, [0.4]),
+    ))  # fmt: skip
+
+    assert found.in_every_scenario() == {
+        "kl": {(0, 0): 0.8, (0, 1): 0.9, (1, 0): 0.5, (1, 1): 0.6},
+        "td": {(0, 0): 0.3, (1, 0): 0.4},
+    }
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -105,6 +165,13 @@ def test_the_paired_test_is_scipys(tmp_path):
     assert result.seeds == 3
     assert result.p == pytest.approx(reference.pvalue)
     assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_what_was_not_measured_is_not_compared():
+    result = compare("a", {0: 0.5, 1: math.nan, 2: 0.7}, "b", {0: 0.4, 1: 0.2, 2: 0.5})
+
+    assert result.seeds == 2 and result.difference == pytest.approx(0.15)
+    assert compare("a", {0: math.nan}, "b", {0: 1.0}).seeds == 0
 
 
 def test_holm_never_claims_more_than_the_single_tests():
@@ -157,7 +224,7 @@ def test_the_interval_holds_the_mean_and_lies_within_the_values():
 def test_a_target_that_is_not_reached_is_kept_as_infinite(tmp_path):
     run = read_run(make_run(tmp_path / "run", [[0.1], [0.5], [0.7]], bytes_per_round=1000))
 
-    assert (price(run, 0.5).rounds, price(run, 0.5).bytes, price(run, 0.5).seconds) == (1, 2000, 2.0)
+    assert (price(run, 0.5).rounds, price(run, 0.5).bytes, price(run, 0.5).seconds) == (1, 2000, 1.0)
     assert price(run, 0.8).bytes == math.inf
     assert median([price(run, 0.5).rounds, price(run, 0.8).rounds]) == math.inf
 

@@ -1,5 +1,6 @@
 """Many trials in one run: each gives what it gives alone, and none costs another."""
 
+import fcntl
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from flwr.app import Context, RecordDict
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from strategies.server_app import app as server_app
-from strategies.trials import TrialsError
+from strategies.trials import Trial, TrialsError
+from strategies.trials import run_trials as run_each
 
 PEERS = 3
 
@@ -155,3 +157,21 @@ def test_bins_of_the_reliability_diagram_are_kept_from_before_and_after(tmp_path
     for entry, row in zip(entries, [row for row in run.rows() if row["round"] != 1], strict=True):
         right = sum(a * n for a, n in zip(entry["accuracy"], entry["samples"], strict=True) if n)
         assert right / sum(entry["samples"]) == pytest.approx(row["test_accuracy"])
+
+
+def test_a_trial_that_another_process_works_in_is_left_alone(tmp_path):
+    taken, free = (Trial(name, RunConfig(out_dir=str(tmp_path / name))) for name in ("taken", "free"))
+    ran, said = [], []
+
+    def run(config, *, say):
+        ran.append(config.out_dir)
+        (tmp_path / "free" / "summary.json").write_text('{"mean": {"before": 0.1, "after": 0.5}}')
+
+    (tmp_path / "taken").mkdir()
+    with (tmp_path / "taken" / "log.txt").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        run_each([taken, free], run, say=said.append)
+
+    assert ran == [str(tmp_path / "free")]
+    assert "FAILED: another process" in said[0] and str(tmp_path / "taken") in said[0]
+    assert not (tmp_path / "taken" / "error.txt").exists()
