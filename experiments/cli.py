@@ -1,11 +1,14 @@
 """`fedkd`: the command line. Heavy imports happen inside the commands, so that `fedkd --help` is immediate."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from experiments.bench import BENCHES
 from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError
@@ -36,6 +39,18 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+@contextmanager
+def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]]:
+    """Yield what makes a taker of lines also write for TensorBoard, where a folder for that is given."""
+    if folder is None:
+        yield lambda out, trials=None: out
+        return
+    from experiments.tensorboard import Board
+
+    with Board(folder) as board:
+        yield board.follow
+
+
 @app.callback()
 def _common(
     version: Annotated[
@@ -61,6 +76,10 @@ def run(
     app_folder: Annotated[
         Path | None, typer.Option("--app", help="Folder of the Flower app; default: fedkd's.")
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Measure where each peer's time goes.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write curves for `tensorboard --logdir` there, round by round.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
 ) -> None:
     """Run a federation in simulation, through `flwr run` on a SuperLink of its own.
@@ -72,7 +91,7 @@ def run(
     from experiments.project import OWN_FOLDER, Project
 
     project = Project.read(app_folder)
-    settings = project.settings(pairs or [], cwd=Path.cwd())
+    settings = project.settings([*(pairs or []), *(["profile=true"] if profile else [])], cwd=Path.cwd())
     if project.folder == OWN_FOLDER:
         from fedkd.config import RunConfig
 
@@ -89,7 +108,9 @@ def run(
     if federation.ray_address:  # the cluster's machines share the results' folder, so they can find the app there
         scratch = Path(str(settings.get("out-dir", Path.cwd())))
         scratch.mkdir(parents=True, exist_ok=True)
-    outcome = launch(project.folder, settings, federation, out=typer.echo, verbose=verbose, scratch=scratch)
+    with _board(tensorboard) as follow:
+        out = follow(typer.echo)
+        outcome = launch(project.folder, settings, federation, out=out, verbose=verbose, scratch=scratch)
     if outcome.completed:
         typer.echo(f"completed in {outcome.seconds:.1f} s, Flower's start and end {outcome.flower_seconds:.1f} s of it")
     else:
@@ -99,7 +120,7 @@ def run(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="losses or robust.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHES)}.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     quick: Annotated[bool, typer.Option(help="A small size, to see that it runs.")] = False,
 ) -> None:
@@ -123,6 +144,9 @@ def compare(
     gpus_per_peer: Annotated[float, typer.Option(help="GPUs of a peer's actor; 0.25: four actors on one GPU.")] = 0.0,
     actors: Annotated[int | None, typer.Option(help="Peers that work at once; default: all that fit.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs that Ray may use; default: all it finds.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write curves for `tensorboard --logdir` there, trial by trial.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
 ) -> None:
     """Run a recipe's grid of trials in one `flwr run`, and write one report about them.
@@ -141,14 +165,11 @@ def compare(
     changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
     chosen = read(find(recipe), quick=quick, changes=changes)
     federation = Federation(peers=1, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer, actors=actors, gpus=gpus)
-    done = run_comparison(
-        chosen,
-        federation,
-        folder or Path("runs") / f"compare-{chosen.name}",
-        command=shlex.join(["fedkd", *sys.argv[1:]]),
-        out=typer.echo,
-        verbose=verbose,
-    )
+    place = folder or Path("runs") / f"compare-{chosen.name}"
+    command = shlex.join(["fedkd", *sys.argv[1:]])
+    with _board(tensorboard) as follow:
+        out = follow(typer.echo, place / "trials")
+        done = run_comparison(chosen, federation, place, command=command, out=out, verbose=verbose)
     for name in done.failed[:5]:
         typer.echo(f"no result: {name}", err=True)
     if len(done.failed) > 5:
@@ -205,6 +226,19 @@ def tune(
     found = search(own, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose)
     typer.echo(f"best of {found.trials} trials: {found.accuracy:.1%} on held-out samples. On the test set:")
     typer.echo(found.command)
+
+
+@app.command()
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Start a Ray of its own for a moment, too.")] = False,
+) -> None:
+    """Show versions, devices and where things lie, and test every loss against known answers.
+
+    The exit status is 1 if something is wrong.
+    """
+    from experiments.doctor import doctor as examine
+
+    raise typer.Exit(0 if examine(ray=ray, out=typer.echo) else 1)
 
 
 @app.command()

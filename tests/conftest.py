@@ -1,11 +1,28 @@
 """What the tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from deployed import Federated
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+# A busy machine makes no property wrong.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what neither takes minutes nor goes through Flower and Ray."""
+    for item in items:
+        if not any(map(item.get_closest_marker, ("slow", "flower"))):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +32,11 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEDKD_DATA does not name a folder with cifar10.npz and pretrained/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Federated]":
+    """A real federation on this machine, up for all tests that need one: it takes long to start."""
+    from deployed import share_federation
+
+    yield from share_federation(tmp_path_factory.mktemp)

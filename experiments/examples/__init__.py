@@ -1,0 +1,1 @@
+"""Bring your own, a page each. Run them in a clone with `PYTHONPATH=experiments/examples`, or copy one."""

@@ -1,0 +1,40 @@
+"""What a wheel holds: the library `fedkd`, and inside it, as data, the Flower app that the repository's root is.
+
+`clients`, `strategies` and `experiments` are names that other projects use too. On the top level of somebody's
+site-packages they would shadow, or be shadowed by, packages of the same names. Flower wants an app as a folder anyway,
+so a wheel carries it as `fedkd/flower-app`: nobody can import from there by accident, and the command `fedkd` puts it
+on its own process's path alone (`fedkd/__main__.py`).
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+APP = "fedkd/flower-app"
+PARTS = ("clients", "strategies", "experiments", "LICENSE")
+_OWN_LIBRARY = '    "fedkd/**/*.py",\n'
+
+
+class FlowerAppInWheel(BuildHookInterface):
+    """Puts the app into a wheel. An editable install needs none: there the clone itself is the app."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the app's files, with a pyproject.toml that does not bundle the library, which is installed beside it."""
+        if version == "editable":
+            return
+        root = Path(self.root)
+        before, found, after = (root / "pyproject.toml").read_text(encoding="utf-8").partition(_OWN_LIBRARY)
+        if not found:
+            raise ValueError(f"Expected a line {_OWN_LIBRARY!r} in fab-include of pyproject.toml.")
+        self._scratch = tempfile.TemporaryDirectory()
+        settings = Path(self._scratch.name, "pyproject.toml")
+        settings.write_text(before + after, encoding="utf-8")
+        build_data["force_include"] |= {str(root / part): f"{APP}/{part}" for part in PARTS}
+        build_data["force_include"][str(settings)] = f"{APP}/pyproject.toml"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Clear up."""
+        if version != "editable":
+            self._scratch.cleanup()

@@ -1,0 +1,208 @@
+"""What a stranger gets: a wheel that claims one name, and a bundle that holds all it needs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from experiments.launch import Federation
+from experiments.tensorboard import Board
+from experiments.tune import tune as search
+from fedkd import __version__
+from fedkd.codec import codec
+from fedkd.config import RunConfig
+from fedkd.errors import FedkdError
+from fedkd.privacy import Mechanism
+from fedkd.results import git_commit
+from fedkd.source import source_hash
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("clients", "strategies", "experiments")
+SMALL = ["--peers", "2", "models=mlp,cnn-small", "proxy-size=60", "pretrain-epochs=1", "rounds=1", "distill-epochs=1"]
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+
+
+def build(kind, source, folder):
+    done = run(sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (made,) = folder.iterdir()
+    return made
+
+
+def unpack(archive, folder):
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+    return folder
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder as pip's `--target` leaves it."""
+    wheel = build("wheel", ROOT, tmp_path_factory.mktemp("dist"))
+    return unpack(wheel, tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The bundle that `flwr build` makes, unpacked."""
+    folder = tmp_path_factory.mktemp("fab")
+    done = run(sys.executable, "-c", "from flwr.cli.app import app; app()", "build", "--app", ROOT, cwd=folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (fab,) = folder.glob("*.fab")
+    return unpack(fab, tmp_path_factory.mktemp("app"))
+
+
+def from_wheel(installed, cwd, *words):
+    """Run the command line that is in the wheel: ahead of everything else that this Python has installed."""
+    return run(sys.executable, "-P", "-m", "fedkd", *words, cwd=cwd, PYTHONPATH=str(installed))
+
+
+def test_the_wheel_claims_one_name(installed):
+    assert {path.name for path in installed.iterdir()} == {"fedkd", f"fedkd-{__version__}.dist-info"}
+    assert not {path for path in files(installed) if "__pycache__" in path or path.endswith(".pyc")}
+
+
+def test_the_wheel_holds_the_library_and_the_app_whole(installed):
+    app = installed / "fedkd" / "flower-app"
+    found = {path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()}
+    caches = {path for path in found if any(part.startswith((".", "__pycache__")) for part in path.parts)}
+    ours = {path.as_posix() for path in found - caches}
+
+    assert "experiments/report.html.jinja" in ours and "experiments/recipes/rounds.toml" in ours
+    assert files(app) == ours | {"pyproject.toml", "LICENSE"}
+    assert not (app / "fedkd").exists()  # the library is there once
+    assert (installed / "fedkd" / "py.typed").exists()
+
+
+def test_an_sdist_gives_the_same_wheel(installed, tmp_path):
+    with tarfile.open(build("sdist", ROOT, tmp_path / "sdist")) as opened:
+        opened.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+
+    again = unpack(build("wheel", source, tmp_path / "dist"), tmp_path / "again")
+
+    assert files(again) == files(installed)
+
+
+def test_an_editable_install_is_the_clone_itself(tmp_path):
+    code = "from hatchling.build import build_editable; import sys; build_editable(sys.argv[1])"
+    assert run(sys.executable, "-c", code, tmp_path, cwd=ROOT).returncode == 0
+
+    (made,) = tmp_path.glob("*.whl")
+
+    assert {name.split("/")[0] for name in zipfile.ZipFile(made).namelist()} == {
+        "_fedkd.pth", f"fedkd-{__version__}.dist-info",
+    }  # fmt: skip
+
+
+def test_the_installed_command_finds_its_app_inside_the_package(installed, tmp_path):
+    version = from_wheel(installed, tmp_path, "--version")
+    doctor = from_wheel(installed, tmp_path, "doctor")
+
+    assert version.stdout.strip() == f"fedkd {__version__}"
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert str(installed / "fedkd" / "flower-app") in doctor.stdout
+
+
+def test_importing_the_installed_library_puts_nothing_else_on_the_path(installed, tmp_path):
+    code = "import sys; before = list(sys.path); import fedkd.divergences, fedkd.config; print(sys.path == before)"
+
+    assert run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip() == "True"
+
+
+def test_the_bundle_holds_what_a_run_needs_and_nothing_else(bundle):
+    found = {path.split("/")[0] for path in files(bundle)}
+
+    assert found == {"fedkd", "clients", "strategies", "pyproject.toml", "LICENSE", ".info"}
+    assert all(path.endswith(".py") for path in files(bundle) if path.split("/")[0] in ("fedkd", "clients"))
+
+
+def test_a_commit_is_that_of_the_code_and_not_of_the_repository_around_an_environment(tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / ".gitignore").write_text(".venv/\n")
+    (tmp_path / ".venv" / "fedkd").mkdir(parents=True)
+    (tmp_path / ".venv" / "fedkd" / "codec.py").write_text("")
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "mine"]):
+        assert run("git", *words, cwd=tmp_path).returncode == 0
+
+    assert len(git_commit(tmp_path)) == 40
+    assert git_commit(tmp_path / ".venv" / "fedkd") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+def test_a_run_from_the_installed_wheel_in_an_empty_folder(installed, tmp_path):
+    done = from_wheel(installed, tmp_path, "run", *SMALL, "out-dir=run")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"flwr run {installed / 'fedkd' / 'flower-app'}" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["mean"]["after"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+def test_a_run_of_the_bundle_in_an_empty_folder(bundle, tmp_path):
+    """All that runs comes out of the bundle, though this Python has a fedkd of its own."""
+    marked = bundle / "clients" / "__init__.py"
+    marked.write_text(marked.read_text() + "# the bundle's own\n")
+
+    done = run(sys.executable, "-m", "fedkd", "run", "--app", bundle, *SMALL, f"out-dir={tmp_path}/run", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["source"] != source_hash()
+
+
+def use_zstd(tmp_path):
+    codec("fp32+zstd")
+
+
+def use_tune(tmp_path):
+    search({}, Federation(peers=2), tmp_path, trials=1, seeds=1, batch=1)
+
+
+def use_tensorboard(tmp_path):
+    Board(tmp_path)
+
+
+def use_privacy(tmp_path):
+    Mechanism.from_config(RunConfig(privacy_epsilon=1.0))
+
+
+@pytest.mark.parametrize(
+    ("extra", "module", "use"),
+    [
+        ("zstd", "zstandard", use_zstd),
+        ("tune", "optuna", use_tune),
+        ("tensorboard", "torch.utils.tensorboard", use_tensorboard),
+        ("privacy", "dp_accounting.pld", use_privacy),
+    ],
+)
+def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_path, monkeypatch, extra, module, use):
+    monkeypatch.setitem(sys.modules, module, None)
+
+    with pytest.raises(FedkdError, match=re.escape(f"fedkd[{extra}]")):
+        use(tmp_path)
+
+
+def test_every_extra_that_a_user_may_need_is_among_these():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    assert set(declared) - {"dev", "docs"} == {"zstd", "tune", "tensorboard", "privacy"}
