@@ -15,7 +15,7 @@ from fedkd.teachers import Objective, Prepared, objective
 _ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
 
 
-@register("mae")
+@register("mae", symmetric=True, root_is_metric=True)
 def mean_absolute_error(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Mean absolute difference of the logits, 1/C Σ |z_t − z_s| / T.  [B, C], [B, C] -> [B], in logits.
 
