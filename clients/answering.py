@@ -1,5 +1,6 @@
 """From a mail's content to an answer's content, whatever happens on the way. Imports no torch at the top."""
 
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,10 +29,13 @@ def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict
 
     def work() -> RecordDict:
         mail, config = check(content, place)
-        here = place.among(config.peers)
+        here = place.among(config.peers, str(mail.settings.get("dataset", "")))
         if mail.kind == "introduce" and here.index >= here.of:
             return pack_answer(Answer(here.name, mail.round, {"spare": 1}))
-        return pack_answer(open_peer(here, config, mail.run).answer(mail))
+        began = time.perf_counter()
+        peer = open_peer(here, config, mail.run)
+        peer.watch.add("start-up", time.perf_counter() - began)
+        return pack_answer(peer.answer(mail))
 
     return always(work, place.name, round_of(content))
 

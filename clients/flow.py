@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedkd.config import RunConfig, split_list
 from fedkd.errors import SettingError
+from fedkd.fast import forward
 from fedkd.infoflow import FlowLoss, features, project
 from fedkd.knowledge import encode_features
 from fedkd.protocol import Arrays
@@ -29,6 +30,7 @@ class Flow:
         weight: of the flow loss beside the logits' loss.
         loss: over the layers, with its schedule over the rounds.
         seed: of the projections.
+        fast: whether models compute as :func:`fedkd.fast.forward` has it.
     """
 
     layers: tuple[str, ...]
@@ -36,6 +38,7 @@ class Flow:
     weight: float
     loss: FlowLoss
     seed: int
+    fast: bool = False
 
     @classmethod
     def from_config(cls, config: RunConfig, model: nn.Module) -> "Flow":
@@ -50,7 +53,8 @@ class Flow:
             if layer not in known:
                 raise SettingError("flow-layers", layer, f"among the model's layers, such as {list(known)[1:9]}")
         loss = FlowLoss(initial=config.flow_initial, decay=config.flow_decay, variant=config.flow_variant)
-        return cls(layers, config.flow_dimensions, config.flow_weight, loss, derive(config.seed, "projection"))
+        seed = derive(config.seed, "projection")
+        return cls(layers, config.flow_dimensions, config.flow_weight, loss, seed, config.fast)
 
     def encode(self, model: nn.Module, inputs: Tensor) -> Arrays:
         """Return a model's projected features on the proxy samples ``[P, ...]``, ready to travel."""
@@ -63,7 +67,7 @@ class Flow:
         chunks: list[list[Tensor]] = []
         with torch.no_grad(), features(model, self.layers, pool=_POOL) as found:
             for chunk in torch.split(inputs, _CHUNK):
-                model(chunk)
+                forward(model, chunk, fast=self.fast)
                 chunks.append([found[layer].float() for layer in self.layers])
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
@@ -83,7 +87,7 @@ class Flow:
         with features(model, self.layers, pool=_POOL) as found:
 
             def loss(batch: Tensor) -> Tensor:
-                own = [found[layer] for layer in self.layers]
+                own = [found[layer].float() for layer in self.layers]
                 terms = [
                     weight * self.loss(own[-len(layers) :], [layer[batch] for layer in layers], epoch=round - 1)
                     for layers, weight in zip(teachers, weights, strict=True)

@@ -16,6 +16,7 @@ from fedkd import metrics
 from fedkd.config import RunConfig, numbers
 from fedkd.decoupled import warm_up
 from fedkd.distillation import Distillation, teacher_or_self
+from fedkd.profile import Stopwatch
 from fedkd.robust import agreement_weights
 from fedkd.seeding import derive
 from fedkd.training import Beside, Optimization, distil, fit, fit_alone, fit_and_distil, predict
@@ -55,10 +56,13 @@ class Learner:
         site: its data.
         index: its number, of which its random streams are derived.
         auxiliary: makes the peer's model at double width.
+        watch: told what the time goes to.
     """
 
-    def __init__(self, config: RunConfig, site: Site, index: int, *, auxiliary: Callable[[], nn.Module]) -> None:
-        self.config, self.site, self.index, self.auxiliary = config, site, index, auxiliary
+    def __init__(
+        self, config: RunConfig, site: Site, index: int, *, auxiliary: Callable[[], nn.Module], watch: Stopwatch
+    ) -> None:
+        self.config, self.site, self.index, self.auxiliary, self.watch = config, site, index, auxiliary, watch
         self.how = Optimization.from_config(config)
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
@@ -72,7 +76,8 @@ class Learner:
             return self.local(model, round=round, epochs=self.config.local_epochs)
         own = (self.site.inputs, self.site.labels)
         seed, epochs = derive(self.config.seed, "distil", self.index, round), self.config.distill_epochs
-        return fit_alone(model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed)
+        with self.watch.phase("train"):
+            return fit_alone(model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed)
 
     def learn(self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo) -> dict[str, float]:
         """Train a model by one round, in place.
@@ -89,13 +94,17 @@ class Learner:
         private = _Labelled(self.site.inputs, self.site.labels)
         if heard is None:
             return {"kd_loss": math.nan, "local_loss": self.alone(model, round=round)}
+        with self.watch.phase("distil"):
+            return self._taught(model, private, heard, round, memo)
+
+    def _taught(self, model: nn.Module, private: _Labelled, heard: Heard, round: int, memo: Memo) -> dict[str, float]:
         heard = self._judge(model, heard, round)
         if heard.features and self.config.flow_auxiliary:
             heard = self._through_auxiliary(heard, round)
         if self.config.regime == "tuned" and self._search_is_due(round, memo):
             self._search(model, heard, round, memo)
         if self.config.match_gradients and "gradient_factor" not in memo:
-            own = predict(model, self._proxy(round))
+            own = predict(model, self._proxy(round), fast=self.how.fast)
             memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.weights)
         distillation = self._distillation(memo).times(warm_up(round, self.config.kd_warm_up))
         kd_loss, local_loss = self._step(model, private, heard, distillation, round)
@@ -117,7 +126,7 @@ class Learner:
         """Decide whom to believe: whole teachers (``robust = agreement``) and sample by sample (``regime = dp``)."""
         if self.config.robust != "agreement" and self.config.regime != "dp":
             return heard
-        own, weights, logits = predict(model, self._proxy(round)), heard.weights, heard.logits
+        own, weights, logits = predict(model, self._proxy(round), fast=self.how.fast), heard.weights, heard.logits
         if self.config.robust == "agreement":
             weights = weights * agreement_weights(logits, own)
         if self.config.regime == "dp":
@@ -148,7 +157,8 @@ class Learner:
 
     def _fit(self, model: nn.Module, private: _Labelled, round: int, epochs: int) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
-        return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed)
+        with self.watch.phase("train"):
+            return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed)
 
     def _distillation(self, memo: Memo) -> Distillation:
         found = Distillation.from_config(self.config, temperature=memo.get("temperature"), weight=memo.get("kd_weight"))
@@ -192,7 +202,7 @@ class Learner:
             candidate = copy.deepcopy(model)
             distillation = Distillation.from_config(self.config, temperature=temperature, weight=weight)
             self._step(candidate, part, heard, distillation, round)
-            logits = predict(candidate, held_out.inputs)
+            logits = predict(candidate, held_out.inputs, fast=self.how.fast)
             score = (metrics.accuracy(logits, held_out.labels), -metrics.nll(logits, held_out.labels))
             if best is None or score > best:
                 best = score

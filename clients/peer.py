@@ -8,7 +8,8 @@ proxy set and numbers about itself go out.
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from clients.flow import Flow
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
+from clients.private import Private, withhold
 from clients.site import Site, open_pool, open_site, proxy_subset
 from clients.starts import pretrain
 from clients.store import Store
@@ -26,7 +28,10 @@ from fedkd.attacks import is_attacker, poison
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
+from fedkd.fast import arranged, compiled
 from fedkd.knowledge import decode_features, without_features
+from fedkd.memory import keep_freed_memory
+from fedkd.profile import Stopwatch
 from fedkd.protocol import Answer, Arrays, Letter, Mail
 from fedkd.seeding import derive
 from fedkd.source import source_hash, source_root
@@ -36,6 +41,9 @@ if TYPE_CHECKING:
     from clients.secrets import Secrets
 
 NOT_MEASURED = float("nan")
+NO_ROUND = -1
+
+Series = dict[str, list[float]]
 
 
 @dataclass
@@ -65,33 +73,37 @@ class Peer:
 
     def __init__(self, place: Place, config: RunConfig, run: str) -> None:
         torch.set_num_threads(config.threads)
+        keep_freed_memory()
         self.place, self.config = place, config
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device, repeatable=not config.fast)
         self.site: Site = open_site(config, place, self.device)
-        self.learner = Learner(config, self.site, place.index, auxiliary=self._widened)
+        self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
+        self.learner = self._learner()
         self.codec = codec(config.codec)
         self.store = Store(place.state_dir, run)
         self.secrets = _secrets(place, run) if config.sealed else None
+        self.private = Private.of(config, place)
+        self.withholds = not place.simulated and place.limits.epsilon is not None
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
 
     def answer(self, mail: Mail) -> Answer:
         """Do what a mail asks for."""
         started = time.perf_counter()
-        answer: Answer = getattr(self, f"_{mail.kind}")(mail)
+        try:
+            with self.watch.phase("other"):
+                answer: Answer = getattr(self, f"_{mail.kind}")(mail)
+        finally:
+            spent = self.watch.take()  # after an error too: it is not the next mail's
         seconds = time.perf_counter() - started
-        return Answer(
-            answer.peer,
-            answer.round,
-            answer.facts,
-            {**answer.metrics, "seconds": seconds},
-            answer.series,
-            answer.arrays,
-        )
+        told = spent if self.config.profile and not self.withholds else {}
+        return replace(answer, metrics={**answer.metrics, "seconds": seconds, **told})
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
         model, name = self._build(), self.place.model_spec(self.config)
+        if self.private:
+            self.private.check_budget()
         if self.config.flow_auxiliary and self.flow:
             self._widened()  # a model that cannot be widened is an error before any training
         if self.config.strategy == "fedavg":
@@ -128,28 +140,34 @@ class Peer:
         pretrain(model, self.config, self.place, lambda: self.learner.local(model, round=0, epochs=epochs))
         if mail.round > 0:  # a late start: the controls still look for round 0
             self.store.save(0, model)
-        return self._close(mail, model, self._measure(model), memo={})
+        found, bins = self._examine(mail.round, model)
+        return self._close(mail, model, found, bins, memo={})
 
     def _learn(self, mail: Mail) -> Answer:
         """A round: distil from the teachers, train on private data, measure, and answer with new knowledge."""
+        if self.secrets:
+            self.secrets.pin(mail.keys)
         if self.config.strategy == "fedavg":
             return self._average(mail, self._given(mail))
         model, memo = self._recall(mail.round)
-        heard, refused = self._hear(mail, memo)
+        with self.watch.phase("decode"):
+            heard, refused = self._hear(mail, memo)
         found = self.learner.learn(model, heard, round=mail.round, memo=memo)
+        bins: Series = {}
         if self.config.evaluates(mail.round):
-            found |= self._measure(model)
-        return self._close(mail, model, found, memo=memo, refused=refused)
+            measured, bins = self._examine(mail.round, model)
+            found |= measured
+        return self._close(mail, model, found, bins, memo=memo, refused=refused)
 
     def _average(self, mail: Mail, model: nn.Module) -> Answer:
         """Federated averaging, the baseline: measure what the server averaged, train it, and send its weights."""
-        found = self._measure(model) if self.config.evaluates(mail.round) else {}
+        found, bins = self._examine(mail.round, model) if self.config.evaluates(mail.round) else ({}, {})
         found["samples"] = len(self.site.labels)
         self.store.save(mail.round, model)
         if mail.round == self.config.rounds:
-            return self._reply(mail, metrics=found, series=self._reliability(mail.round, model))
+            return self._reply(mail, metrics=found, series=bins)
         found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
-        return self._reply(mail, metrics=found, arrays=_weights(model), series=self._reliability(mail.round, model))
+        return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
 
     def _merge(self, mail: Mail) -> Answer:
         """Distil all peers' knowledge into the common model that federated averaging starts from."""
@@ -181,8 +199,16 @@ class Peer:
         self.site = open_pool(self.config, self.place, self.device)
         model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
-        Learner(self.config, self.site, self.place.index, auxiliary=self._widened).local(model, round=0, epochs=epochs)
+        self._learner().local(model, round=0, epochs=epochs)
         return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
+
+    @property
+    def _waits_to_measure(self) -> bool:
+        """Whether the device works on by itself while this process goes on, and somebody wants to know for how long."""
+        return self.config.profile and self.device.type == "cuda"
+
+    def _learner(self) -> Learner:
+        return Learner(self.config, self.site, self.place.index, auxiliary=self._widened, watch=self.watch)
 
     def _bare(self) -> nn.Module:
         """Return this peer's architecture with its own initialisation."""
@@ -216,7 +242,10 @@ class Peer:
         shape = tuple(self.site.commons.proxy_inputs.shape[1:])
         seed = derive(self.config.seed, "init", seed_key)
         model = models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed, width=width, key=key)
-        return model.to(self.device)
+        model = model.to(self.device)
+        if self.config.fast:
+            model = arranged(model)
+        return compiled(model) if self.config.compiled else model
 
     def _recall(self, round: int) -> tuple[nn.Module, Memo]:
         """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
@@ -228,31 +257,50 @@ class Peer:
         return model, self.store.load(before, model)
 
     def _close(
-        self, mail: Mail, model: nn.Module, found: dict[str, float], *, memo: Memo, refused: list[str] | None = None
+        self,
+        mail: Mail,
+        model: nn.Module,
+        found: dict[str, float],
+        bins: Series,
+        *,
+        memo: Memo,
+        refused: list[str] | None = None,
     ) -> Answer:
         """Predict what travels next, save the state and remember the model.
 
         In this order: a model whose logits cannot be encoded, since they are not finite, does not become the state.
         """
-        arrays = self._knowledge(mail, model)
-        self.store.save(mail.round, model, memo)
+        with self.watch.phase("encode"):
+            arrays = self._knowledge(mail, model)
+        with self.watch.phase("store"):
+            self.store.save(mail.round, model, memo)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
+        if self.withholds:
+            withhold(self.place, mail.run, mail.round, found)
+            found = {}
         found["refused_letters"] = len(refused or [])
+        if self.private:
+            found["epsilon"] = self.private.epsilon
         facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
-        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=self._reliability(mail.round, model))
+        series = {} if self.withholds else bins
+        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=series)
 
     def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
         """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""
         inputs = self.site.commons.proxy_inputs[proxy_subset(self.config, mail.round + 1, self.device)]
-        logits = predict(model, inputs)
+        with self.watch.phase("predict"):
+            logits = predict(model, inputs, fast=self.config.fast)
         if self.place.simulated and is_attacker(self.config, self.place.index, self.place.of):
             logits = poison(logits, self.config, index=self.place.index, round=mail.round)
-        arrays: Arrays = self.codec.encode(logits.cpu().numpy())
+        published = logits.cpu().numpy()
+        if self.private:
+            published = self.private.publish(published, round=mail.round)
+        arrays: Arrays = self.codec.encode(published)
         if self.flow:
             arrays = {**arrays, **self.flow.encode(model, inputs)}
-        return self.secrets.seal(arrays, mail.keys, round=mail.round) if self.secrets else arrays
+        return self.secrets.seal(arrays, round=mail.round) if self.secrets else arrays
 
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
@@ -277,15 +325,22 @@ class Peer:
     def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
         if self.secrets is None:
             return letter.arrays
-        self.secrets.pin(mail.keys)
         if self.config.mode == "async":  # rounds are each peer's own count there, and may only rise
             return self.secrets.open(letter, memo, oldest=0, newest=None)
         oldest = mail.round - 1 - self.config.max_staleness
         return self.secrets.open(letter, memo, oldest=oldest, newest=mail.round - 1)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
-        commons = self.site.commons
-        logits, labels = predict(model, commons.test_inputs), commons.test_labels
+        return self._examine(NO_ROUND, model)[0]
+
+    def _examine(self, round: int, model: nn.Module) -> tuple[dict[str, float], Series]:
+        """Return what a model scores on the test set, and at the start and the end of a run its reliability diagram."""
+        with self.watch.phase("evaluate"):
+            logits = predict(model, self.site.commons.test_inputs, fast=self.config.fast)
+            return self._scores(logits), self._bins(logits) if round in (0, self.config.rounds) else {}
+
+    def _scores(self, logits: Tensor) -> dict[str, float]:
+        labels = self.site.commons.test_labels
         return {
             "test_accuracy": metrics.accuracy(logits, labels),
             "own_accuracy": metrics.reweighted_accuracy(logits, labels, self.site.label_share),
@@ -294,12 +349,8 @@ class Peer:
             "brier": metrics.brier(logits, labels),
         }
 
-    def _reliability(self, round: int, model: nn.Module) -> dict[str, list[float]]:
-        """Return the bins of a reliability diagram, at the start and at the end of a run only."""
-        if round not in (0, self.config.rounds):
-            return {}
-        commons = self.site.commons
-        bins = metrics.reliability(predict(model, commons.test_inputs), commons.test_labels)
+    def _bins(self, logits: Tensor) -> Series:
+        bins = metrics.reliability(logits, self.site.commons.test_labels)
         return {name: values.double().tolist() for name, values in bins._asdict().items()}
 
     def _reply(
@@ -317,7 +368,7 @@ class Peer:
 def _secrets(place: Place, run: str) -> "Secrets":
     from clients.secrets import Secrets  # only sealed mail pays for the import of the ciphers
 
-    return Secrets(place.state_dir, place.name, run)
+    return Secrets(place.state_dir, place.name, run, identity=place.identity, trusted=place.trusted_keys)
 
 
 def _weights(model: nn.Module) -> dict[str, np.ndarray]:
@@ -335,8 +386,12 @@ def _load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, strict=False)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, *, repeatable: bool = True) -> torch.device:
     """Return the device of a setting; ``auto`` is the GPU that this process was given, else the CPU.
+
+    Args:
+        name: the setting.
+        repeatable: whether a GPU has to choose the same kernels in every run, or may try which are the fastest.
 
     Raises:
         SettingError: no such device.
@@ -350,5 +405,5 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingError("device", name, f"a device of this process ({torch.cuda.device_count()} GPUs visible)")
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, not repeatable
     return device

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedkd.config import NAME, STRATEGIES, RunConfig, Scalar, numbers, split_list
+from fedkd.config import NAME, PEER, STRATEGIES, STRATEGY, RunConfig, Scalar, numbers, split_list
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
 from fedkd.plugins import is_callable_spec
@@ -38,6 +38,10 @@ _KEYS: dict[str, type] = {
     "max-epochs": int,
     "max-payload": int,
     "max-seconds": float,
+    "max-epsilon": float,
+    "max-delta": float,
+    "identity": str,
+    "trusted-keys": str,
 }
 
 
@@ -51,6 +55,9 @@ class Limits:
         epochs: the most epochs that one mail may cost.
         payload: the most bytes of arrays in one mail.
         seconds: the longest time that one mail may take.
+        epsilon: the ε that all it ever publishes may amount to; None: it demands no differential privacy. With a
+            limit, what it measures stays with it too.
+        delta: the δ that goes with it.
     """
 
     strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
@@ -58,6 +65,8 @@ class Limits:
     epochs: int = 200
     payload: int = 256 * 2**20
     seconds: float = 24 * 3600.0
+    epsilon: float | None = None
+    delta: float = 1e-5
 
     def check_payload(self, size: int) -> None:
         """Refuse a mail whose arrays are larger than this peer allows.
@@ -81,6 +90,7 @@ class Limits:
             raise SettingError("strategy", config.strategy, allowed)
         if self.sealed and not config.sealed:
             raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`)")
+        self._check_privacy(config, kind)
         for setting, epochs in _epochs(config, kind).items():
             if epochs > self.epochs:
                 raise SettingError(
@@ -88,6 +98,18 @@ class Limits:
                 )
         if config.threads > (cpus := os.cpu_count() or 1):
             raise SettingError("threads", config.threads, f"at most {cpus}, the CPUs of this peer")
+
+    def _check_privacy(self, config: RunConfig, kind: Kind) -> None:
+        if self.epsilon is None:
+            return
+        if not 0 < config.privacy_epsilon <= self.epsilon:
+            allowed = f"more than 0 and at most {self.epsilon:g} (this peer's `max-epsilon`)"
+            raise SettingError("privacy-epsilon", config.privacy_epsilon, allowed)
+        if config.privacy_delta > self.delta:
+            allowed = f"at most {self.delta:g} (this peer's `max-delta`)"
+            raise SettingError("privacy-delta", config.privacy_delta, allowed)
+        if kind == "isolated":
+            raise SettingError("controls", "isolated", "left out: with `max-epsilon` a peer tells no measurements")
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,8 @@ class Place:
         device: its own choice of device.
         worker: whether a resident process keeps its model between messages.
         idle_seconds: how long that process waits for a mail before it ends.
+        identity: file of the private key that proves to the others whose sealed mail it is; empty: none.
+        trusted_keys: file of the others' public keys; empty: it believes the relay.
         limits: what it lets a server ask for.
     """
 
@@ -126,6 +150,8 @@ class Place:
     device: str = ""
     worker: bool = True
     idle_seconds: float = 1800.0
+    identity: str = ""
+    trusted_keys: str = ""
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
@@ -140,7 +166,7 @@ class Place:
         """
         root = Path(str(own.get("state-dir", root)))
         given = {"allowed-strategies": "strategies", "require-sealed": "sealed", "max-epochs": "epochs"}
-        given |= {"max-payload": "payload", "max-seconds": "seconds"}
+        given |= {"max-payload": "payload", "max-seconds": "seconds", "max-epsilon": "epsilon", "max-delta": "delta"}
         limits = {field_: own[key] for key, field_ in given.items() if key in own}
         if "strategies" in limits:
             limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
@@ -158,9 +184,14 @@ class Place:
             **texts,
         )
 
-    def among(self, peers: int) -> "Place":
-        """Return this place in a run of so many peers; 0: of as many as it knows of."""
-        return replace(self, of=peers or self.of)
+    def among(self, peers: int, dataset: str) -> "Place":
+        """Return this place in a run.
+
+        Args:
+            peers: how many take part; 0: as many as it knows of.
+            dataset: the run's setting.
+        """
+        return replace(self, of=peers or self.of, dataset=self._own_dataset(dataset))
 
     def settings(self, config: RunConfig) -> RunConfig:
         """Return the run's settings as they hold here, with this peer's own in the place of the server's.
@@ -172,7 +203,7 @@ class Place:
             SettingError: a deployed peer lacks what it has to bring, or the server asks it to run code.
         """
         own = {
-            "dataset": self.dataset,
+            "dataset": self._own_dataset(config.dataset),
             "proxy": self.proxy,
             "data_dir": self.data_dir,
             "device": self.device,
@@ -192,6 +223,12 @@ class Place:
         own["device"] = self.device or "auto"
         return replace(config, download=False, **own)  # type: ignore[arg-type]
 
+    def _own_dataset(self, dataset: str) -> str:
+        """Return this peer's own data: what it brings, or its share of a simulation whose peers all have their own."""
+        if self.dataset or not self.simulated or PEER not in dataset:
+            return self.dataset
+        return dataset.replace(PEER, str(self.index))
+
     def model_spec(self, config: RunConfig) -> str:
         """Return the model this peer runs."""
         return self.model or _dealt(config.models, self.index)
@@ -202,7 +239,7 @@ class Place:
         return None if path in ("", "-") else Path(path).expanduser()
 
 
-_TEXTS = ("model", "checkpoint", "dataset", "proxy", "data-dir", "device")
+_TEXTS = ("model", "checkpoint", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
 
 
 def own_settings(node_config: Own) -> dict[str, Scalar]:
@@ -237,7 +274,7 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
     """Make a file's relative path absolute."""
     if not isinstance(value, str) or not value:
         return value
-    if key in ("checkpoint", "data-dir", "state-dir"):
+    if key in ("checkpoint", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
     for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
         if value.startswith(prefix):
@@ -256,8 +293,8 @@ def _checked(key: str, value: Scalar) -> Scalar:
         raise SettingError(key, value, words[kind])
     if key == "name" and not NAME.accepts(value):
         raise SettingError(key, value, NAME.phrase)
-    if key == "allowed-strategies" and not set(split_list(str(value))) <= set(STRATEGIES):
-        raise SettingError(key, value, f"a comma-separated choice of {', '.join(STRATEGIES)}")
+    if key == "allowed-strategies" and not all(map(STRATEGY.accepts, split_list(str(value)))):
+        raise SettingError(key, value, f"a comma-separated choice of {', '.join(STRATEGIES)} or `package.module:Class`")
     if kind in (int, float) and not 0 <= float(value) < float("inf"):
         raise SettingError(key, value, "a number >= 0")
     return value

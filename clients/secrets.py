@@ -10,6 +10,7 @@ import numpy as np
 
 from clients.learner import Memo
 from fedkd.codec import BadKnowledge
+from fedkd.identity import Credential, Identity, check_trusted, read_trusted
 from fedkd.protocol import Arrays, Letter
 from fedkd.sealing import Keys, Sealer, SealError, pack, unpack
 
@@ -21,33 +22,42 @@ class Secrets:
         folder: the peer's own.
         me: the peer's name.
         run: the run's token; another run gets another pair.
+        identity: file of the private key that signs the pair's public half; empty: none.
+        trusted: file of the keys that have to have signed the others'; empty: whatever the relay says.
+
+    Attributes:
+        public: the public key and who vouches for it, as the relay passes it on.
+
+    Raises:
+        SettingError: a file is missing or has another form.
     """
 
-    def __init__(self, folder: Path, me: str, run: str) -> None:
-        self._folder, self._run = folder, run
-        self._keys: dict[str, str] = {}
+    def __init__(self, folder: Path, me: str, run: str, *, identity: str = "", trusted: str = "") -> None:
+        self._folder, self._me, self._run = folder, me, run
+        self._trusted = read_trusted(Path(trusted)) if trusted else None
+        self._keys: dict[str, bytes] = {}
         keys = _own_keys(folder / "key.json", run)
         self._sealer = Sealer(keys, me, run)
-        self.public = keys.public_bytes.hex()
+        signer = Identity(Path(identity)) if identity else None
+        own = signer.vouch(keys.public_bytes, name=me, run=run) if signer else Credential(keys.public_bytes)
+        self.public = own.text()
 
-    def seal(self, arrays: Arrays, keys: Mapping[str, str], *, round: int) -> Arrays:
-        """Encrypt knowledge once, and its key for every peer.
+    def seal(self, arrays: Arrays, *, round: int) -> Arrays:
+        """Encrypt knowledge once, and its key for every peer whose key is pinned.
 
         Args:
             arrays: the encoded knowledge.
-            keys: everyone's public key in hex, by name, in the order of the peers' indices.
             round: at whose end it was made.
 
         Returns:
-            ``sealed`` ``[n]`` and ``wraps`` ``[peers, w]``, both uint8.
+            ``sealed`` ``[n]`` and ``wraps`` ``[peers, w]``, both uint8, in the order in which the keys were pinned.
 
         Raises:
             BadKnowledge: a peer's key is unusable.
         """
         try:
-            public = {name: bytes.fromhex(key) for name, key in keys.items()}
-            payload, wraps = self._sealer.seal_for(pack(arrays), to=public, round=round)
-        except (SealError, ValueError) as error:
+            payload, wraps = self._sealer.seal_for(pack(arrays), to=self._keys, round=round)
+        except SealError as error:
             raise BadKnowledge(str(error)) from error
         return {
             "sealed": np.frombuffer(payload, dtype=np.uint8),
@@ -57,19 +67,33 @@ class Secrets:
     def pin(self, keys: Mapping[str, str]) -> None:
         """Remember everyone's public key on first sight, and refuse another one for the rest of the run.
 
+        ``peers.json`` in the peer's folder then holds them, with fingerprints that people can compare.
+
+        Args:
+            keys: by name, in the order of the peers' indices, as the peers' ``public`` says them.
+
         Raises:
-            BadKnowledge: a peer's key is not the one that came at the start: the relay would read along.
+            BadKnowledge: a peer's key is not the one that came at the start, or nobody vouches for it whom this peer
+                trusts: the relay would read along.
         """
         path = self._folder / "peers.json"
         known = _read_json(path)
+        try:
+            given = {name: Credential.parse(key) for name, key in keys.items()}
+            if self._trusted is not None:
+                others = {name: credential for name, credential in given.items() if name != self._me}
+                check_trusted(others, self._trusted, run=self._run)
+            fingerprints = {name: credential.fingerprint for name, credential in given.items()}
+        except SealError as error:
+            raise BadKnowledge(f"the relay's keys are not believed: {error}") from error
+        public = {name: credential.public.hex() for name, credential in given.items()}
+        mine = {self._me: Credential.parse(self.public).public.hex()}
+        before = known["keys"] if known.get("run") == self._run else public | mine
+        if changed := sorted({name for name, _ in before.items() ^ public.items()}):
+            raise BadKnowledge(f"the relay gives another public key for {', '.join(changed)} than before")
         if known.get("run") != self._run:
-            _write_json(path, {"run": self._run, "keys": dict(keys)})
-        elif known["keys"] != dict(keys):
-            changed = sorted(name for name, _ in known["keys"].items() ^ dict(keys).items())
-            raise BadKnowledge(
-                f"the relay gives another public key for {', '.join(dict.fromkeys(changed))} than before"
-            )
-        self._keys = dict(keys)
+            _write_json(path, {"run": self._run, "keys": public, "fingerprints": fingerprints})
+        self._keys = {name: credential.public for name, credential in given.items()}
 
     def open(self, letter: Letter, memo: Memo, *, oldest: int, newest: int | None) -> Arrays:
         """Decrypt a letter, with the pinned key of its sender.
@@ -93,11 +117,11 @@ class Secrets:
                     _bytes(letter.arrays, "sealed"),
                     _bytes(letter.arrays, "wrap"),
                     sender=letter.sender,
-                    sender_public=bytes.fromhex(self._keys.get(letter.sender, "")),
+                    sender_public=self._keys.get(letter.sender, b""),
                     round=letter.round,
                 )
             )
-        except (SealError, ValueError) as error:
+        except SealError as error:
             raise BadKnowledge(str(error)) from error
         memo[heard] = letter.round
         return arrays

@@ -73,21 +73,35 @@ class _DataSettings:
     held_out: float
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The settings that decide who holds which of the pool's samples."""
+
+    peers: int
+    scheme: str
+    alpha: float
+    classes_per_peer: int
+    shared_classes: int
+    cache: Path
+
+
 def open_site(config: RunConfig, place: Place, device: torch.device) -> Site:
     """Load, split and standardise a peer's data.
 
     Raises:
         SettingError: anything about the data that does not fit the settings.
     """
-    commons = _commons(_data_settings(config, place, device))
-    own = commons.pool if place.dataset else commons.pool[_parts(config, place, commons)[place.index]]
+    settings = _data_settings(config, place, device)
+    commons = _commons(settings)
+    own = commons.pool if place.dataset else commons.pool[_parts(settings, _split(config, place))[place.index]]
     return _site(own, commons, device)
 
 
 def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
     """Return the data of all peers in one site, for the pooled control of a simulation."""
-    commons = _commons(_data_settings(config, place, device))
-    own = np.concatenate(_parts(config, place, commons))
+    settings = _data_settings(config, place, device)
+    commons = _commons(settings)
+    own = np.concatenate(_parts(settings, _split(config, place)))
     return _site(commons.pool[own], commons, device)
 
 
@@ -107,17 +121,27 @@ def _site(own: np.ndarray, commons: Commons, device: torch.device) -> Site:
     return Site(commons.scale(train.inputs[index]).to(device), labels, counts / counts.sum(), commons)
 
 
-def _parts(config: RunConfig, place: Place, commons: Commons) -> list[np.ndarray]:
+@lru_cache(maxsize=2)
+def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
+    """Return every peer's indices into the pool, once for all the peers that this process works for."""
+    commons = _commons(settings)
     return partition(
         commons.source.train.labels.numpy()[commons.pool],
-        place.of,
-        config.partition,
-        seed=derive(config.seed, "partition"),
-        alpha=config.partition_alpha,
-        classes_per_peer=config.classes_per_peer,
-        shared_classes=config.shared_classes,
-        cache=place.cache_dir,
+        split.peers,
+        split.scheme,
+        seed=derive(settings.seed, "partition"),
+        alpha=split.alpha,
+        classes_per_peer=split.classes_per_peer,
+        shared_classes=split.shared_classes,
+        cache=split.cache,
     )
+
+
+def _split(config: RunConfig, place: Place) -> _Split:
+    return _Split(
+        place.of, config.partition, config.partition_alpha, config.classes_per_peer, config.shared_classes,
+        place.cache_dir,
+    )  # fmt: skip
 
 
 def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _DataSettings:

@@ -7,7 +7,15 @@ from fedkd.errors import SettingError
 
 BENCHES = {
     "losses": "experiments.bench_losses",
+    "loop": "experiments.bench_loop",
+    "gpu": "experiments.bench_gpu",
     "robust": "experiments.bench_robust",
+    "privacy": "experiments.bench_privacy",
+    "payload": "experiments.bench_payload",
+    "start": "experiments.bench_start",
+    "scale": "experiments.bench_scale",
+    "wire": "experiments.bench_wire",
+    "bytes": "experiments.bench_bytes",
 }
 
 

@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkd.errors import SettingError
+from fedkd.plugins import is_callable_spec
 
 Scalar = str | int | float | bool
 PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
 STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
 CONTROLS = ("isolated", "pooled")
+PEER = "{peer}"
+"""Stands for a peer's number in the `dataset` of a simulation whose peers have data of their own."""
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
@@ -60,6 +63,9 @@ def some_of(*names: str) -> Rule:  # noqa: D103
     )
 
 
+STRATEGY = Rule(
+    f"one of {', '.join(STRATEGIES)}, or `package.module:Class`", lambda v: v in STRATEGIES or is_callable_spec(v)
+)
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
 NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)
@@ -108,7 +114,7 @@ class RunConfig:
         "digits",
         NON_EMPTY,
         "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH` or "
-        "`package.module:function`",
+        "`package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
     )
     data_dir: str = _setting("", ANY, "folder where torchvision's data sets lie; empty: `~/.cache/fedkd/data`")
     download: bool = _setting(False, ANY, "let torchvision download a missing data set")
@@ -146,7 +152,7 @@ class RunConfig:
 
     # Who hears whom
     rounds: int = _setting(10, at_least(0), "communication rounds")
-    strategy: str = _setting("averaged", one_of(*STRATEGIES), "who hears whom and how a peer combines what it hears")
+    strategy: str = _setting("averaged", STRATEGY, "who hears whom and how a peer combines what it hears")
     topology: str = _setting(
         "complete",
         NON_EMPTY,
@@ -184,7 +190,9 @@ class RunConfig:
     match_gradients: bool = _setting(
         False, ANY, "scale the distillation loss so that its first gradient has the norm of `kl`'s"
     )
-    combine: str = _setting("averaged", one_of("averaged", "pairwise"), "`gossip`: how a peer combines its teachers")
+    combine: str = _setting(
+        "averaged", one_of("averaged", "pairwise"), "`gossip`, one's own strategy: how a peer combines its teachers"
+    )
     average: str = _setting("probs", one_of("probs", "logits"), "what `averaged` averages over the teachers")
     reduction: str = _setting("mean", one_of("mean", "sum"), "how `pairwise` adds up one divergence per teacher")
     sharpen: float = _setting(0.0, at_least(0), "`averaged`: ERA temperature that sharpens the teacher; 0: off")
@@ -246,6 +254,13 @@ class RunConfig:
     )
     proxy_per_round: int = _setting(0, at_least(0), "proxy samples whose logits travel, drawn anew each round; 0: all")
     sealed: bool = _setting(False, ANY, "encrypt knowledge end to end: the relay sees sizes only")
+    privacy_epsilon: float = _setting(
+        0.0,
+        between(0, 1e4),
+        "ε of all knowledge that a peer publishes in the run, by clipping and Gaussian noise; 0: off",
+    )
+    privacy_delta: float = _setting(1e-5, between(1e-12, 0.1), "`privacy-epsilon`: its δ")
+    privacy_clip: float = _setting(5.0, above(0), "`privacy-epsilon`: norm to which a sample's logits are clipped")
 
     # Rounds that close
     round_timeout: float = _setting(3600.0, above(0), "seconds after which a round closes with the answers it has")
@@ -258,7 +273,9 @@ class RunConfig:
 
     # The run
     peers: int = _setting(
-        0, at_least(0), "peers that take part, by their partition's number; 0: as many as Flower started"
+        0,
+        at_least(0),
+        "peers that take part, by their partition's number; 0: as many as Flower started, in a simulation",
     )
     trials: str = _setting(
         "", ANY, 'file of trials to run one after another on the same peers, `{"name": ..., "settings": {...}}` a line'
@@ -277,6 +294,13 @@ class RunConfig:
     threads: int = _setting(
         1, at_least(1), "torch CPU threads of a peer; results depend on it, not on the number of actors"
     )
+    fast: bool = _setting(
+        False, ANY, "compute in bfloat16 where that is faster, channels last, with fused steps; not bit by bit the same"
+    )
+    compiled: bool = _setting(
+        False, ANY, "compile models, on a GPU into CUDA graphs: minutes for each architecture in each actor"
+    )
+    profile: bool = _setting(False, ANY, "measure where each peer's time goes, and leave a table and a figure of it")
     seed: int = _setting(0, at_least(0), "seed of every random stream")
     out_dir: str = _setting(
         "", ANY, "folder for the results; empty: `runs/<time>-<run-name>` where the run was started"
@@ -310,6 +334,8 @@ class RunConfig:
     def _contradictions(self) -> Iterator[tuple[str, str, bool]]:
         server = self.strategy in ("consensus", "fedavg")
         averaged = self.combination == "averaged" and not server
+        own_data = "a data source of its own, since `dataset` gives every peer its own data"
+        yield "proxy", own_data, PEER in self.dataset and self.proxy == "split"
         yield "mode", f"sync under strategy {self.strategy}", self.mode == "async" and self.strategy != "gossip"
         yield "proxy-per-round", "0 under mode async: ages mix there", self.mode == "async" and self.proxy_per_round > 0
         yield "proxy-per-round", f"at most `proxy-size` ({self.proxy_size})", self.proxy_per_round > self.proxy_size
@@ -321,12 +347,17 @@ class RunConfig:
         infoflow = self.method == "infoflow"
         yield "robust", "none or agreement under infoflow", infoflow and self.robust in ("median", "trimmed")
         yield "attack", "none under infoflow", infoflow and self.attack != "none"
+        yield "compiled", "false under infoflow, which looks into the models", infoflow and self.compiled
         yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and self.travelling < 2
         fedavg = self.strategy == "fedavg"
         yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
         below_1 = "less than 1 under schedule mixed: 1 would leave the labels out"
         yield "kd-weight", below_1, self.schedule == "mixed" and self.regime != "dml" and self.kd_weight >= 1
+        private = self.privacy_epsilon > 0
+        yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and self.mode == "async"
+        yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
+        yield "privacy-epsilon", "0 under infoflow, whose features are not noised", private and infoflow
         tuned = self.regime == "tuned"
         beyond = max(numbers(self.tune_weights)) > 1 and self.schedule == "mixed"
         yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
@@ -342,7 +373,12 @@ class RunConfig:
         yield "regime", f"vanilla, dml or dp {needs}", blind and tuned and len(numbers(self.tune_weights)) > 1
 
     def effective(self) -> "RunConfig":
-        """Return the settings that a run really uses: a consensus baseline brings the loss of its method."""
+        """Return the settings that a run really uses.
+
+        A consensus baseline brings the loss of its method; weights travel as they are, whatever the codec of logits.
+        """
+        if self.strategy == "fedavg" and self.fedavg_start == "cold":
+            return dataclasses.replace(self, codec="fp32")
         if self.strategy != "consensus":
             return self
         return dataclasses.replace(self, divergence="mae" if self.consensus == "fedmd" else "kl", temperature=1.0)
@@ -350,7 +386,7 @@ class RunConfig:
     @property
     def combination(self) -> str:
         """How a peer combines its teachers: ``averaged`` or ``pairwise``."""
-        if self.strategy == "gossip":
+        if self.strategy == "gossip" or self.strategy not in STRATEGIES:
             return self.combine
         return "pairwise" if self.strategy == "pairwise" else "averaged"
 

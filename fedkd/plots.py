@@ -1,15 +1,20 @@
 """The picture of one run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from fedkd.profile import PHASES, by_peer
 from fedkd.protocol import one_line
 from fedkd.results import Row, Summary
 
+_MOST_NAMED = 40
+_MOST_ARROWS, _MOST_EDGES = 2000, 20_000
+
 
 def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: str) -> None:
-    """Draw test accuracy by round: a line per peer, the mean bold, the controls dashed.
+    """Draw test accuracy by round: a line per peer, named where they are few, the mean bold, the controls dashed.
 
     Args:
         path: the file to write.
@@ -25,13 +30,19 @@ def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: st
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     measured = [row for row in rows if _possible(row.test_accuracy)]
-    for peer in dict.fromkeys(row.peer for row in rows):
-        own = [row for row in measured if row.peer == peer]
-        if own:
-            label = _text(f"{peer} ({own[0].model})")
-            axes.plot([r.round for r in own], [r.test_accuracy for r in own], linewidth=1.2, alpha=0.8, label=label)
-    rounds = sorted({row.round for row in measured})
-    means = [_mean([row.test_accuracy for row in measured if row.round == round]) for round in rounds]
+    by_peer: dict[str, list[Row]] = {}
+    by_round: dict[int, list[float]] = {}
+    for row in measured:
+        by_peer.setdefault(row.peer, []).append(row)
+        by_round.setdefault(row.round, []).append(row.test_accuracy)
+    few = len(by_peer) <= _MOST_NAMED
+    for peer, own in by_peer.items():
+        label = _text(f"{peer} ({own[0].model})") if few else None
+        width, alpha = (1.2, 0.8) if few else (0.5, max(0.05, 20 / len(by_peer)))
+        curve = [r.round for r in own], [r.test_accuracy for r in own]
+        axes.plot(*curve, linewidth=width, alpha=alpha, label=label, color=None if few else "tab:blue")
+    rounds = sorted(by_round)
+    means = [_mean(by_round[round]) for round in rounds]
     axes.plot(rounds, means, color="black", linewidth=3, label="mean")
     if points := [(r, a) for r, a in enumerate(summary.isolated_by_round) if _possible(a)]:
         axes.plot(*zip(*points, strict=True), "--", color="black", linewidth=1.5, label="isolated (mean)")
@@ -64,6 +75,37 @@ def _text(text: str, longest: int = 60) -> str:
     return one_line(text, longest).replace("$", r"\$")
 
 
+def profile_png(path: Path, lines: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Draw where each peer's time goes in a round: a bar per peer, its phases one after another.
+
+    Args:
+        path: the file to write.
+        lines: those of ``profile.jsonl``; round 0, in which peers start, is left out.
+        title: above the picture.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    peers = by_peer(lines)
+    figure = Figure(figsize=(9.0, min(40.0, 1.6 + 0.32 * len(peers))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    models = {str(line["peer"]): str(line["model"]) for line in lines}
+    names = [_text(f"{peer} ({models[peer]})") for peer in peers]
+    ends = [0.0] * len(peers)
+    for phase, color in zip(PHASES, colormaps["tab10"].colors, strict=True):  # type: ignore[attr-defined]
+        seconds = [own[phase] for own in peers.values()]
+        shown = {"color": "0.85"} if phase == "waiting" else {"color": color}
+        axes.barh(names, seconds, left=ends, label=phase, **shown)
+        ends = [end + more for end, more in zip(ends, seconds, strict=True)]
+    axes.set(xlabel="seconds a round", title=_text(title, 120))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
 def topology_png(
     path: Path, edges: Sequence[tuple[int, int]], accuracies: Sequence[float], *, title: str, directed: bool = False
 ) -> None:
@@ -88,14 +130,15 @@ def topology_png(
     angles = [2 * math.pi * i / len(accuracies) for i in range(len(accuracies))]
     shown = [value if _possible(value) else math.nan for value in accuracies]
     spots = [(math.sin(angle), math.cos(angle)) for angle in angles]
-    if directed:
+    width = 1.0 if len(edges) < 200 else 0.2
+    if directed and len(edges) <= _MOST_ARROWS:
         for heard, hearer in edges:
             arrow = {"arrowstyle": "-|>", "color": "0.6", "shrinkA": 9, "shrinkB": 9}
             axes.annotate("", xy=spots[hearer], xytext=spots[heard], arrowprops=arrow)
     else:
-        width = 1.0 if len(edges) < 200 else 0.2
+        edges = edges[:: -(-len(edges) // _MOST_EDGES) or 1]  # more of them fill the circle anyway
         axes.add_collection(LineCollection([(spots[a], spots[b]) for a, b in edges], colors="0.7", linewidths=width))
-    few = len(accuracies) <= 40
+    few = len(accuracies) <= _MOST_NAMED
     colors = colormaps["viridis"].with_extremes(bad="0.85")
     across, up = [x for x, _ in spots], [y for _, y in spots]
     dots = axes.scatter(across, up, c=shown, s=360 if few else 20, cmap=colors, zorder=2, plotnonfinite=True)

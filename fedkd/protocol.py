@@ -9,7 +9,7 @@ much of them.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -54,6 +54,47 @@ class BadMessage(FedkdError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class Packed(Mapping[str, np.ndarray]):
+    """Named arrays together with the bytes they travel as, so that several messages can hold them once.
+
+    What arrives is read without a copy, and sent on as the bytes that came.
+
+    Args:
+        wire: by name, in Flower's form; dtype and shape are read from the bytes, what else it says is not believed.
+        record: what they are part of, for errors.
+
+    Raises:
+        BadMessage: bytes that are no npy data of plain numbers in C order.
+    """
+
+    def __init__(self, wire: Mapping[str, Array], record: str = "letter") -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+        self.wire: dict[str, Array] = {}
+        for name, packed in wire.items():
+            try:
+                array = _read_npy(packed.data)
+            except ValueError as error:
+                raise BadMessage(f"Expected array `{name}` of `{record}` to be npy data: {error}") from error
+            self._arrays[name] = array
+            self.wire[name] = Array(str(array.dtype), array.shape, "numpy.ndarray", packed.data)
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "Packed":
+        """Pack arrays, or return them where they are packed already."""
+        if isinstance(arrays, Packed):
+            return arrays
+        return cls({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 @dataclass(frozen=True)
@@ -267,24 +308,19 @@ def _number(what: str, value: object) -> float:
 
 
 def _to_record(arrays: Arrays) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return ArrayRecord(dict(Packed.of(arrays).wire))
 
 
-def _from_record(content: RecordDict, name: str) -> dict[str, np.ndarray]:
+def _from_record(content: RecordDict, name: str) -> Packed:
     record = content.array_records.get(name)
     if record is None:
         raise BadMessage(f"Expected an array record `{name}`, but the message has {sorted(content)}.")
     if len(record) > _MAX_ARRAYS:
         raise BadMessage(f"Expected at most {_MAX_ARRAYS} arrays in `{name}`, but got {len(record)}.")
-    arrays: dict[str, np.ndarray] = {}
-    for array_name, array in record.items():
+    for array_name in record:
         if len(array_name) > _MAX_NAME or not array_name.isprintable():
             raise BadMessage(f"Expected names of at most {_MAX_NAME} characters in `{name}`, but got {array_name!r}.")
-        try:
-            arrays[array_name] = _read_npy(array.data)
-        except ValueError as error:
-            raise BadMessage(f"Expected array `{array_name}` of `{name}` to be npy data: {error}") from error
-    return arrays
+    return Packed(record, name)
 
 
 def _read_npy(data: bytes) -> np.ndarray:

@@ -23,7 +23,8 @@ class Row:
     """One line of ``rounds.jsonl``: one peer in one round. NaN becomes null.
 
     ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time), ``refused`` (its
-    knowledge could not be used) or ``absent`` (not drawn for this round); ``error`` has the reason.
+    knowledge could not be used) or ``absent`` (not drawn for this round); ``error`` has the reason. ``epsilon`` is what
+    the peer's published knowledge amounts to so far, with the run's ``privacy-delta``.
     """
 
     round: int
@@ -42,6 +43,7 @@ class Row:
     seconds: float = math.nan
     temperature: float = math.nan
     kd_weight: float = math.nan
+    epsilon: float = math.nan
     refused_letters: int = 0
     status: str = "ok"
     error: str = ""
@@ -94,6 +96,7 @@ class Summary:
         round_seconds: wall time of every round, from round 0; empty under `async`.
         classes: their names, in the order of the logits.
         topology: degree, diameter and spectral gap of the graph; empty without one.
+        privacy: the (ε, δ) that is promised and under which conditions; empty without such a promise.
     """
 
     peers: Sequence[PeerSummary]
@@ -105,6 +108,7 @@ class Summary:
     round_seconds: Sequence[float] = ()
     classes: Sequence[str] = ()
     topology: Mapping[str, float | str] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
     def mean(self, what: str) -> float:
         """Return the mean of a number over the peers that have it (``before``, ``after``, ``gain``, ...)."""
@@ -118,7 +122,7 @@ class Summary:
 
 _LEFT = (
     "config.json", "rounds.jsonl", "reliability.jsonl", "relay.safetensors", "summary.json", "error.txt",
-    "accuracy.png", "topology.png",
+    "accuracy.png", "topology.png", "profile.jsonl", "profile.png",
 )  # fmt: skip
 
 
@@ -165,12 +169,10 @@ class RunFolder:
             if row.round <= round:
                 rows.append(row)
         self._write_text("rounds.jsonl", "".join(row_line(row) for row in rows))
-        bins = [
-            line
-            for line in self._lines("reliability.jsonl")
-            if line.endswith("}") and json.loads(line)["round"] <= round
-        ]
-        self._write_text("reliability.jsonl", "".join(line + "\n" for line in bins))
+        for name in ("reliability.jsonl", "profile.jsonl"):
+            if (self.path / name).exists():
+                kept = [x for x in self._lines(name) if x.endswith("}") and json.loads(x)["round"] <= round]
+                self._write_text(name, "".join(line + "\n" for line in kept))
         return rows
 
     def _lines(self, name: str) -> list[str]:
@@ -199,6 +201,16 @@ class RunFolder:
         with (self.path / "reliability.jsonl").open("a") as file:
             file.write(json.dumps(_plain({"round": round, "peer": peer, **bins})) + "\n")
 
+    def append_profile(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append where peers' time went to ``profile.jsonl``, a line per peer and round."""
+        if lines:
+            with (self.path / "profile.jsonl").open("a") as file:
+                file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
+
+    def read_profile(self) -> list[dict[str, Any]]:
+        """Read ``profile.jsonl``; empty where nothing was measured."""
+        return [json.loads(line) for line in self._lines("profile.jsonl")]
+
     def write_error(self, text: str) -> None:
         """Write ``error.txt``: why there is no summary."""
         self._write_text("error.txt", text.rstrip() + "\n")
@@ -223,6 +235,9 @@ def row_line(row: Row) -> str:
     return json.dumps(_plain(asdict(row))) + "\n"
 
 
+_ALLOWED: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,)}
+
+
 def read_row(line: str) -> Row:
     """Read a line of ``rounds.jsonl``.
 
@@ -232,8 +247,10 @@ def read_row(line: str) -> Row:
     content = json.loads(line)
     if not isinstance(content, dict):
         raise ValueError(f"expected a row, but got {line!r}")
-    numbers = {f.name for f in fields(Row) if f.type is float}
-    values: dict[str, Any] = {k: math.nan if v is None and k in numbers else v for k, v in content.items()}
+    kinds = {f.name: f.type for f in fields(Row)}
+    values: dict[str, Any] = {k: math.nan if v is None and kinds.get(k) is float else v for k, v in content.items()}
+    if wrong := [k for k, v in values.items() if kinds.get(k) in _ALLOWED and type(v) not in _ALLOWED[kinds[k]]]:
+        raise ValueError(f"unexpected {wrong[0]} = {values[wrong[0]]!r}")
     try:
         return Row(**values)
     except TypeError as error:
@@ -258,15 +275,22 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str:
-    """Return the commit that is checked out in a folder, with ``+`` where files differ; empty outside git."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
+    """Return the commit that is checked out in a folder, with ``+`` where files differ; empty outside git.
+
+    An environment inside of some repository is outside: its commit says nothing of what is installed there.
+    """
+    kept = ["git", "ls-files", "--error-unmatch", "."]
+    described = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+    said = ""
+    for command in (kept, described):
+        try:
+            run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if run.returncode:
+            return ""
+        said = run.stdout.strip()
+    return said
 
 
 def _plain(value: Any) -> Any:

@@ -4,8 +4,8 @@ X25519 gives two peers a shared secret, HKDF-SHA256 turns it into one key per (s
 encrypts under it with run, sender, receiver and round authenticated. A sender doesn't know who will hear it, so
 :meth:`Sealer.seal_for` encrypts a payload once, under a key of its own, and seals ("wraps") that key for everyone.
 
-What this does not give: the relay hands out the public keys, so one that lies about them can read and forge;
-peers who want to exclude that compare their keys outside the run. Who holds a peer's private key can read its old
+What this does not give: the relay hands out the public keys, so one that lies about them can read and forge, unless
+the peers check who signed them (:mod:`fedkd.identity`). Who holds a peer's private key can read its old
 mail too, and the relay can drop mail or repeat mail of the round that a peer asks for.
 """
 
@@ -149,11 +149,11 @@ class Sealer:
         return _decrypt(key, payload, self._header(sender, "", round, b""), sender=sender, round=round)
 
     def _key(self, shared: bytes, sender: str, to: str, sender_public: bytes, to_public: bytes) -> bytes:
-        info = _join(_PURPOSE, self.run, sender, to, sender_public, to_public)
+        info = join(_PURPOSE, self.run, sender, to, sender_public, to_public)
         return HKDF(algorithm=SHA256(), length=_KEY, salt=None, info=info).derive(shared)
 
     def _header(self, sender: str, to: str, round: int, bound: bytes) -> bytes:
-        return _join(_PURPOSE, self.run, sender, to, str(round), self.context, bound)
+        return join(_PURPOSE, self.run, sender, to, str(round), self.context, bound)
 
 
 def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -200,7 +200,7 @@ def _decrypt(key: bytes, sealed: bytes, header: bytes, *, sender: str, round: in
         raise SealError(f"{mail}: changed, or not for this peer, round and run.") from error
 
 
-def _join(*fields: str | bytes) -> bytes:
+def join(*fields: str | bytes) -> bytes:
     """One encoding for each list of fields: every field after its length."""
     encoded = [field.encode() if isinstance(field, str) else field for field in fields]
     return b"".join(len(field).to_bytes(8, "big") + field for field in encoded)

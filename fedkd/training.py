@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.config import RunConfig
+from fedkd.descent import Descent
 from fedkd.distillation import Distillation
+from fedkd.fast import forward
 from fedkd.seeding import derive, seeded
 from fedkd.teachers import Prepared
 
@@ -24,6 +26,9 @@ Beside = Callable[[Tensor], Tensor]
 
 Losses = tuple[Tensor, Tensor]
 """The loss of a batch to descend on, and the one to report; both scalars."""
+
+PREDICTED_AT_ONCE = (128, 1024)
+"""Samples in one forward pass without gradients, on a CPU, whose caches hold no more, and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Optimization:
         momentum: of ``sgd``; ignored by the others.
         weight_decay: decoupled for ``adamw``, as an L2 term otherwise.
         batch_size: samples per step.
+        fast: whether models compute as :func:`fedkd.fast.forward` has it, with fused steps.
     """
 
     name: str = "adam"
@@ -43,25 +49,29 @@ class Optimization:
     momentum: float = 0.9
     weight_decay: float = 0.0
     batch_size: int = 32
+    fast: bool = False
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Optimization":
         """Take the settings of a run."""
-        return cls(config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size)
+        return cls(
+            config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size, config.fast
+        )
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module) -> Descent:
         """Return a fresh optimiser over a model's trainable parameters."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.name == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
-        return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        return Descent(
+            self.name,
+            model.parameters(),
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=self.fast,
+        )
 
 
-def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield a random permutation of ``range(count)`` in chunks of ``size``.
+def batches(count: int, size: int, generator: torch.Generator, device: torch.device | None = None) -> Iterator[Tensor]:
+    """Yield a random permutation of ``range(count)`` in chunks of ``size``, moved to a device in one piece.
 
     A last chunk of one is joined to the one before it: batch normalisation has no variance over one sample.
 
@@ -69,6 +79,8 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
     [4, 5]
     """
     order = torch.randperm(count, generator=generator)
+    if device is not None and device.type == "cuda":
+        order = order.pin_memory().to(device, non_blocking=True)
     chunks = list(torch.split(order, size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
@@ -91,7 +103,7 @@ def fit(model: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, how: O
     """
 
     def losses(batch: Tensor) -> Losses:
-        loss = F.cross_entropy(model(inputs[batch]), labels[batch])
+        loss = F.cross_entropy(forward(model, inputs[batch], fast=how.fast), labels[batch])
         return loss, loss
 
     return _descend(model, losses, count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device)
@@ -125,7 +137,7 @@ def distil(
     """
 
     def losses(batch: Tensor) -> Losses:
-        divergence = distillation(model(inputs[batch]), teachers[batch])
+        divergence = distillation(forward(model, inputs[batch], fast=how.fast), teachers[batch])
         loss = distillation.scale * divergence
         return loss if beside is None else loss + beside(batch), divergence
 
@@ -165,7 +177,7 @@ def fit_and_distil(
     own_loss = _endless_labels(model, *private, how=how, seed=seed)
 
     def losses(batch: Tensor) -> Losses:
-        divergence = distillation(model(proxy[batch]), teachers[batch])
+        divergence = distillation(forward(model, proxy[batch], fast=how.fast), teachers[batch])
         loss = distillation.scale * divergence
         if beside is not None:
             loss = loss + beside(batch)
@@ -206,20 +218,21 @@ def _endless_labels(
 ) -> Callable[[], Tensor]:
     """Return what gives the cross-entropy of one private batch after another, the data gone through again and again."""
     order = torch.Generator().manual_seed(derive(seed, "private"))
-    drawn = chain.from_iterable(batches(len(inputs), how.batch_size, order) for _ in repeat(None))
+    drawn = chain.from_iterable(batches(len(inputs), how.batch_size, order, inputs.device) for _ in repeat(None))
 
     def loss() -> Tensor:
-        own = next(drawn).to(inputs.device)
-        return F.cross_entropy(model(inputs[own]), labels[own])
+        own = next(drawn)
+        return F.cross_entropy(forward(model, inputs[own], fast=how.fast), labels[own])
 
     return loss
 
 
 @torch.no_grad()
-def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
-    """Return the model's logits ``[N, C]`` in float32, in evaluation mode."""
+def predict(model: nn.Module, inputs: Tensor, *, fast: bool = False) -> Tensor:
+    """Return the model's logits ``[N, C]`` in float32, in evaluation mode; ``fast`` as in :mod:`fedkd.fast`."""
     model.eval()
-    return torch.cat([model(chunk).float() for chunk in torch.split(inputs, batch_size)])
+    size = PREDICTED_AT_ONCE[inputs.device.type == "cuda"]
+    return torch.cat([forward(model, chunk, fast=fast) for chunk in torch.split(inputs, size)])
 
 
 def _descend(
@@ -241,9 +254,9 @@ def _descend(
     with seeded(seed):
         for _ in range(epochs):
             total.zero_()
-            for batch in batches(count, how.batch_size, order):
-                loss, reported = losses(batch.to(device))
-                optimizer.zero_grad(set_to_none=True)
+            for batch in batches(count, how.batch_size, order, device):
+                loss, reported = losses(batch)
+                optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
                 total += reported.detach() * len(batch)

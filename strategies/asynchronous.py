@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fedkd.results import Row
 from strategies.console import round_line
+from strategies.post import QUIET
 from strategies.relay import Relay
 from strategies.roster import Member
 
@@ -42,6 +43,8 @@ class Asynchronous:
         while self._done < total and (now := time.monotonic()) < ends:
             self._send(total)
             wake = min([ends, heard + self._config.round_timeout, *(t for t in self._rests_until.values() if t > now)])
+            if self._relay.post.room() == 0:  # peers may wait for it behind some that hang
+                wake = min(wake, now + 2 * QUIET)
             receipts = self._relay.post.next(deadline=wake)
             for receipt in receipts:
                 self._take(self._relay.accept(receipt), self._relay.member(receipt))
@@ -66,9 +69,13 @@ class Asynchronous:
         return [m for m in self._relay.members if m.node not in busy and self._rests_until[m.index] <= now]
 
     def _send(self, total: int) -> None:
-        """Send no more mail than answers are wanted; those given up on do not count as under way."""
+        """Send no more mail than answers are wanted; those given up on do not count as under way.
+
+        Where there is not room for all at once, those come first who have had the fewest.
+        """
         under_way = len(self._relay.post.busy() - self._given_up)
-        for m in self._free()[: max(0, total - self._done - under_way)]:
+        most = min(total - self._done - under_way, self._relay.post.room())
+        for m in sorted(self._free(), key=lambda m: self._rounds[m.index])[: max(0, int(most))]:
             self._rounds[m.index] += 1
             self._relay.post.send({m.node: self._relay.round_mail(m, self._rounds[m.index])})
 

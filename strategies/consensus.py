@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedkd.config import RunConfig
-from fedkd.protocol import Letter
+from fedkd.protocol import Letter, Packed
 from strategies.mailbox import Mailbox
 from strategies.strategy import Strategy
 
@@ -49,7 +49,7 @@ class Consensus(Strategy):
         mean /= sum(letter.weight for letter in heard)
         if sharpened:
             mean = np.log(np.maximum(_softmax(mean / _ERA_TEMPERATURE), _TINY))
-        return Letter("server", round - 1, self._codec.encode(mean.astype(np.float32)))
+        return Letter("server", round - 1, Packed.of(self._codec.encode(mean.astype(np.float32))))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,9 @@ from fedkd.protocol import one_line
 from fedkd.results import Row, Summary
 from strategies.topology import Topology
 
+MOST_SHOWN = 40
+"""Peers that are listed one by one; of more, the results have the rest."""
+
 _SHOWN = 500  # characters of what went wrong at a peer; the whole text is in its row
 _NAME = 60  # characters of a name in the table
 
@@ -32,6 +35,8 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
         ours = durations[1:]
         line += f"  ~{sum(ours) / len(ours) * (rounds - round):.0f} s left"
     problems = [one_line(f"{row.peer}: {row.error}", _SHOWN) for row in rows if row.error]
+    if (more := len(problems) - MOST_SHOWN) > 0:
+        problems[MOST_SHOWN:] = [f"and {more:,} more peers with a problem"]
     return "\n".join([line, *problems])
 
 
@@ -58,12 +63,14 @@ def summary_table(summary: Summary) -> str:
         table.add_column(name)
     for name in ("parameters", "samples", "before", "after", "gain", "own classes", "isolated"):
         table.add_column(name, justify="right")
-    for p in summary.peers:
+    for p in summary.peers[:MOST_SHOWN]:
         table.add_row(
             one_line(p.peer, _NAME), one_line(p.model, _NAME), f"{p.parameters:,}", f"{p.samples:,}",
             _share(p.before), _share(p.after), _points(p.gain), f"{_share(p.own_before)} → {_share(p.own_after)}",
             _share(p.isolated),
         )  # fmt: skip
+    if (more := len(summary.peers) - MOST_SHOWN) > 0:
+        table.add_row(f"and {more:,} more")
     table.add_section()
     mean = summary.mean
     table.add_row(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from fedkd.config import RunConfig, split_list
+from fedkd.privacy import Mechanism
 from fedkd.protocol import Kind, Mail, one_line
 from fedkd.results import PeerSummary, Row, Summary, mean
 from strategies.post import Receipt
@@ -15,20 +16,23 @@ from strategies.roster import Member
 Say = Callable[[str], None]
 
 
-def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Say = print) -> Summary:
+def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
     """Run the controls that a run asks for and sum it up.
 
     Args:
         relay: after its last round.
         config: the run's settings.
-        seconds: wall time of the run so far.
         say: prints one line.
     """
+    seconds = relay.seconds()
     ledger, chosen = relay.ledger, split_list(config.controls)
     spent = {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down}  # the controls are not charged
     isolated = _isolated(relay, config, say) if "isolated" in chosen else {}
     pooled = _pooled(relay, config, say) if "pooled" in chosen else math.nan
-    peers = [_peer_summary(relay.rows, m, isolated.get(m.index, [])) for m in relay.members]
+    rows: dict[str, list[Row]] = {m.name: [] for m in relay.members}
+    for row in relay.rows:
+        rows[row.peer].append(row)
+    peers = [_peer_summary(rows[m.name], m, isolated.get(m.index, [])) for m in relay.members]
     topology = relay.strategy.topology
     return Summary(
         peers=peers,
@@ -40,12 +44,14 @@ def conclude(relay: Relay, config: RunConfig, *, seconds: float, say: Say = prin
         round_seconds=ledger.seconds,
         classes=relay.members[0].classes,
         topology={"name": topology.name, **asdict(topology.stats())} if topology else {},
+        privacy=mechanism.statement() if (mechanism := Mechanism.from_config(config)) else {},
     )
 
 
 def _isolated(relay: Relay, config: RunConfig, say: Say) -> dict[int, list[float]]:
     """Run every peer again without teachers; return its test accuracy by round, by index."""
-    mails = {m.node: relay.mail("isolated", config.rounds, rounds=relay.attended(m)) for m in relay.ready()}
+    attended = relay.attended()
+    mails = {m.node: relay.mail("isolated", config.rounds, rounds=attended[m.name]) for m in relay.ready()}
     found: dict[int, list[float]] = {}
     problems = dict.fromkeys(mails, "no answer")
     for receipt in _answers(relay, mails, "isolated", say):
@@ -94,8 +100,7 @@ def _possible(accuracy: float) -> bool:
     return 0 <= accuracy <= 1
 
 
-def _peer_summary(rows: Sequence[Row], m: Member, isolated: Sequence[float]) -> PeerSummary:
-    own = [row for row in rows if row.peer == m.name]
+def _peer_summary(own: Sequence[Row], m: Member, isolated: Sequence[float]) -> PeerSummary:
     measured = [row for row in own if math.isfinite(row.test_accuracy)]
     first, last = (measured[0], measured[-1]) if measured else (None, None)
     return PeerSummary(

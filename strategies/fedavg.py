@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +11,12 @@ from flwr.serverapp import strategy as flower
 
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
-from fedkd.protocol import Answer, Arrays, Letter
+from fedkd.protocol import Answer, Arrays, Letter, Packed
 from strategies.mailbox import SERVER, Mailbox
 from strategies.strategy import Strategy
 
 _MOST_SAMPLES = 10**9
+_Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class FedAvg(Strategy):
@@ -30,7 +31,7 @@ class FedAvg(Strategy):
     The accuracy of round t is that of the averaged model every peer receives in round t.
 
     Only the peers know the architecture: the weights that most of them send at the start say what it is, others are
-    left out of that average, and from then on refused.
+    refused.
     """
 
     def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
@@ -57,6 +58,18 @@ class FedAvg(Strategy):
             self._samples[answer.peer] = _samples(answer)
         return None
 
+    def left_out(self, round: int, mailbox: Mailbox) -> Mapping[int, str]:
+        """Return the peers whose first weights have other names or shapes than most peers' have."""
+        if round > 0 or self.config.fedavg_start == "distilled":
+            return {}
+        first = [(index, _layout(letter.arrays)) for index, letter in mailbox if index != SERVER]
+        common = _most_common(layout for _, layout in first)
+        return {
+            index: f"expected weights like most peers', but got other names or shapes: {layout[:4]}"
+            for index, layout in first
+            if layout != common
+        }
+
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return all logits, for a distilled start."""
         if self.config.fedavg_start == "cold":
@@ -71,13 +84,13 @@ class FedAvg(Strategy):
             if round == 1 and merged is not None:
                 self._average = (round, merged)
             elif fresh:
-                self._average = (round, Letter("server", round - 1, self._aggregate(fresh, round)))
+                self._average = (round, Letter("server", round - 1, Packed.of(self._aggregate(fresh, round))))
             elif self._average is None:
                 return ()
         return (self._average[1],)
 
     def _aggregate(self, letters: Sequence[Letter], round: int) -> Arrays:
-        common, _ = Counter(_layout(letter.arrays) for letter in letters).most_common(1)[0]
+        common = _most_common(_layout(letter.arrays) for letter in letters)
         replies = [
             Message(
                 RecordDict(
@@ -98,7 +111,11 @@ class FedAvg(Strategy):
         return {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
 
 
-def _layout(arrays: Arrays) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _most_common(layouts: Iterable[_Layout]) -> _Layout:
+    return max(Counter(layouts).items(), key=lambda found: found[1], default=((), 0))[0]
+
+
+def _layout(arrays: Arrays) -> _Layout:
     return tuple(sorted((name, array.shape) for name, array in arrays.items()))
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from fedkd.config import RunConfig
+from fedkd.errors import SettingError
 from fedkd.protocol import Mail
 from strategies.post import Post
 from strategies.relay import RelayError, same_said_once
@@ -24,13 +25,16 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     Args:
         post: carries the messages.
         config: the run's settings; ``peers`` says how many take part, and nodes with a higher number stay spare;
-            0: as many as most of them say there are.
+            0: as many as most of them say there are, in a simulation.
         run: the token of this run.
         state_dir: where simulated peers keep their state.
 
     Raises:
         FedkdError: a setting is wrong for a peer, the peers do not fit one another, or too few come in time.
     """
+    if not config.peers and not post.simulated:
+        allowed = "how many take part, between real sites: whoever comes first could say that there are no others"
+        raise SettingError("peers", 0, allowed)
     mail = Mail("introduce", 0, config.to_mapping(), run, state_dir=state_dir)
     members: list[Member] = []
     met: set[int] = set()

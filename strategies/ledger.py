@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedkd.errors import FedkdError
-from fedkd.protocol import Letter
+from fedkd.protocol import Letter, Packed
 from strategies.mailbox import Mailbox
 
 _FILE = "relay.safetensors"
@@ -30,6 +31,7 @@ class Ledger:
         started: indices of the peers that have a state.
         bytes_up: of the whole run so far; ``bytes_down`` likewise.
         seconds: wall time of the closed rounds.
+        elapsed: wall time of the whole run up to the last of them.
     """
 
     round: int = -1
@@ -38,6 +40,7 @@ class Ledger:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: list[float] = field(default_factory=list)
+    elapsed: float = 0.0
 
     def save(self, folder: Path) -> None:
         """Write it to a run folder."""
@@ -49,6 +52,7 @@ class Ledger:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
+            "elapsed": self.elapsed,
         }
         partial = folder / f".{_FILE}.partial"
         save_file(tensors, partial, metadata={"ledger": json.dumps(head)})
@@ -74,10 +78,14 @@ class Ledger:
                 bytes_up=head["bytes_up"],
                 bytes_down=head["bytes_down"],
                 seconds=list(head["seconds"]),
+                elapsed=head["elapsed"],
             )
+            by_peer: dict[str, dict[str, np.ndarray]] = {index: {} for index in head["letters"]}
+            for name, array in tensors.items():
+                index, _, own_name = name.partition("/")
+                by_peer[index][own_name] = array
             for index, (sender, sent) in head["letters"].items():
-                arrays = {name.split("/", 1)[1]: a for name, a in tensors.items() if name.split("/", 1)[0] == index}
-                ledger.mailbox.put(int(index), Letter(sender, sent, arrays))
+                ledger.mailbox.put(int(index), Letter(sender, sent, Packed.of(by_peer[index])))
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
         return ledger

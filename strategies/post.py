@@ -4,14 +4,20 @@ Flower runs two messages of one node at once, on stale state, if it is given the
 replies to the wrong node; both are settled here.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedkd.protocol import PEER_MESSAGE, Answer, BadMessage, Mail, pack_mail, unpack_answer, wire_bytes
+from strategies.window import Window
+
+_LONGEST_RUN = 30 * 24 * 3600.0  # seconds
+QUIET = 5.0
+"""Seconds without an answer after which one more mail may be under way."""
 
 _FIRST_POLL, _LAST_POLL = 0.02, 0.25  # seconds; the pause grows while nothing comes
 
@@ -27,6 +33,7 @@ class Receipt:
         bytes_up: bytes of the encoded arrays in the reply.
         bytes_down: bytes of the encoded arrays in the message it replies to.
         error: why there is no usable answer; empty if there is.
+        seconds: from the moment the mail was handed in to the receipt of the reply; NaN if there was none.
     """
 
     node: int
@@ -35,6 +42,7 @@ class Receipt:
     bytes_up: int
     bytes_down: int
     error: str = ""
+    seconds: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class _Sent:
     node: int
     mail: Mail
     bytes_down: int
+    at: float
 
 
 class Post:
@@ -49,15 +58,24 @@ class Post:
 
     Args:
         grid: Flower's.
-        time_to_live: seconds after which Flower drops an unanswered message.
+        time_to_live: seconds after which an unanswered message is dropped, by Flower, and by the peer, which ends what
+            still works on it. In a simulation nothing ends that work, so messages live as long as the run: a peer
+            that were given another one meanwhile would work on both at once.
+        window: how many messages may be under way at once; None: as many as suit a simulation, in a simulation, and
+            no bound where messages travel.
 
     Attributes:
+        simulated: whether Flower holds all messages in this process, as in a simulation.
         bytes_up: bytes of all encoded arrays that came; ``bytes_down``: that were sent.
     """
 
-    def __init__(self, grid: Grid, *, time_to_live: float) -> None:
+    def __init__(self, grid: Grid, *, time_to_live: float, window: Window | None = None) -> None:
         self._grid = grid
-        self._time_to_live = time_to_live
+        self.simulated = hasattr(grid, "state")
+        self._time_to_live = _LONGEST_RUN if self.simulated else time_to_live
+        self._window = window or (Window() if self.simulated else Window.unbounded())
+        self._outbox: dict[int, Mail] = {}  # by node, until there is room for it in the window
+        self._handed_in: dict[int, float] = {}  # by node, when the last mail came to be sent
         self._pending: dict[str, _Sent] = {}  # by message id
         self._undelivered: list[Receipt] = []
         self.bytes_up = 0
@@ -68,31 +86,49 @@ class Post:
         return sorted(self._grid.get_node_ids())
 
     def busy(self) -> set[int]:
-        """Return the nodes that still owe a reply."""
-        return {sent.node for sent in self._pending.values()}
+        """Return the nodes that still owe a reply, or have mail that waits to be sent."""
+        return {sent.node for sent in self._pending.values()} | self._outbox.keys()
+
+    def room(self) -> float:
+        """Return how many more mails would be sent at once."""
+        return max(0.0, self._window.size - len(self._pending) - len(self._outbox))
+
+    def recall(self) -> None:
+        """Forget the mail that waits to be sent."""
+        self._outbox.clear()
 
     def owed(self, node: int, round: int) -> int:
         """Return the bytes of the mail of a round to which a node owes a reply; 0 if it owes none."""
         return sum(s.bytes_down for s in self._pending.values() if s.node == node and s.mail.round == round)
 
     def send(self, mails: Mapping[int, Mail]) -> None:
-        """Push one mail to each node. None of them may be busy.
+        """Push one mail to each node, as far as the window has room; the rest follows while replies are waited for.
 
-        A message that Flower does not take (the node has gone, or it is too large) comes back as an error.
+        None of the nodes may be busy. A message that Flower does not take (the node has gone, or it is too large) comes
+        back as an error.
         """
         if owing := self.busy() & mails.keys():
             raise ValueError(f"nodes {sorted(owing)} still owe a reply")
-        for node, mail in mails.items():
-            content = pack_mail(mail)
-            sent = _Sent(node, mail, wire_bytes(content))
-            message = Message(content, node, PEER_MESSAGE, ttl=self._time_to_live)
-            # One by one: where Flower leaves out a message of many, it does not say which.
-            ids = list(self._grid.push_messages([message]))
-            if len(ids) == 1 and ids[0]:
-                self._pending[ids[0]] = sent
-                self.bytes_down += sent.bytes_down
-            else:
-                self._undelivered.append(Receipt(node, mail, None, 0, 0, "Flower did not take the message"))
+        self._outbox.update(mails)
+        self._handed_in.update(dict.fromkeys(mails, time.monotonic()))
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._outbox and len(self._pending) < self._window.size:
+            node = next(iter(self._outbox))
+            self._push(node, self._outbox.pop(node))
+
+    def _push(self, node: int, mail: Mail) -> None:
+        content = pack_mail(mail)
+        sent = _Sent(node, mail, wire_bytes(content), time.monotonic())
+        message = Message(content, node, PEER_MESSAGE, ttl=self._time_to_live)
+        # One by one: where Flower leaves out a message of many, it does not say which.
+        ids = list(self._grid.push_messages([message]))
+        if len(ids) == 1 and ids[0]:
+            self._pending[ids[0]] = sent
+            self.bytes_down += sent.bytes_down
+        else:
+            self._undelivered.append(Receipt(node, mail, None, 0, 0, "Flower did not take the message"))
 
     def next(self, *, deadline: float) -> list[Receipt]:
         """Wait for at least one reply; return all that are there, or none once the deadline has passed.
@@ -100,9 +136,13 @@ class Post:
         Args:
             deadline: on the clock of ``time.monotonic``.
         """
-        pause = _FIRST_POLL
+        pause, quiet_since = _FIRST_POLL, time.monotonic()
         while not (receipts := self._pull()):
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            if now - quiet_since >= QUIET:  # all that is under way may hang
+                quiet_since = now
+                self._window.nothing_heard()
+            left = deadline - now
             if left <= 0 or not self._pending:
                 break
             time.sleep(min(pause, left))
@@ -123,16 +163,28 @@ class Post:
             for receipt in receipts:
                 missing.discard(receipt.node)
                 yield receipt
+        self.recall()
 
     def _pull(self) -> list[Receipt]:
         receipts, self._undelivered = self._undelivered, []
+        full, waits = self.room() == 0, []
         for message in self._grid.pull_messages(list(self._pending)):
             # The node in an error reply can be wrong (codes 3 and 5 come from node 1): the message id is not.
             sent = self._pending.pop(message.metadata.reply_to_message_id, None)
             if sent is not None:
-                receipts.append(_receipt(message, sent))
+                receipts.append(replace(_receipt(message, sent), seconds=time.monotonic() - self._handed_in[sent.node]))
                 self.bytes_up += receipts[-1].bytes_up
+                waits.append(_waited(receipts[-1], sent))
+        if full and (waited := min(filter(math.isfinite, waits), default=None)) is not None:
+            self._window.heard(waited)
+        self._fill()
         return receipts
+
+
+def _waited(receipt: Receipt, sent: _Sent) -> float:
+    """Return the seconds between a mail's push and its answer in which the peer did not work on it."""
+    worked = receipt.answer.metrics.get("seconds", math.nan) if receipt.answer is not None else math.nan
+    return time.monotonic() - sent.at - worked if math.isfinite(worked) else math.inf
 
 
 def _receipt(message: Message, sent: _Sent) -> Receipt:

@@ -9,6 +9,7 @@ from typing import Any
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
+from fedkd.profile import spent
 from fedkd.protocol import Answer, Kind, Letter, Mail
 from fedkd.results import Row, RunFolder
 from strategies.console import round_line
@@ -42,6 +43,7 @@ class Relay:
         run: the token of this run.
         say: prints one line.
         resume: go on after the last round that closed in this folder.
+        began: when the run did, on the clock of ``time.monotonic``; None: now.
 
     Attributes:
         rows: all rows so far.
@@ -59,15 +61,19 @@ class Relay:
         run: str,
         say: Callable[[str], None] = print,
         resume: bool = False,
+        began: float | None = None,
     ) -> None:
         self.members, self.strategy, self.config, self.post = members, strategy, config, post
         self._folder, self._say, self._run_token = folder, say, run
         self._by_node = {m.node: m for m in members}
         self._keys = {m.name: m.public_key for m in members} if config.sealed else {}
+        self._settings = config.to_mapping()
         self.ledger = Ledger.load(folder.path) if resume else Ledger()
         self.rows: list[Row] = folder.rewind(self.ledger.round) if resume else []
+        self._began = (time.monotonic() if began is None else began) - self.ledger.elapsed
         self._bytes_before = self.ledger.bytes_up - post.bytes_up, self.ledger.bytes_down - post.bytes_down
         self._bins: list[tuple[int, str, Mapping[str, Sequence[float]]]] = []
+        self._spent: list[Mapping[str, Any]] = []
         if resume:
             say(f"resumed after round {self.ledger.round}")
 
@@ -83,6 +89,10 @@ class Relay:
             if round == 0 and (letters := self.strategy.to_merge(self.ledger.mailbox)):
                 self._merge(letters)
 
+    def seconds(self) -> float:
+        """Return the wall time of the run so far, that of the parts before it was resumed included."""
+        return time.monotonic() - self._began
+
     def exchange(self, mails: Mapping[int, Mail]) -> Iterator[Receipt]:
         """Send mails; yield what comes back until all have answered or the round's time is over."""
         self.post.send(mails)
@@ -91,7 +101,7 @@ class Relay:
     def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = (), rounds: tuple[int, ...] = ()) -> Mail:
         """Return a mail with this run's settings."""
         state_dir = str(self._folder.path / "peers")
-        return Mail(kind, round, self.config.to_mapping(), self._run_token, letters, self._keys, state_dir, rounds)
+        return Mail(kind, round, self._settings, self._run_token, letters, self._keys, state_dir, rounds)
 
     def round_mail(self, m: Member, round: int) -> Mail:
         """Return a peer's mail of a round: what it is to learn from, or once more the start if it has not started."""
@@ -124,6 +134,8 @@ class Relay:
         if answer.peer != m.name:
             return replace(row, status="refused", error=f"{m.name} answered as {answer.peer}"[:_LONGEST_TEXT])
         row = replace(row, **_measured(answer))
+        if self.config.profile and (seconds := spent(answer.metrics, there_and_back=receipt.seconds)):
+            self._spent.append({"round": row.round, "peer": m.name, "model": m.model, **seconds})
         try:
             self.strategy.check(answer)
         except BadKnowledge as error:
@@ -140,19 +152,23 @@ class Relay:
         self._folder.append(rows)
         for bins in self._bins:
             self._folder.append_reliability(*bins)
-        self._bins = []
+        self._folder.append_profile(self._spent)
+        self._bins, self._spent = [], []
         up, down = self._bytes_before
         self.ledger.bytes_up, self.ledger.bytes_down = up + self.post.bytes_up, down + self.post.bytes_down
 
-    def attended(self, m: Member) -> tuple[int, ...]:
-        """Return the rounds in which a peer learned."""
-        return tuple(
-            row.round for row in self.rows if row.peer == m.name and row.status in ("ok", "refused") and row.round
-        )
+    def attended(self) -> dict[str, tuple[int, ...]]:
+        """Return the rounds in which each peer learned, by its name."""
+        found: dict[str, list[int]] = {m.name: [] for m in self.members}
+        for row in self.rows:
+            if row.status in ("ok", "refused") and row.round:
+                found[row.peer].append(row.round)
+        return {name: tuple(rounds) for name, rounds in found.items()}
 
     def _run_round(self, round: int) -> None:
         began = time.monotonic()
-        busy = {m.index for m in self.members if m.node in self.post.busy()}
+        owing = self.post.busy()
+        busy = {m.index for m in self.members if m.node in owing}
         share, seed = self.config.participation, self.config.seed
         drawn = participants(len(self.members), share, seed=seed, round=round, busy=busy)
         mails = {m.node: self.round_mail(m, round) for m in self.members if m.index in drawn}
@@ -167,6 +183,8 @@ class Relay:
         for m in self.members:
             silent = self._silent(m, round, absent=m.index not in drawn | busy)
             rows.setdefault(m.index, replace(silent, bytes_up=late.get(m.index, 0)))
+        for index, why in self.strategy.left_out(round, self.ledger.mailbox).items():
+            rows[index] = replace(rows[index], status="refused", error=f"knowledge refused: {why}"[:_LONGEST_TEXT])
         self._close(round, [rows[m.index] for m in self.members], len(drawn), time.monotonic() - began)
 
     def _close(self, round: int, rows: Sequence[Row], drawn: int, seconds: float) -> None:
@@ -180,6 +198,7 @@ class Relay:
             )
         self.ledger.round = round
         self.ledger.seconds.append(seconds)
+        self.ledger.elapsed = self.seconds()
         self.ledger.save(self._folder.path)
         self._say(round_line(round, self.config.rounds, rows, self.ledger.seconds))
 

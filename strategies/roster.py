@@ -1,7 +1,6 @@
 """Who takes part: the peers as they introduced themselves, checked against one another."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Member:
         fingerprint: hash of its proxy set.
         expected: how many peers it was told there are.
         simulated: whether it is a stand-in on this machine.
-        public_key: to seal mail for it, in hex; empty unless mail is sealed.
+        public_key: to seal mail for it, and who vouches for it; empty unless mail is sealed.
     """
 
     node: int
@@ -47,6 +46,12 @@ class Member:
     expected: int
     simulated: bool
     public_key: str = ""
+
+    def key_fingerprint(self) -> str:
+        """Return the fingerprint of who vouches for its key, or of the key itself."""
+        from fedkd.identity import Credential
+
+        return Credential.parse(self.public_key).fingerprint
 
 
 def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
@@ -143,14 +148,13 @@ def _classes(text: str) -> tuple[str, ...]:
 
 
 def _public_key(text: str) -> str:
-    from fedkd.sealing import Keys, SealError  # only sealed mail pays for the import of the ciphers
+    from fedkd.identity import Credential  # only sealed mail pays for the import of the ciphers
+    from fedkd.sealing import Keys, SealError
 
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise ValueError(f"`public-key` is 64 hexadecimal digits, not {_short(text)!r}")
     try:
-        Keys.generate().shared_with(bytes.fromhex(text), whose="the peer")
+        Keys.generate().shared_with(Credential.parse(text).public, whose="the peer")
     except SealError as error:
-        raise ValueError("`public-key` is a point of low order, with which no secret can be shared") from error
+        raise ValueError(f"`public-key` {_short(text)!r}: {error}") from error
     return text
 
 

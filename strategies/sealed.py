@@ -6,10 +6,8 @@ receiver alone (see ``fedkd.sealing``).
 
 import math
 
-import numpy as np
-
 from fedkd.codec import BadKnowledge, Codec, Zstd
-from fedkd.protocol import Arrays
+from fedkd.protocol import Arrays, Packed
 
 _ENVELOPE = 1024  # bytes: nonce, tag, and the lengths that named arrays begin with
 _PER_ARRAY = 256  # bytes: its name, dtype, shape and place among them
@@ -55,5 +53,6 @@ def most_sealed(codec: Codec, shape: tuple[int, int], *, layers: int, dimensions
 
 
 def address(arrays: Arrays, receiver: int) -> Arrays:
-    """Return a sealed letter for one receiver."""
-    return {"sealed": arrays["sealed"], "wrap": np.ascontiguousarray(arrays["wraps"][receiver])}
+    """Return a sealed letter for one receiver; the payload stays the one that all receivers share."""
+    wrap = Packed.of({"wrap": arrays["wraps"][receiver]})
+    return Packed({"sealed": Packed.of(arrays).wire["sealed"], **wrap.wire})

@@ -12,31 +12,20 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
-from fedkd.plots import accuracy_png, topology_png
+from fedkd.plots import accuracy_png, profile_png, topology_png
+from fedkd.privacy import Mechanism
+from fedkd.profile import profile_table
 from fedkd.results import RunFolder, Summary
 from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
 from strategies.asynchronous import Asynchronous
-from strategies.averaged import Averaged
-from strategies.consensus import Consensus
-from strategies.console import closing_line, summary_table, topology_line
+from strategies.console import MOST_SHOWN, closing_line, summary_table, topology_line
 from strategies.controls import conclude
-from strategies.fedavg import FedAvg
-from strategies.gossip import Gossip
 from strategies.introductions import introduce
-from strategies.pairwise import Pairwise
 from strategies.post import Post
+from strategies.registry import strategy_class
 from strategies.relay import Relay
-from strategies.strategy import Strategy
 from strategies.trials import Say, read_trials, resumable, run_trials
-
-STRATEGIES: dict[str, type[Strategy]] = {
-    "averaged": Averaged,
-    "pairwise": Pairwise,
-    "gossip": Gossip,
-    "consensus": Consensus,
-    "fedavg": FedAvg,
-}
 
 app = ServerApp()
 
@@ -53,26 +42,34 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
-    began = time.monotonic()
+    began, given = time.monotonic(), config
     config, folder = _open(config)
+    chosen = strategy_class(config)
     if not config.resume:
         folder.clear()
         facts = {"run": secrets.token_hex(8), "flower_run_id": run_id, "source": source_hash()}
         folder.write_config(config.to_mapping(), facts)
     run = str(folder.read_config()["run"])
     say(f"results go to {folder.path}")
+    for line in _overruled(given, config):
+        say(line)
+    if mechanism := Mechanism.from_config(config):
+        say(mechanism.line())
     post = Post(grid, time_to_live=2 * config.round_timeout)
     members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))
-    for m in members:
-        say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples")
-    strategy = STRATEGIES[config.strategy](config, len(members), len(members[0].classes))
+    for m in members[:MOST_SHOWN]:
+        key = f", key {m.key_fingerprint()}" if config.sealed else ""
+        say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples{key}")
+    if (more := len(members) - MOST_SHOWN) > 0:
+        say(f"and {more:,} more")
+    strategy = chosen(config, len(members), len(members[0].classes))
     if strategy.topology:
         say(topology_line(strategy.topology))
-    relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume))
+    relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume), began=began)
     relay.run()
     if config.mode == "async":
         Asynchronous(relay, say=say).run()
-    summary = conclude(relay, config, seconds=time.monotonic() - began, say=say)
+    summary = conclude(relay, config, say=say)
     _leave(relay, config, folder, summary, say=say)
 
 
@@ -87,6 +84,9 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary,
             folder.path / "topology.png", topology.edges, accuracies, title=topology.name, directed=topology.directed
         )
     say(summary_table(summary))
+    if lines := folder.read_profile():
+        profile_png(folder.path / "profile.png", lines, title=title)
+        say(profile_table(lines))
     say(closing_line(summary))
     say(f"results: {folder.path}")
 
@@ -104,6 +104,18 @@ def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
         raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
     _refuse_changes(config, earlier)
     return replace(earlier, resume=config.resume, out_dir=str(path)), folder
+
+
+def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
+    """Return a line for each setting that a user gave and that the strategy does not use."""
+    if used.resume:
+        return []
+    defaults, really = RunConfig().to_mapping(), used.to_mapping()
+    return [
+        f"`{key}` = {value!r} has no effect under strategy {used.strategy}, which uses {really[key]!r}"
+        for key, value in given.to_mapping().items()
+        if value not in (defaults[key], really[key])
+    ]
 
 
 def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """What a strategy decides: who hears whom in a round, and with what weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedkd.codec import BadKnowledge, codec
@@ -81,6 +81,10 @@ class Strategy(ABC):
         if self.config.mode == "async":
             return mailbox.updates_since(teacher) // self.peers
         return max(0, round - 1 - letter.round)
+
+    def left_out(self, round: int, mailbox: Mailbox) -> Mapping[int, str]:
+        """Return the peers whose knowledge of a round does not fit the others', with the reason; usually none."""
+        return {}
 
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return the knowledge that one peer is to distil into a common model after the start; usually none."""

@@ -30,6 +30,7 @@ class LocalGrid(Grid):
     """
 
     nothing = object()
+    state = None  # as in Flower's own simulation, whose messages do not leave the process
 
     def __init__(
         self, app: ClientApp, nodes: int, state_dir: Path, *, node_config: dict[int, dict[str, Any]] | None = None

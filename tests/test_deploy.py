@@ -2,150 +2,141 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
 import subprocess
-import threading
-import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from deployed import MODELS, SMALL, learned, new_deployment
 from federation import federate, local_grid
 from sites import make_sites
 from tcp_link import TcpLink
 from typer.testing import CliRunner
 
-from clients.worker import LOCK
 from experiments.cli import app as cli
 from experiments.deploy import trial
 from experiments.deploy.create import create
 from experiments.deploy.keys import Authority, node_key, write_secret
 from experiments.deploy.layout import CONNECTION, Deployment
-from experiments.deploy.run import run
-from experiments.superlink import free_port, process_environment, take_down
-from fedkd.errors import FedkdError, SettingError
+from experiments.launch import Federation, launch
+from experiments.superlink import free_port, process_environment
+from fedkd.errors import SettingError
+from fedkd.identity import Identity, read_trusted
 from strategies.roster import RosterError
 
-ROOT = Path(__file__).parent.parent
-SMALL = {"proxy-size": 60, "pretrain-epochs": 1, "rounds": 2, "distill-epochs": 1, "controls": "", "seed": 3}
+
+def real_peers(test):
+    """Mark a test that waits for real processes."""
+    return pytest.mark.flower(pytest.mark.timeout(1800)(test))
 
 
-def new_deployment(folder: Path) -> Deployment:
-    deployment = Deployment(folder, ("127.0.0.1",), 3, free_port(), free_port(), free_port())
-    create(deployment, demo=True)
-    return deployment
+TRIALS = {
+    "averaged": {},
+    "averaged-sealed": {"sealed": True, "codec": "fp16"},
+    "gossip": {"strategy": "gossip"},
+    "gossip-sealed": {"strategy": "gossip", "sealed": True, "codec": "fp16", "rounds": 2},
+}
+REFUSED = {
+    "weights": ({"strategy": "fedavg"}, "`strategy` to be one of .*`allowed-strategies`"),
+    "epochs": ({"pretrain-epochs": 201}, "`pretrain-epochs` to be at most 200 epochs in a mail .*`max-epochs`"),
+}
+"""What the peers of the federation do not take part in."""
+
+
+def write_trials(folder: Path, trials: dict[str, dict]) -> Path:
+    folder.mkdir()
+    lines = [
+        {"name": name, "settings": {**settings, "out-dir": str(folder / name)}} for name, settings in trials.items()
+    ]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "trials.jsonl"
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Path:
-    """Return a copy of the app: one that nobody edits between the pin and the runs."""
-    folder = tmp_path_factory.mktemp("app")
-    for name in ("fedkd", "clients", "strategies"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+def real(federation, tmp_path_factory):
+    """Return the folder of several runs on the federation, one after another, and what they said."""
+    folder = tmp_path_factory.mktemp("runs") / "real"
+    trials = {**TRIALS, **{name: settings for name, (settings, _) in REFUSED.items()}}
+    run = federation.run(folder, trials=str(write_trials(folder, trials)), rounds=1)
+    assert run.end() == "", run.said
     return folder
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory, app):
-    """Yield a federation that is up; peer-2 runs the code that its owner installed."""
-    deployment = new_deployment(tmp_path_factory.mktemp("deploy") / "d")
-    trial.up(deployment)
-    pin(deployment, "peer-2", app, tmp_path_factory.mktemp("bundle"))
-    with trial.flower(deployment) as flwr:
-        trial.wait_until_connected(deployment, flwr, 3)
-    yield deployment
-    pids = [int(lock.read_text()) for lock in deployment.folder.rglob(LOCK)]
-    trial.down(deployment)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert [process.pid for process in alive] == []  # the workers ended with their SuperNodes
+@real_peers
+def test_real_peers_learn_what_flowers_simulation_learns(real, federation, tmp_path):
+    """Under averaged and gossip, sealed and plain; each real peer brings what its stand-in is dealt."""
+    simulated = tmp_path / "simulated"
+    settings = {**SMALL, "rounds": 1, "dataset": "digits", "partition": "iid", "models": MODELS}
+
+    outcome = launch(
+        federation.app, {**settings, "trials": str(write_trials(simulated, TRIALS))}, Federation(peers=3),
+        out=lambda _: None,
+    )  # fmt: skip
+
+    assert outcome.completed, outcome.reason
+    for name in TRIALS:
+        found = rows(real / name)
+        assert [row["error"] for row in found if row["error"]] == []
+        assert {row["model"] for row in found} == {"mlp", "cnn-small", "resnet8"}
+        assert learned(found) == learned(rows(simulated / name)), name
 
 
-class Run(threading.Thread):
-    """A run on a deployment, followed in the background."""
-
-    def __init__(self, deployment: Deployment, app: Path, folder: Path, **settings) -> None:
-        super().__init__(daemon=True)
-        self.deployment, self.folder, self.said, self.reason = deployment, folder, [], None
-        changed = {name.replace("_", "-"): value for name, value in settings.items()}
-        self._arguments = (deployment, app, {**SMALL, "out-dir": str(folder), **changed})
-        self._news = threading.Condition()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.reason = run(*self._arguments, out=self._hear)
-        except FedkdError as error:
-            self.reason = str(error)
-        self._hear("")
-
-    def wait_for(self, text: str, *, seconds: float = 120) -> None:
-        self.wait_until(lambda: any(text in line for line in self.said), seconds=seconds)
-
-    def end(self, *, seconds: float = 120) -> str:
-        self.join(seconds)
-        assert not self.is_alive(), self.said
-        return self.reason
-
-    def wait_until(self, condition: Callable[[], object], *, seconds: float = 120) -> None:
-        with self._news:
-            assert self._news.wait_for(lambda: self.reason is not None or condition(), timeout=seconds), self.said
-        assert condition(), (self.reason, self.said)
-
-    def stop(self) -> None:
-        with trial.flower(self.deployment) as flwr:
-            (entry,) = (r for r in flwr.json("ls", CONNECTION)["runs"] if not r["status"].startswith("finished"))
-            flwr.json("stop", str(entry["run-id"]), CONNECTION)
-        assert "stopped" in self.end()
-
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text().splitlines()]
-
-    def _hear(self, line: str) -> None:
-        with self._news:
-            self.said.append(line)
-            self._news.notify_all()
+@real_peers
+def test_who_came_with_what_is_said_at_the_start(real, federation):
+    said = (real / "gossip-sealed" / "log.txt").read_text()
+    identity = Identity(federation.deployment.peer("peer-1") / "node.key")
+    key = identity.vouch(bytes(32), name="peer-1", run="").fingerprint
+    assert f"peer-1: cnn-small, 13,706 parameters, 459 private samples, key {key}\n" in said
 
 
-def simulated(deployment: Deployment, path: Path, **settings) -> list[dict]:
-    """Run the same peers in this process."""
-    peers = enumerate(deployment.names)
-    own = {i: {"peer-config": str(deployment.peer(name) / "peer.toml"), "worker": False} for i, name in peers}
-    grid = local_grid(path, deployment.peers, node_config=own)
-    return federate(
-        path, grid=grid, **{**{key.replace("-", "_"): value for key, value in SMALL.items()}, **settings}
-    ).rows()
+@real_peers
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_peer_refuses_what_is_beyond_its_limits(real, name):
+    assert re.search(REFUSED[name][1], (real / name / "error.txt").read_text())
+    assert not (real / name / "rounds.jsonl").exists()
 
 
-def learned(rows: list[dict]) -> list[tuple]:
-    """Return what peers measured, by round and name."""
-    return sorted((r["round"], r["peer"], r["test_accuracy"], r["own_accuracy"], str(r["kd_loss"])) for r in rows)
-
-
-@pytest.mark.flower
-def test_a_real_run_learns_what_the_simulation_learns(federation, app, tmp_path):
-    settings = {"strategy": "gossip", "sealed": True, "codec": "fp16"}
-
-    real = Run(federation, app, tmp_path / "real", **settings)
-
-    assert real.end() == ""
-    assert {row["model"] for row in real.rows()} == {"mlp", "cnn-small", "resnet8"}
-    assert [row["error"] for row in real.rows() if row["error"]] == []
-    assert any("peer-1: cnn-small, 13,706 parameters" in line for line in real.said)
-    assert learned(real.rows()) == learned(simulated(federation, tmp_path / "sim", **settings))
-    secrets = [
-        path
-        for pattern in ("*.key", "peer.toml", "key.json", "*.safetensors", "worker.sock", "worker.lock", "worker.log")
-        for path in federation.folder.rglob(pattern)
-    ]
-    assert {"node.key", "server.key", "key.json", "round-000002.safetensors"} <= {path.name for path in secrets}
+@real_peers
+def test_secrets_are_readable_by_their_owner_alone(real, federation):
+    patterns = (
+        "*.key", "peer.toml", "key.json", "*.safetensors", "worker.sock", "worker.lock", "worker.log", "trusted-keys",
+        "state.db",
+    )  # fmt: skip
+    secrets = [path for pattern in patterns for path in federation.deployment.folder.rglob(pattern)]
+    names = {path.name for path in secrets}
+    assert {"node.key", "server.key", "key.json", "round-000001.safetensors", "worker.sock", "state.db"} <= names
     assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
     assert {stat.S_IMODE(path.parent.stat().st_mode) for path in secrets} == {0o700}
+
+
+@real_peers
+def test_what_the_superlink_keeps_of_sealed_mail_is_ciphertext(real, federation, tmp_path):
+    """Its database holds the knowledge of the plain run, and none of the sealed one's."""
+
+    def first_knowledge(name: str) -> list[bytes]:
+        settings = {key.replace("-", "_"): value for key, value in TRIALS[name].items()}
+        run = federation.simulated(tmp_path / name, **{**settings, "rounds": 0, "sealed": False})
+        arrays = [reply.content["knowledge"]["logits"].numpy() for reply in run.grid.replies[3:]]
+        return [row.tobytes() for array in arrays for row in array]
+
+    database = b"".join(path.read_bytes() for path in federation.deployment.superlink.glob("state.db*"))
+    kept = b"".join(path.read_bytes() for path in (real / "averaged-sealed").glob("*.safetensors"))
+
+    plain, sealed = first_knowledge("averaged"), first_knowledge("averaged-sealed")
+
+    assert len(plain) == len(sealed) == 3 * SMALL["proxy-size"]
+    assert all(row in database for row in plain)
+    assert not any(row in database or row in kept for row in sealed)
 
 
 _OTHER_APP = """
@@ -187,51 +178,54 @@ clientapp = "other:app"
 """
 
 
-def pin(deployment: Deployment, name: str, app: Path, scratch: Path) -> None:
-    """Restart a SuperNode on the code that its owner installed, in a folder that it cannot write."""
-    folder = deployment.peer(name)
-    apps = folder / "home" / "apps"
-    take_down(process(deployment, name).pid, grace=5.0, hurry=lambda: False)
-    shutil.rmtree(apps, ignore_errors=True)
-    environment = process_environment(os.environ, folder / "home", ray_address=None)
-    subprocess.run(["flwr", "build", "--app", app], env=environment, cwd=scratch, check=True, capture_output=True)
-    (bundle,) = scratch.glob("*.fab")
-    subprocess.run(["flwr", "install", bundle], env=environment, cwd=scratch, check=True, capture_output=True)
-    command = deployment.supernode_command(name, port=free_port())
-    if os.geteuid() == 0:  # whom no mode stops
-        mount = f'mount --bind {apps} {apps} && mount -o remount,bind,ro {apps} && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
-    else:
-        apps.chmod(0o500)
-    trial.start(deployment, name, command, folder)
-
-
-@pytest.mark.flower
+@real_peers
 def test_a_peer_whose_code_is_pinned_runs_no_other(federation, tmp_path):
     """The code of a run comes from the SuperLink; a peer that installed its own runs that or nothing."""
+    deployment = federation.deployment
     other = tmp_path / "other"
     other.mkdir()
     (other / "pyproject.toml").write_text(_OTHER_PROJECT)
     (other / "other.py").write_text(_OTHER_APP)
-    with trial.flower(federation) as flwr:
+    with trial.flower(deployment) as flwr:
         submitted = flwr.json("run", str(other), CONNECTION)
         list(flwr.lines("log", str(submitted["run-id"]), CONNECTION, "--stream"))
 
-    owned = [name for name in federation.names if (federation.peer(name) / "owned").exists()]
+    owned = [name for name in deployment.names if (deployment.peer(name) / "owned").exists()]
 
     assert owned == ["peer-0", "peer-1"]
 
 
-@pytest.mark.flower
-def test_a_run_that_fails_says_why(federation, app, tmp_path):
-    reason = Run(federation, app, tmp_path / "run", strategy="fedavg").end()
-    assert "`strategy`" in reason
-    assert "`allowed-strategies`" in reason
+@pytest.fixture
+def misfits(federation, tmp_path):
+    """Let peer-1 have another proxy set, and peer-2 other classes, for one test."""
+    peers = {name: federation.deployment.peer(name) for name in ("peer-1", "peer-2")}
+    before = {name: (folder / "peer.toml").read_text() for name, folder in peers.items()}
+    for name, key, file in (("peer-1", "proxy", "proxy.npz"), ("peer-2", "dataset", "data.npz")):
+        with np.load(peers[name] / file) as content:
+            arrays = dict(content)
+        if key == "proxy":
+            arrays["x_train"] = arrays["x_train"][::-1]
+        else:
+            arrays["classes"] = np.array([f"glyph {c}" for c in arrays["classes"]])
+        np.savez(tmp_path / f"other-{file}", **arrays)
+        text = before[name].replace(f'{key} = "npz:{file}"', f'{key} = "npz:{tmp_path}/other-{file}"')
+        assert text != before[name]
+        (peers[name] / "peer.toml").write_text(text)
+    yield
+    for name, folder in peers.items():
+        (folder / "peer.toml").write_text(before[name])
 
 
-def process(deployment: Deployment, name: str) -> trial.Started:
-    (found,) = (p for p in trial.processes(deployment) if p.name == name)
-    return found
+@real_peers
+def test_real_peers_with_another_proxy_set_or_other_classes_are_refused_by_name(federation, misfits, tmp_path):
+    run = federation.run(tmp_path / "run")
+
+    reason = run.end()
+
+    assert re.search(r"peer-1's proxy set [0-9a-f]{32} differ from the others' [0-9a-f]{32}", reason), reason
+    assert re.search(r"peer-2's classes \('glyph 0', .* differ from the others' \('0', ", reason), reason
+    assert "peer-0's" not in reason
+    assert run.rows() == []
 
 
 def supernode(deployment: Deployment, folder: Path, *options: str) -> tuple[int, str]:
@@ -245,56 +239,81 @@ def supernode(deployment: Deployment, folder: Path, *options: str) -> tuple[int,
     with log.open("w") as out:  # no pipe: its SuperExec would hold it open
         status = subprocess.run(
             [*command, "--max-retries", "0"], env=environment, cwd=deployment.peer("peer-0"), stdout=out, stderr=out,
-            timeout=60, check=False,
+            timeout=120, check=False,
         ).returncode  # fmt: skip
     return status, log.read_text()
 
 
-@pytest.mark.flower
+@real_peers
 def test_a_supernode_with_an_unknown_key_is_refused(federation, tmp_path):
     write_secret(tmp_path / "node.key", node_key()[0])
-    status, said = supernode(federation, tmp_path, "--auth-supernode-private-key", str(tmp_path / "node.key"))
+    options = ("--auth-supernode-private-key", str(tmp_path / "node.key"))
+    status, said = supernode(federation.deployment, tmp_path, *options)
     assert status != 0
     assert "Failed to activate SuperNode" in said
 
 
-@pytest.mark.flower
+@real_peers
 def test_a_superlink_whose_certificate_names_another_host_is_refused(federation, tmp_path):
-    with TcpLink(("127.0.0.2", 0), ("127.0.0.1", federation.fleet_port)) as link:
-        status, said = supernode(federation, tmp_path, "--superlink", f"127.0.0.2:{link.port}")
+    with TcpLink(("127.0.0.2", 0), ("127.0.0.1", federation.deployment.fleet_port)) as link:
+        status, said = supernode(federation.deployment, tmp_path, "--superlink", f"127.0.0.2:{link.port}")
     assert status != 0
     assert "Hostname Verification Check failed" in said, said
 
 
-@pytest.mark.flower
+@real_peers
 def test_a_superlink_of_another_authority_is_refused(federation, tmp_path):
     from cryptography.hazmat.primitives.serialization import Encoding
 
     write_secret(tmp_path / "other.crt", Authority.new().certificate.public_bytes(Encoding.PEM))
-    status, said = supernode(federation, tmp_path, "--root-certificates", str(tmp_path / "other.crt"))
+    status, said = supernode(federation.deployment, tmp_path, "--root-certificates", str(tmp_path / "other.crt"))
     assert status != 0
     assert "CERTIFICATE_VERIFY_FAILED" in said, said
 
 
-@pytest.mark.flower
-def test_plaintext_to_the_superlink_is_refused(federation, tmp_path):
+@real_peers
+def test_plaintext_to_the_superlink_is_refused(federation):
     """A channel without TLS gets no answer."""
     import grpc
 
-    address = f"127.0.0.1:{federation.fleet_port}"
+    address = f"127.0.0.1:{federation.deployment.fleet_port}"
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/flwr.proto.Fleet/ActivateNode")(b"", timeout=10)
     assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def test_a_peer_with_another_proxy_set_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [("proxy", r"site-1's proxy set [0-9a-f]+ differ from the others' [0-9a-f]+$"), ("dataset", "site-1's classes")],
+)
+def test_a_peer_that_does_not_fit_the_others_is_refused_by_name(tmp_path, key, complaint):
     own = make_sites(tmp_path / "sites")
     other = make_sites(tmp_path / "others", proxy_size=61)
-    own[1]["proxy"] = other[1]["proxy"]
+    if key == "proxy":
+        own[1]["proxy"] = other[1]["proxy"]
+    else:
+        with np.load(tmp_path / "sites" / "site-1" / "data.npz") as content:
+            np.savez(tmp_path / "renamed.npz", **{**content, "classes": content["classes"][::-1]})
+        own[1]["dataset"] = f"npz:{tmp_path / 'renamed.npz'}"
     node_config = {i: {**site, "simulated": False, "worker": False} for i, site in enumerate(own)}
     grid = local_grid(tmp_path, 3, node_config=node_config)
-    with pytest.raises(RosterError, match=r"site-1's proxy set [0-9a-f]+ differ from the others' [0-9a-f]+$"):
+    with pytest.raises(RosterError, match=complaint):
         federate(tmp_path, grid=grid)
+
+
+@real_peers
+@pytest.mark.slow
+def test_the_payload_benchmark_sends_as_many_bytes_as_it_says(tmp_path, capsys):
+    from experiments.bench import bench
+
+    bench("payload", tmp_path / "figures.json", quick=True)
+
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["megabytes"] for row in rows] == [0.1, 1.0]
+    for row in rows:
+        assert row["megabytes"] * 1e6 <= row["bytes_up"] <= row["megabytes"] * 1e6 + 1000
+        assert all(seconds > 0 for seconds in row["seconds"])
+    assert "bytes up" in capsys.readouterr().out
 
 
 def test_init_makes_what_the_readme_then_runs(tmp_path):
@@ -314,6 +333,10 @@ def test_init_makes_what_the_readme_then_runs(tmp_path):
     assert all(key.startswith("ecdsa-sha2-nistp384 ") for key in keys)
     own = tomllib.loads((folder / "peers" / "peer-1" / "peer.toml").read_text())
     assert (own["name"], own["partition-id"], own["num-partitions"]) == ("peer-1", 1, 2)
+    trusted = read_trusted(folder / "peers" / "peer-1" / own["trusted-keys"])
+    publics = {name: (folder / "peers" / name / "node.pub").read_text().strip() for name in deployment.names}
+    assert trusted == publics
+    assert Identity(folder / "peers" / "peer-1" / own["identity"]).public == publics["peer-1"]
 
 
 def test_the_certificate_is_the_authoritys_and_names_its_hosts(tmp_path):
@@ -363,42 +386,20 @@ def test_unit_and_compose_files_are_well_formed(tmp_path):
         assert "{" not in text and "\nExecStart=/opt/fedkd/bin/flower-super" in text
 
 
-@pytest.mark.flower
-def test_a_killed_supernode_costs_a_round_its_timeout_and_comes_back(federation, app, tmp_path):
-    run = Run(federation, app, tmp_path / "run", rounds=40, round_timeout=15.0, strategy="gossip")
-    state = federation.peer("peer-1") / "state" / "peer-1"
-    run.wait_for("round   1/40")
-    psutil.Process(process(federation, "peer-1").pid).kill()
-    killed = time.monotonic()
-    run.wait_for("round   3/40")
-    assert time.monotonic() - killed < 15 + 20  # one timeout, and two rounds of the others
-    assert (state / "round-000001.safetensors").exists()
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+@pytest.mark.parametrize("party", ["superlink", "peers/peer-1"])
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path, party):
+    deployment = new_deployment(tmp_path / "d")
+    (unit,) = (deployment.folder / party).glob("*.service")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("flower-superlink", "flower-supernode"):
+        (programs / name).write_text("#!/bin/sh\n")
+        (programs / name).chmod(0o755)
+    installed = tmp_path / unit.name
+    installed.write_text(unit.read_text().replace("/opt/fedkd/bin/flower", f"{programs}/flower"))
 
-    def back() -> bool:
-        if not process(federation, "peer-1").lives():  # as its supervisor would
-            trial.start_supernode(federation, "peer-1")
-        return any(r["peer"] == "peer-1" and r["round"] > 3 and r["status"] == "ok" for r in run.rows())
+    said = subprocess.run(["systemd-analyze", "verify", installed], capture_output=True, text=True, check=False)
 
-    run.wait_until(back)
-    run.stop()
-
-
-@pytest.mark.flower
-def test_a_killed_superlink_fails_the_run_which_resumes_where_it_stopped(federation, app, tmp_path):
-    """A run that was resumed ends with what an uninterrupted one learns."""
-    settings = {"strategy": "averaged", "rounds": 3}
-    interrupted = Run(federation, app, tmp_path / "run", **settings)
-    interrupted.wait_for("round   1/3")
-    psutil.Process(process(federation, "superlink").pid).kill()
-    assert interrupted.end() != ""
-    closed = {row["round"] for row in interrupted.rows()}
-
-    trial.start_superlink(federation)
-    with trial.flower(federation) as flwr:
-        trial.wait_until_connected(federation, flwr, 3)
-    resumed = Run(federation, app, tmp_path / "run", resume=str(tmp_path / "run"), **settings)
-
-    assert resumed.end() == ""
-    assert closed < {0, 1, 2, 3}
-    assert any(f"resumed after round {max(closed)}" in line for line in resumed.said)
-    assert learned(resumed.rows()) == learned(simulated(federation, tmp_path / "sim", **settings))
+    assert said.returncode == 0
+    assert [line for line in (said.stdout + said.stderr).splitlines() if unit.name in line] == []

@@ -125,6 +125,7 @@ def test_fedavg_averages_what_fits_most_peers_and_refuses_the_rest(tmp_path, cha
     for name, array in average.items():
         weights = np.stack([content["knowledge"][name].numpy() for content in fitting])
         np.testing.assert_allclose(array.numpy(), np.average(weights, axis=0, weights=samples), atol=1e-6)
+    assert [name for name, status in statuses(run, 0).items() if status == "refused"] == [f"peer-{peer}"]
     assert set(statuses(run, 2).values()) == {"ok"}
 
 

@@ -79,6 +79,18 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, whole):
     assert federate(tmp_path, 4, grid=grid, resume=str(first.folder), **SETTINGS).timeless_rows() == before
 
 
+def test_a_resumed_run_counts_the_time_before_it_was_stopped(tmp_path):
+    grid = local_grid(tmp_path, 2)
+    first = federate(tmp_path, 2, grid=grid)
+    ledger = Ledger.load(first.folder)
+    ledger.elapsed = 5000.0
+    ledger.save(first.folder)
+
+    resumed = federate(tmp_path, 2, grid=grid, resume=str(first.folder))
+
+    assert sum(ledger.seconds) > 0 and 5000 < resumed.summary()["totals"]["seconds"] < 5600
+
+
 def test_a_damaged_ledger_is_refused_by_name(tmp_path):
     grid = local_grid(tmp_path, 2)
     run = federate(tmp_path, 2, grid=grid)

@@ -107,7 +107,7 @@ def test_a_relay_that_swaps_a_key_later_is_refused(tmp_path):
     run = federate(tmp_path, 3, grid=grid, sealed=True)
 
     row = next(row for row in run.rows() if row["peer"] == "peer-0" and row["round"] == 2)
-    assert row["refused_letters"] == 2 and "another public key for peer-1" in row["error"]
+    assert row["status"] == "error" and "another public key for peer-1" in row["error"]
 
 
 def test_sealed_mail_opens_without_rounds_too(tmp_path):

@@ -1,5 +1,7 @@
 """Every strategy, end to end in one process."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,17 @@ def test_fedavg_averages_weights_by_samples_and_measures_the_average(tmp_path):
     last = [row["test_accuracy"] for row in run.rows() if row["round"] == 2]
     assert len(set(last)) == 1  # one model, measured by everyone
     assert all(row["bytes_up"] == 0 for row in run.rows() if row["round"] == 2)  # the last average is only measured
+
+
+def test_a_codec_does_nothing_to_weights_and_the_run_says_so(tmp_path, capsys):
+    settings = {"strategy": "fedavg", "fedavg_model": "mlp", "rounds": 1}
+    plain = federate(tmp_path / "plain", 2, **settings)
+    assert "no effect" not in capsys.readouterr().out
+    coded = federate(tmp_path / "coded", 2, codec="int8", **settings)
+
+    assert "`codec` = 'int8' has no effect under strategy fedavg" in capsys.readouterr().out
+    assert json.loads((coded.folder / "config.json").read_text())["settings"]["codec"] == "fp32"
+    assert coded.timeless_rows() == plain.timeless_rows()
 
 
 def test_a_distilled_start_begins_fedavg_above_a_cold_one(tmp_path):

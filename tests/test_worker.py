@@ -283,9 +283,16 @@ def test_a_search_counts_as_many_epochs_as_it_costs():
         Limits(epochs=99).check(replace(RunConfig(), rounds=100, local_epochs=1), "isolated")
 
 
-def test_a_mail_larger_than_a_peer_allows_is_refused():
+def test_a_mail_larger_than_a_peer_allows_is_refused(tmp_path, sites):
+    """60 samples of 10 classes in fp32 are more than 2000 bytes; a mail without knowledge is less."""
     with pytest.raises(FedkdError, match=r"at most 100 bytes in a mail .*max-payload.* got 101"):
         Limits(payload=100).check_payload(101)
+    grid = local_grid(tmp_path, 2, node_config=deployed(sites, worker=False, max_payload=2000))
+
+    with pytest.raises(RelayError, match=r"round 1: 0 of 2 .*at most 2000 bytes in a mail .*`max-payload`"):
+        federate(tmp_path, grid=grid)
+
+    assert not list(tmp_path.rglob("round-000001.safetensors"))
 
 
 def test_a_peers_file_is_read_and_its_paths_are_its_own(tmp_path):
@@ -309,6 +316,8 @@ def test_a_peers_file_is_read_and_its_paths_are_its_own(tmp_path):
         ('modle = "mlp"', "`modle` .*known key.*nearest: model"),
         ('max-epochs = "3"', "`max-epochs` to be a whole number"),
         ("max-payload = -1", "`max-payload` to be a number >= 0"),
+        ("max-epsilon = -1.0", "`max-epsilon` to be a number >= 0"),
+        ("trusted-keys = 3", "`trusted-keys` to be text"),
         ('name = "../x"', "`name` to be letters"),
         ('allowed-strategies = "all"', "`allowed-strategies` .*averaged"),
         ("name =", "`peer-config` to be a readable TOML file"),

@@ -47,9 +47,15 @@ def _write_keys(deployment: Deployment) -> None:
     server, key = authority.server(tuple(dict.fromkeys((*deployment.hosts, *_LOCAL))))
     for name, content in (("server.pem", server), ("server.key", key), ("ca.crt", certificate)):
         write_secret(deployment.superlink / name, content)
-    for name in deployment.names:
-        private, public = node_key()
-        for file, content in (("node.key", private), ("node.pub", public), ("ca.crt", certificate)):
+    pairs = {name: node_key() for name in deployment.names}
+    trusted = b"".join(f"{name} ".encode() + public for name, (_, public) in pairs.items())
+    for name, (private, public) in pairs.items():
+        for file, content in (
+            ("node.key", private),
+            ("node.pub", public),
+            ("ca.crt", certificate),
+            ("trusted-keys", trusted),
+        ):
             write_secret(deployment.peer(name) / file, content)
 
 
@@ -70,12 +76,18 @@ proxy = {json.dumps(proxy)}                # the public proxy set, the same at a
 state-dir = "state"
 device = "auto"             # auto, cpu, cuda, cuda:N
 
+# Sealed mail: this peer signs its keys with its own, and believes only those that the trusted ones have signed.
+identity = "node.key"
+trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peers' node.pub; get them from the peers
+
 # What the server may ask for. A run that asks for more is refused with the limit's name.
 allowed-strategies = "averaged,pairwise,gossip"
 require-sealed = false      # true: only runs whose knowledge the SuperLink cannot read
 max-epochs = 200            # in one message
 max-payload = {256 * 2**20}     # bytes in one message
 max-seconds = 86400.0       # for one message
+# max-epsilon = 8.0         # demands differential privacy: the most that all it ever publishes may amount to, with
+# max-delta = 1e-5          # this; what it measures then stays in its own measured.jsonl (docs/security.md)
 """
 
 
@@ -108,7 +120,8 @@ def _readme(deployment: Deployment) -> str:
         "## At every peer: pin the code",
         "",
         "A run brings its code along; a peer that installed its own runs that or nothing. In its folder,",
-        "with FEDKD the repository as its owner has checked it, and again with every new version:",
+        "with FEDKD the folder of the Flower app (`fedkd doctor` names it) as its owner has checked it, and again with",
+        "every new version:",
         "",
         "```sh",
         "flwr build --app FEDKD",

@@ -62,7 +62,10 @@ def _follow(flwr: FlowerCommand, run_id: str, out: Callable[[str], None]) -> Non
 
 def _verdict(flwr: FlowerCommand, run_id: str) -> str:
     while True:
-        found = flwr.json("ls", CONNECTION, "--run-id", run_id)["runs"][0]
+        answer = flwr.json("ls", CONNECTION, "--run-id", run_id)
+        if not answer.get("runs"):  # the SuperLink has gone, or forgotten the run
+            return str(answer.get("error-message", "")).strip() or "the SuperLink does not know the run any more"
+        found = answer["runs"][0]
         status = str(found["status"])
         if status == COMPLETED:
             return ""

@@ -16,7 +16,7 @@ from experiments.deploy.layout import CONNECTION, Deployment
 from experiments.superlink import FlowerCommand, LaunchError, process_environment, spawn, take_down
 from fedkd.errors import FedkdError
 
-_READY_SECONDS, _CONNECT_SECONDS = 60.0, 90.0
+_READY_SECONDS, _CONNECT_SECONDS = 180.0, 240.0
 _GRACE = 5.0
 
 

@@ -88,7 +88,7 @@ def build(
     width: float = 1.0,
     key: str = "models",
 ) -> "nn.Module":
-    """Build a model, [B, *input_shape] -> logits [B, num_classes], initialised by the seed alone.
+    """Build a model, ``[B, *input_shape]`` -> logits [B, num_classes], initialised by the seed alone.
 
     Args:
         spec: a name of the registry; `resnet18@IMAGENET1K_V1` for torchvision's weights of that name; or

@@ -1,0 +1,156 @@
+"""Bytes until a target accuracy on Fashion-MNIST: knowledge in every codec, against federated averaging.
+
+Four peers with about 1,000 private images each (Dirichlet, α = 0.3), half of them perceptrons, half small convolutional
+networks; 1,000 public images, of which 250 travel in a round, from everyone to everyone. Federated averaging averages
+the smaller of the two networks, from scratch, and may take more rounds. All trials share one `flwr run`, data,
+partition and seeds. The images are a slice of the real ones: 5,000 for training, 1,000 for the test.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from experiments.compare import compare
+from experiments.comparison import comparison_runs
+from experiments.launch import Federation
+from experiments.measuring import leave
+from experiments.recipe import Recipe
+from experiments.study import Run, read_run
+from fedkd.config import Scalar
+from fedkd.errors import FedkdError, SettingError
+
+BASELINE = "fp32"
+CODECS = (BASELINE, "fp16", "int8", "topk:3", "topk:1")
+SEEDS = (0, 1, 2)
+TRAIN, TEST = 5000, 1000
+SETTINGS: dict[str, Scalar] = {
+    "peers": 4,
+    "partition-alpha": 0.3,
+    "models": "mlp,cnn-small",
+    "fedavg-model": "cnn-small",
+    "proxy-size": 1000,
+    "proxy-per-round": 250,
+    "pretrain-epochs": 5,
+    "distill-epochs": 4,
+    "rounds": 10,
+    "controls": "",
+}
+FEDAVG_ROUNDS = 20
+QUICK: dict[str, Scalar] = {
+    "dataset": "digits", "peers": 2, "proxy-size": 100, "proxy-per-round": 50, "pretrain-epochs": 1, "rounds": 2,
+}  # fmt: skip
+MARGIN = 0.01
+
+
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Run all trials; return ``{"ratio": ..., "target": ..., "rows": [...]}``.
+
+    The ``target`` is what uncoded knowledge reaches at its best, one point less: the mean over peers and seeds. A row
+    has the ``way`` (a codec, or ``fedavg``), its ``best`` accuracy, the points it ``lost`` to uncoded knowledge, and
+    the ``rounds`` and ``bytes`` until the target, of all peers, up and down (None: never). ``ratio`` is federated
+    averaging's bytes over those of the cheapest codec that loses at most one point: 100 is the goal.
+
+    Args:
+        quick: two peers on the digits, to see that it runs.
+
+    Raises:
+        SettingError: Fashion-MNIST is not there.
+        FedkdError: a run failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedkd-bytes-") as name:
+        folder = Path(name)
+        settings = {**SETTINGS, **QUICK} if quick else {**SETTINGS, "dataset": _slice(folder / "slice.npz")}
+        codecs, seeds = (CODECS[:2], SEEDS[:1]) if quick else (CODECS, SEEDS)
+        grids = (
+            {"strategy": ["fedavg"], "rounds": [4 if quick else FEDAVG_ROUNDS], "seed": list(seeds)},
+            {"strategy": ["averaged"], "codec": list(codecs), "seed": list(seeds)},
+        )
+        recipe = Recipe("bytes", "Bytes to a target", "", (), None, settings, grids, text="")
+        place = folder / "trials"
+        compared = compare(recipe, Federation(peers=1), place, command="fedkd bench bytes", out=lambda _: None)
+        if compared.failed:
+            raise FedkdError(f"the benchmark's trials failed: {', '.join(compared.failed)}")
+        runs = [read_run(path) for path in comparison_runs(compared.folder)]
+    by_way: dict[str, list[Run]] = {}
+    for found in runs:
+        averaged = found.settings["strategy"] == "fedavg"
+        by_way.setdefault("fedavg" if averaged else str(found.settings["codec"]), []).append(found)
+    target = _best(by_way[BASELINE]) - MARGIN
+    rows = [_row(way, members, target, _best(by_way[BASELINE])) for way, members in by_way.items()]
+    return {"ratio": _ratio(rows), "target": target, "seeds": list(seeds), "settings": _told(settings), "rows": rows}
+
+
+def main(json_path: Path | None = None, *, quick: bool = False) -> None:
+    """Print a table of :func:`run`, and write it to ``json_path`` if given."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result = run(quick=quick)
+    averaging = next(row["bytes"] for row in result["rows"] if row["way"] == "fedavg")
+    table = Table(title=f"Bytes until a mean accuracy of {result['target']:.1%}", box=None)
+    for column in ("", "best", "lost, points", "rounds", "kB", "fedavg's bytes are"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in result["rows"]:
+        never = row["bytes"] is None
+        table.add_row(
+            row["way"],
+            f"{row['best']:.1%}",
+            f"{100 * row['lost']:.1f}",
+            "never" if never else f"{row['rounds']:.1f}",
+            "" if never else f"{row['bytes'] / 1000:,.0f}",
+            "" if never or averaging is None else f"{averaging / row['bytes']:.0f} ×",
+        )
+    Console().print(table)
+    leave(result, json_path)
+
+
+def _row(way: str, runs: list[Run], target: float, uncoded: float) -> dict[str, Any]:
+    points = [next((p for p in found.curve() if p.accuracy >= target), None) for found in runs]
+    reached = [point for point in points if point is not None]
+    all_reached = len(reached) == len(runs)
+    return {
+        "way": way,
+        "best": _best(runs),
+        "lost": uncoded - _best(runs),
+        "rounds": fmean(point.round for point in reached) if all_reached else None,
+        "bytes": fmean(point.bytes for point in reached) if all_reached else None,
+    }
+
+
+def _ratio(rows: list[dict[str, Any]]) -> float | None:
+    """Return federated averaging's bytes over the cheapest codec's; None where one of them never gets there."""
+    averaging = next(row["bytes"] for row in rows if row["way"] == "fedavg")
+    own = [row["bytes"] for row in rows if row["way"] != "fedavg" and row["bytes"] and row["lost"] <= MARGIN]
+    return averaging / min(own) if averaging and own else None
+
+
+def _best(runs: list[Run]) -> float:
+    return fmean(max((p.accuracy for p in found.curve()), default=math.nan) for found in runs)
+
+
+def _told(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    return {key: value for key, value in settings.items() if key != "dataset"}
+
+
+def _slice(path: Path) -> str:
+    """Write the slice of Fashion-MNIST that the trials use; return it as the setting ``dataset`` names it."""
+    from fedkd.data.sources import load_source
+
+    folder = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
+    try:
+        source = load_source("fashion-mnist", data_dir=folder)
+    except SettingError as error:
+        raise FedkdError(f"{error} (FEDKD_DATA names the folder in which FashionMNIST/raw lies)") from error
+    stream = np.random.default_rng(0)
+    arrays = {}
+    for part, data, count in (("train", source.train, TRAIN), ("test", source.test, TEST)):
+        chosen = np.sort(stream.permutation(len(data))[:count])
+        arrays |= {f"x_{part}": data.inputs[chosen, 0].numpy(), f"y_{part}": data.labels[chosen].numpy()}
+    np.savez(path, **arrays, classes=np.array(source.classes))
+    return f"npz:{path}"

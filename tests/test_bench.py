@@ -1,0 +1,120 @@
+"""Every benchmark runs at a small size and leaves figures that can be read by a program; never how fast it was."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from experiments import bench_bytes, bench_scale, bench_start, measuring
+from experiments.bench import bench
+from fedkd.codec import codec, encoded_bytes
+from fedkd.errors import FedkdError, SettingError
+
+
+def figures(name, path):
+    bench(name, path / "figures.json", quick=True)
+    found = json.loads((path / "figures.json").read_text())
+    assert found["machine"]["cpus"] >= 1 and found["machine"]["memory_gib"] > 0
+    assert {"fedkd", "python", "numpy", "flwr", "torch"} <= found["versions"].keys()
+    assert math.isfinite(found["ratio"]) and found["ratio"] > 0
+    return found
+
+
+def test_wire_times_every_codec_and_tells_the_bytes_it_really_sends(tmp_path, capsys):
+    import numpy as np
+
+    found = figures("wire", tmp_path)
+
+    shape = tuple(found["shape"])
+    for row in found["rows"]:
+        assert all(row[f"{step}_gb_s"] > 0 for step in ("encode", "decode", "travel"))
+        if "zstd" not in row["codec"]:
+            sent = codec(row["codec"]).encode(np.zeros(shape, np.float32))
+            assert row["bytes"] == encoded_bytes(sent)
+    assert {"fp32", "fp16", "int8", "topk:5"} <= {row["codec"] for row in found["rows"]}
+    assert "topk:5" in capsys.readouterr().out
+
+
+@pytest.mark.flower
+def test_start_stands_beside_an_empty_app(tmp_path):
+    found = figures("start", tmp_path)
+
+    assert [row["app"] for row in found["rows"]] == ["empty", "fedkd"]
+    seconds = {row["app"]: row["seconds"] for row in found["rows"]}
+    assert found["more_seconds"] == pytest.approx(seconds["fedkd"] - seconds["empty"])
+    assert found["ratio"] == pytest.approx(seconds["fedkd"] / seconds["empty"])
+    assert all(row["cpu_seconds"] > 0 for row in found["rows"])
+
+
+@pytest.mark.flower
+def test_scale_tells_time_and_memory_by_the_number_of_peers(tmp_path):
+    found = figures("scale", tmp_path)
+
+    small, large = found["rows"]
+    assert (small["peers"], large["peers"]) == bench_scale.QUICK_PEERS
+    for row in found["rows"]:
+        assert row["seconds_per_round"] == pytest.approx(row["peers"] * row["seconds_per_peer_round"])
+        assert 2**20 < row["driver_peak_bytes"] < row["all_peak_bytes"]
+        assert row["actor_peak_bytes"] > 2**20 and row["disk_bytes"] > 0
+
+
+@pytest.mark.flower
+def test_bytes_compares_codecs_with_federated_averaging(tmp_path):
+    found = bench_bytes.run(quick=True)
+
+    rows = {row["way"]: row for row in found["rows"]}
+    assert rows.keys() == {"fp32", "fp16", "fedavg"}
+    assert found["target"] == pytest.approx(rows["fp32"]["best"] - bench_bytes.MARGIN)
+    assert rows["fp32"]["lost"] == 0 and rows["fp32"]["bytes"] > 0
+    assert all(0 < row["best"] <= 1 for row in rows.values())
+
+
+def row(way, *, bytes, lost=0.0):
+    return {"way": way, "bytes": bytes, "lost": lost}
+
+
+def test_the_ratio_of_bytes_is_that_of_the_cheapest_codec_that_costs_no_accuracy():
+    averaging = row("fedavg", bytes=1000.0)
+    codecs = [row("fp32", bytes=100.0), row("int8", bytes=25.0, lost=0.009), row("topk:1", bytes=5.0, lost=0.03)]
+
+    assert bench_bytes._ratio([*codecs, averaging]) == 40
+    assert bench_bytes._ratio([*codecs, row("fedavg", bytes=None)]) is None
+    assert bench_bytes._ratio([row("fp32", bytes=None), averaging]) is None
+
+
+def test_without_the_images_the_benchmark_of_bytes_says_where_they_should_lie(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_DATA", str(tmp_path))
+
+    with pytest.raises(FedkdError, match=r"FEDKD_DATA.*FashionMNIST/raw"):
+        bench_bytes.run()
+
+
+def test_the_lines_that_stop_the_clock_are_those_of_round_1():
+    lines = ["round   0/1  accuracy", "round   1/1  accuracy", "round 1 is over", "round  10/12", "trial 1/2"]
+
+    assert [bool(bench_start._FIRST_ROUND.match(line)) for line in lines] == [False, True, True, False, False]
+
+
+def test_a_watch_counts_what_descendants_cost_even_after_their_end():
+    work = """
+import time
+held, end = bytearray(64 * 2**20), time.process_time() + 0.2
+while time.process_time() < end:
+    pass
+input()
+"""
+    with measuring.Watch() as watch:
+        child = subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE)
+        while watch.cpu_seconds() < 0.2:
+            pass
+        child.communicate(b"\n")
+
+    assert watch.costs[child.pid].cpu_seconds >= 0.2
+    assert watch.peak(lambda title: "process_time" in title) > 64 * 2**20
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones():
+    with pytest.raises(SettingError, match="wire"):
+        bench("speed", None, quick=True)
