@@ -6,8 +6,9 @@ Friedman's test whether they differ at all, and then which two do. His tables ar
 distributions are those of permutations within the blocks, which hold for any number of them, ties included; and as soon
 as there are blocks enough for it to find anything, each two are told apart by Wilcoxon's signed-rank test with Holm's
 correction, which does not depend on what else is compared (Benavoli et al. 2016,
-https://jmlr.org/papers/v17/benavoli16a.html). Both keep their level by themselves; Friedman's test is told beside them
-and bars nothing.
+https://jmlr.org/papers/v17/benavoli16a.html). That keeps its level whichever variants are alike. The critical
+difference keeps it only where all are: two alike whose order changes from block to block, with others always between
+them, can be told apart oftener than in 5 %. Friedman's test is told beside either and bars nothing.
 """
 
 import math
