@@ -301,7 +301,9 @@ def _checked(key: str, value: Scalar) -> Scalar:
 
 
 def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
-    """Return the epochs that a mail costs, by the setting that asks for them."""
+    """Return the epochs that a mail costs, by the setting that asks for them; an introduction, what will be asked."""
+    if kind == "introduce":
+        return _epochs(config, "start") | _epochs(config, "learn")
     if kind == "start":
         return {"pretrain-epochs": config.pretrain_epochs}
     if kind == "merge":
