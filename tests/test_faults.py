@@ -1,22 +1,14 @@
 """What really happens to real peers: each fault costs its round at most the time it may take, and no peer its state."""
 
 import contextlib
-import os
 import resource
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import psutil
 import pytest
-from deployed import ELSEWHERE, Federated, Run, learned
+from deployed import Federated, Run
 from safetensors import safe_open
-from tcp_link import TcpLink
-
-from experiments.deploy import trial
-from experiments.superlink import free_port, take_down
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(1800)]
 
@@ -62,7 +54,7 @@ def goes_on_without(run: Run, name: str, *, since: int, rounds: int = 2) -> None
     """Wait until some rounds have closed without a peer; the others answered in each of them."""
     run.wait_until(lambda: run.closed() >= since + rounds)
     others = [row for row in run.rows() if row["peer"] != name and since < row["round"] <= since + rounds]
-    assert {row["status"] for row in others} == {"ok"}, others
+    assert len(others) >= rounds and {row["status"] for row in others} <= {"ok"}, others
 
 
 def comes_back(run: Run, name: str, *, since: int, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -73,41 +65,6 @@ def comes_back(run: Run, name: str, *, since: int, meanwhile: Callable[[], objec
         return run.row(name, "ok", since=since) is not None
 
     run.wait_until(back)
-
-
-def server_app(federation: Federated) -> psutil.Process:
-    """Return the process of the ServerApp."""
-    superlink = psutil.Process(federation.process("superlink").pid)
-    (found,) = (p for p in superlink.children(recursive=True) if "flwr-serverapp" in " ".join(p.cmdline()[:3]))
-    return found
-
-
-def test_a_run_goes_on_after_its_serverapp_and_then_the_superlink_were_killed(federation, tmp_path):
-    """It ends with what an uninterrupted one learns."""
-    settings = {"strategy": "averaged", "rounds": 3}
-    folder = tmp_path / "run"
-    first = federation.run(folder, **settings)
-    first.wait_for("round   0/3")
-    server_app(federation).kill()
-    first.stop()  # Flower itself notices after a minute
-    assert first.closed() < 3
-
-    second = federation.run(folder, resume=str(folder), **settings)
-    second.wait_for("resumed after round")
-    second.wait_until(lambda: second.closed() > first.closed())
-    psutil.Process(federation.process("superlink").pid).kill()
-    assert second.end() != ""
-    closed = second.closed()
-    assert closed < 3
-
-    trial.start_superlink(federation.deployment)
-    federation.wait_until_connected()
-    third = federation.run(folder, resume=str(folder), **settings)
-
-    assert third.end() == ""
-    assert any(f"resumed after round {closed}" in line for line in third.said)
-    uninterrupted = federation.simulated(tmp_path / "simulated", **settings).rows()
-    assert learned(third.rows()) == learned(uninterrupted)
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_state_as_it_was(share, federation):
@@ -167,9 +124,8 @@ def test_a_cut_link_costs_the_others_one_round_and_mends(share, federation):
 
 
 def lose(
-    run: Run, federation: Federated, *, cut: Callable[[], object], mend: Callable[[], object], rounds: int = 0,
-    wait: Callable[[], object] = lambda: None,
-) -> None:  # fmt: skip
+    run: Run, federation: Federated, *, cut: Callable[[], object], mend: Callable[[], object], rounds: int
+) -> None:
     """Cut peer-0 off for a while; it comes back by itself."""
     cut()
     try:
@@ -177,66 +133,9 @@ def lose(
         run.wait_until(lambda: run.row("peer-0", "late", since=since))
         late = run.row("peer-0", "late", since=since)
         goes_on_without(run, "peer-0", since=late["round"], rounds=rounds)
-        wait()
         state = saved(federation, "peer-0")
     finally:
         mend()
     comes_back(run, "peer-0", since=late["round"] + 1)
     assert max(state) in (late["round"], late["round"] - 1)
     assert run.reason is None
-
-
-def ip(*words: object) -> None:
-    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True)
-
-
-@pytest.fixture
-def namespace(federation) -> Iterator[str]:
-    """Yield a network namespace whose one way out is a cable to this machine."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("a network namespace needs root and the program ip (iproute2)")
-    name, near, far = f"fedkd-{os.getpid()}", f"fk{os.getpid()}", f"fp{os.getpid()}"
-    try:
-        ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespace can be made here: {error.stderr.decode().strip()}")
-    try:
-        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
-        ip("address", "add", f"{ELSEWHERE}/30", "dev", near)
-        ip("link", "set", near, "up")
-        ip("-n", name, "address", "add", f"{ELSEWHERE[:-1]}2/30", "dev", far)
-        for device in ("lo", far):
-            ip("-n", name, "link", "set", device, "up")
-        yield name
-    finally:
-        ip("netns", "delete", name)  # and with it both ends of the cable
-
-
-@pytest.mark.slow
-def test_a_cable_that_is_out_for_30_seconds(share, federation, namespace):
-    """The link of one peer's network namespace goes down: no packet and no reset arrives."""
-    deployment, run = federation.deployment, share()
-    with TcpLink((ELSEWHERE, 0), ("127.0.0.1", deployment.fleet_port)) as link:
-        take_down(federation.process("peer-0").pid, grace=5.0, hurry=lambda: False)
-        command = deployment.supernode_command("peer-0", port=free_port())
-        command[command.index("--superlink") + 1] = f"{ELSEWHERE}:{link.port}"
-
-        def supervise(start: Callable[[], object]) -> None:
-            if not federation.process("peer-0").lives():
-                start()
-
-        def start_inside() -> None:
-            inside = ["ip", "netns", "exec", namespace, *command]
-            trial.start(deployment, "peer-0", inside, deployment.peer("peer-0"))
-
-        comes_back(run, "peer-0", since=run.closed() + 3, meanwhile=lambda: supervise(start_inside))
-        device = f"fp{os.getpid()}"
-        lose(
-            run, federation,
-            cut=lambda: ip("-n", namespace, "link", "set", device, "down"),
-            mend=lambda: ip("-n", namespace, "link", "set", device, "up"),
-            wait=lambda: subprocess.run(["sleep", "30"], check=True),
-        )  # fmt: skip
-        take_down(federation.process("peer-0").pid, grace=5.0, hurry=lambda: False)
-    start_outside = partial(federation.start_supernode, "peer-0")
-    comes_back(run, "peer-0", since=run.closed() + 3, meanwhile=lambda: supervise(start_outside))
