@@ -15,8 +15,8 @@ from strategies.post import Post
 from strategies.relay import RelayError, same_said_once
 from strategies.roster import Member, expected, member, roster
 
-_NODE_WAIT = 0.1  # seconds between looks at the list of nodes
-_SETTLED = 10  # looks without a newcomer after which a federation of unknown size is taken as complete
+_NODE_WAIT = 0.05  # seconds between looks at the list of nodes
+_AT_FIRST, _SETTLED = 2, 20  # looks without a newcomer after which those that came are asked, and taken to be all
 
 
 def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> list[Member]:
@@ -59,8 +59,9 @@ def _complete(members: Sequence[Member], config: RunConfig) -> bool:
 def _wait_for_newcomers(post: Post, config: RunConfig, met: set[int], missing: int) -> set[int]:
     """Wait for nodes that have not been met: as many as are missing.
 
-    Where only the peers know how many they are, one that errs must not make the others wait for peers that do not
-    exist: newcomers are returned too once no more have come for a while.
+    Where only the peers know how many they are, the first that come are asked: they know for how many more to wait.
+    One that errs must not make the others wait for peers that do not exist: newcomers are returned too once no more
+    have come for a while.
     """
     deadline = time.monotonic() + config.round_timeout
     seen, quiet = -1, 0
@@ -68,7 +69,7 @@ def _wait_for_newcomers(post: Post, config: RunConfig, met: set[int], missing: i
         newcomers = set(post.nodes()) - met
         quiet = quiet + 1 if len(newcomers) == seen else 0
         seen = len(newcomers)
-        settled = not config.peers and quiet >= _SETTLED
+        settled = not config.peers and quiet >= (_SETTLED if met else _AT_FIRST)
         if newcomers and ((missing and seen >= missing) or settled):
             return newcomers
         if time.monotonic() > deadline and (config.peers or not newcomers):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.distributions import Categorical
 
 from fedkd.balanced import balanced, online
 from fedkd.divergences import jeffreys, kl, reverse_kl
@@ -140,6 +141,8 @@ def test_online_wants_a_label_for_each_sample():
 @given(student=rows, teacher=rows, shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)))
 @law
 def test_neither_a_shift_of_the_logits_nor_the_order_of_classes_matters(student, teacher, shifts):
+    gap = Categorical(logits=student).entropy() - Categorical(logits=teacher).entropy()
+    assume(gap.abs().min() > 1e-6)  # where the entropies are equal, rounding takes the side
     order = torch.tensor([2, 0, 3, 1])
     for rule in ("opposite", "none"):
         expected = balanced(student, teacher, rule=rule)
