@@ -13,16 +13,20 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-# A busy machine makes no property wrong.
-settings.register_profile("untimed", deadline=None)
+# A busy machine makes no property wrong; and CI tries the same examples every time, developers new ones.
+settings.register_profile("untimed", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what neither takes minutes nor goes through Flower and Ray."""
+    """Mark what neither takes minutes nor goes through Flower and Ray, and tell what may not run side by side."""
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "flower"))):
             item.add_marker(pytest.mark.quick)
+        elif "federation" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("federation"))  # it is one, and takes long to start
+        else:
+            item.add_marker(pytest.mark.xdist_group("simulation"))  # each has a Ray that takes all cores
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A real federation on the loopback interface that tests share, and runs on it that are followed in the background."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from cable import NEAR, Cable, cable
 from federation import federate, local_grid
 from tcp_link import TcpLink
 
@@ -27,7 +29,6 @@ from fedkd.errors import FedkdError
 from fedkd.seeding import derive
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = "10.213.87.1"  # this machine as a network namespace sees it, where a test makes one
 SEED, PROXY_SIZE, MODELS = 3, 60, "mlp,cnn-small,resnet8"
 SMALL = {
     "proxy-size": PROXY_SIZE, "pretrain-epochs": 1, "rounds": 2, "distill-epochs": 1, "controls": "", "seed": SEED,
@@ -37,7 +38,7 @@ SECONDS = 1500.0
 
 
 def new_deployment(folder: Path) -> Deployment:
-    deployment = Deployment(folder, ("127.0.0.1", ELSEWHERE), 3, free_port(), free_port(), free_port())
+    deployment = Deployment(folder, ("127.0.0.1", NEAR), 3, free_port(), free_port(), free_port())
     create(deployment, demo=True)
     return deployment
 
@@ -72,10 +73,14 @@ def _pixels(inputs) -> np.ndarray:
 
 
 class Federated:
-    """A deployment whose parties run: peer-0 behind a link that can be cut, peer-2 on code that its owner pinned."""
+    """A deployment whose parties run: peer-0 behind a line that can be cut, peer-2 on code that its owner pinned.
 
-    def __init__(self, deployment: Deployment, app: Path, link: TcpLink) -> None:
-        self.deployment, self.app, self.link = deployment, app, link
+    The line is a cable into a network namespace where this machine allows that, and else a TCP connection.
+    """
+
+    def __init__(self, deployment: Deployment, app: Path, link: TcpLink, wire: Cable | None) -> None:
+        self.deployment, self.app, self._link, self._wire = deployment, app, link, wire
+        self.line: Cable | TcpLink = wire or link
         self.start_seconds = 0.0  # what a start took: a measure of how busy this machine is
 
     def start_supernode(self, name: str) -> None:
@@ -83,7 +88,8 @@ class Federated:
         deployment = self.deployment
         command = deployment.supernode_command(name, port=free_port())
         if name == "peer-0":
-            command[command.index("--superlink") + 1] = f"127.0.0.1:{self.link.port}"
+            command[command.index("--superlink") + 1] = f"{self._link.host}:{self._link.port}"
+            command = self._wire.inside(command) if self._wire else command
         if name == "peer-2":
             command = self._protected(command)
         trial.start(deployment, name, command, deployment.peer(name))
@@ -136,8 +142,11 @@ def share_federation(new_folder: Callable[[str], Path]) -> Iterator[Federated]:
     """Yield a federation that is up; afterwards see that all of it has ended."""
     deployment = new_deployment(new_folder("deploy") / "d")
     deal_as_the_simulation_does(deployment)
-    with TcpLink(("127.0.0.1", 0), ("127.0.0.1", deployment.fleet_port)) as link:
-        federated = Federated(deployment, copy_app(new_folder("app")), link)
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(cable())
+        # The SuperLink of a trial listens on the loopback interface alone: the link takes in what the cable brings.
+        link = stack.enter_context(TcpLink((NEAR if wire else "127.0.0.1", 0), ("127.0.0.1", deployment.fleet_port)))
+        federated = Federated(deployment, copy_app(new_folder("app")), link, wire)
         federated.pin(new_folder("bundle"))
         began = time.monotonic()
         try:

@@ -19,7 +19,7 @@ class TcpLink:
 
     def __init__(self, listen: tuple[str, int], target: tuple[str, int]) -> None:
         self._listener, self._target = socket.create_server(listen), target
-        self.port = self._listener.getsockname()[1]
+        self.host, self.port = self._listener.getsockname()
         self._mended, self._closed = threading.Event(), False
         self._mended.set()
         self._open: list[socket.socket] = []
