@@ -144,10 +144,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def price(run: Run, target: float, *, after: int = -1) -> Price:
-    """Return what a run paid until the mean accuracy of its peers reached a target, in a round later than ``after``."""
+def price(run: Run, target: float) -> Price:
+    """Return what a run paid until the mean accuracy of its peers reached a target.
+
+    Before a distilled start round 0 measures the peers' own models, which federated averaging then leaves behind: it
+    reaches nothing. The merged model is measured in round 1, so that the exchange it is made of is one of the rounds.
+    """
     for point in run.curve():
-        if point.round > after and point.accuracy >= target:
+        if point.accuracy >= target and not (point.round == 0 and run.starts_distilled):
             return Price(point.round, point.bytes, point.seconds)
     return Price(math.inf, math.inf, math.inf)
 

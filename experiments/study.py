@@ -40,6 +40,7 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "consensus": ("strategy", ("consensus",)),
     "fedavg-start": ("strategy", ("fedavg",)),
     "fedavg-model": ("strategy", ("fedavg",)),
+    "merge-epochs": ("fedavg-start", ("distilled",)),
     **{f"cakd-{name}": ("divergence", ("cakd", "dkd")) for name in ("alpha", "beta", "mode", "strong", "top-k")},
     **{f"bdkd-{name}": ("divergence", ("bdkd",)) for name in ("delta", "rule")},
     **{
@@ -112,6 +113,11 @@ class Run:
     def seed(self) -> int:
         """Return its seed."""
         return int(self.settings["seed"])
+
+    @property
+    def starts_distilled(self) -> bool:
+        """Tell whether it is federated averaging from a model that was distilled from the peers' own."""
+        return self.settings["strategy"] == "fedavg" and self.settings["fedavg-start"] == "distilled"
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """What a report says in words: what came out, and how much of it can be told from noise."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from experiments.statistics import FEWEST_SEEDS, mean, median, price
-from experiments.study import Scenario, Study
+from experiments.study import Scenario, Study, differing, has_effect, label
 from strategies.console import size
 
 NEAR_THE_BEST = 0.98
@@ -59,27 +60,37 @@ def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool,
     return lines
 
 
-def _head_start(scenario: Scenario, where: str) -> list[str]:
-    """Say by how much a distilled start cuts the rounds of federated averaging, where both starts were run."""
-    by_start = {v.settings["fedavg-start"]: v for v in scenario.variants if v.settings["strategy"] == "fedavg"}
-    if set(by_start) != {"cold", "distilled"}:
-        return []
-    cold, distilled = by_start["cold"].runs, by_start["distilled"].runs
-    needed: list[tuple[float, float]] = []
-    for seed in cold.keys() & distilled.keys():
-        level = NEAR_THE_BEST * max(point.accuracy for point in cold[seed].curve())
-        needed.append((price(cold[seed], level).rounds, 1 + price(distilled[seed], level, after=0).rounds))
-    if not needed:
-        return []
-    ours, theirs = (median([pair[i] for pair in needed]) for i in (1, 0))
-    text = f"{where}to 98 % of a cold start's best accuracy federated averaging needs {theirs:g} rounds from that start"
-    if math.isinf(ours):
-        return [f"{text}, and does not get there from a distilled one (medians over {len(needed)} seeds)."]
-    cut = f", a cut of {1 - ours / theirs:.0%}" if theirs else ""
-    return [
-        f"{text} and {ours:g} from a distilled one{cut} (medians over {len(needed)} seeds; the exchange before a "
-        "distilled start is charged as one round)."
+def _head_start(scenario: Scenario, where: str) -> Iterator[str]:
+    """Say by how much a distilled start cuts the rounds of federated averaging, for every two that differ in that."""
+    averaging = [v for v in scenario.variants if v.runs and v.settings["strategy"] == "fedavg"]
+    keys = [key for key in differing(averaging) if key != "fedavg-start"]
+    pairs = [
+        (cold, distilled)
+        for cold, distilled in itertools.product(averaging, averaging)
+        if (cold.settings["fedavg-start"], distilled.settings["fedavg-start"]) == ("cold", "distilled")
+        and all(cold.settings[key] == distilled.settings[key] for key in keys if has_effect(cold.settings, key))
     ]
+    for cold, distilled in pairs:
+        seeds = sorted(cold.runs.keys() & distilled.runs.keys())
+        levels = [NEAR_THE_BEST * max(point.accuracy for point in cold.runs[seed].curve()) for seed in seeds]
+        theirs, ours = (
+            median([price(variant.runs[seed], level).rounds for seed, level in zip(seeds, levels, strict=True)])
+            for variant in (cold, distilled)
+        )
+        if seeds:
+            which = f"{label(distilled.settings, keys)}: " if len(pairs) > 1 else ""
+            yield f"{where}{which}{_rounds_saved(theirs, ours, len(seeds))}"
+
+
+def _rounds_saved(cold: float, distilled: float, seeds: int) -> str:
+    text = f"to 98 % of a cold start's best accuracy federated averaging needs {cold:g} rounds from that start"
+    if math.isinf(distilled):
+        return f"{text}, and does not get there from a distilled one (medians over {seeds} seeds)."
+    cut = f", a cut of {1 - distilled / cold:.0%}" if cold else ""
+    return (
+        f"{text} and {distilled:g} from a distilled one{cut} (medians over {seeds} seeds; the exchange before a "
+        "distilled start is the first of its rounds)."
+    )
 
 
 def how_to_read(scenario: Scenario) -> str:

@@ -226,8 +226,21 @@ def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_star
 
     page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
 
-    # Round 0 of a distilled start is the peers' own models, not the averaged one; the exchange counts as a round.
-    assert "needs 4 rounds from that start and 3 from a distilled one, a cut of 25%" in page
+    # Round 0 of a distilled start is the peers' own models, not the averaged one; the exchange is the first round.
+    assert "needs 4 rounds from that start and 2 from a distilled one, a cut of 50%" in page
+
+
+def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_it_in_all_else(tmp_path, undrawn):
+    cold, settings = [0.1, 0.3, 0.5, 0.6, 0.7], {"strategy": "fedavg"}
+    runs = [make_run(tmp_path / f"cold-{n}", [[a] for a in cold], **settings, local_epochs=n) for n in (1, 2)]
+    for epochs, curve in ((20, [0.1, 0.7, 0.7, 0.7, 0.7]), (5, [0.1, 0.2, 0.7, 0.7, 0.7])):
+        settings |= {"fedavg_start": "distilled", "merge_epochs": epochs, "temperature": epochs / 5}
+        runs.append(make_run(tmp_path / f"distilled-{epochs}", [[a] for a in curve], **settings, local_epochs=2))
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    told = re.findall(r"merge-epochs (\d+).*: to 98 % .* needs (\d) rounds from that start and (\d) from", page)
+    assert told == [("20", "4", "1"), ("5", "4", "2")]
 
 
 def test_the_commands_report_and_show(folders, tmp_path, monkeypatch):

@@ -92,3 +92,18 @@ def test_a_target_that_was_never_reached_stays_in_the_table(tmp_path):
     assert "| 2 | 3.00 MB |" in cold
     assert distilled.count("not reached") == 4
     assert "2 → not reached" in render("saved", tmp_path)
+
+
+def test_a_distilled_start_is_counted_from_the_merged_model_and_its_exchange_once(tmp_path):
+    ways = [("cold", [0.1, 0.5, 0.8, 1.0]), ("distilled", [0.9, 0.75, 0.75, 1.0])]
+    rows = [
+        {"partition": partition, "strategy": "fedavg", "fedavg-start": start, "codec": None, "seed": 0,
+         "round": round, "accuracy": accuracy, "bytes": 1e6}
+        for partition in ("iid", "dirichlet") for start, curve in ways for round, accuracy in enumerate(curve)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "rounds.csv", index=False)
+
+    lines = render("saved", tmp_path).splitlines()
+
+    assert "| iid | 70.0 % | 2 → 1 | 50 % | 100 % |" in lines
+    assert "| iid | 90.0 % | 3 → 3 | 0 % | 33 % |" in lines

@@ -229,6 +229,15 @@ def test_a_target_that_is_not_reached_is_kept_as_infinite(tmp_path):
     assert median([price(run, 0.5).rounds, price(run, 0.8).rounds]) == math.inf
 
 
+def test_the_peers_own_models_before_a_distilled_start_reach_no_target(tmp_path):
+    curve = [[0.7], [0.5], [0.6], [0.7]]
+    averaged = read_run(make_run(tmp_path / "a", curve, strategy="fedavg", fedavg_start="distilled"))
+    exchanged = read_run(make_run(tmp_path / "b", curve))
+
+    assert (price(averaged, 0.5).rounds, price(averaged, 0.65).rounds) == (1, 3)
+    assert price(exchanged, 0.5).rounds == 0  # there the peers' own models are what is exchanged about
+
+
 def test_controls_see_agreement_and_its_absence(tmp_path):
     agreeing = study(runs_of(
         tmp_path / "good",

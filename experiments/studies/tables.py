@@ -96,17 +96,25 @@ def _saved(frame: pd.DataFrame) -> str:
                 for seed, cold in sorted(runs["cold"].items())
             ]
             words = ", ".join(f"{_count(cold)} → {_count(distilled)}" for cold, distilled in needed)
-            cuts = [_cut(needed, exchange) for exchange in (0, 1)]
+            cuts = [_cut(needed, free) for free in (0, 1)]
             rows.append([partition, f"{100 * share * end:.1f} %", words, *cuts])
     return _markdown(
-        ["partition", "target", "rounds, cold → distilled, by seed", "mean cut", "the exchange counted as a round"],
+        [
+            "partition", "target", "rounds, cold → distilled, by seed", "mean cut, the exchange counted as a round",
+            "mean cut, the exchange not counted",
+        ],
         rows,
-    )
+    )  # fmt: skip
 
 
-def _cut(needed: Sequence[tuple[float, float]], exchange: int) -> str:
-    """Return the mean cut over the seeds under which cold FedAvg reached the target."""
-    cuts = [1 - (distilled + exchange) / cold for cold, distilled in needed if math.isfinite(cold)]
+def _cut(needed: Sequence[tuple[float, float]], free: int) -> str:
+    """Return the mean cut over the seeds under which cold FedAvg reached the target.
+
+    Args:
+        needed: rounds of the cold and of the distilled start; the exchange before the latter is one of its rounds.
+        free: how many of its rounds are not counted.
+    """
+    cuts = [1 - (distilled - free) / cold for cold, distilled in needed if math.isfinite(cold)]
     return f"{100 * fmean(cuts):.0f} %" if cuts and all(map(math.isfinite, cuts)) else "—"
 
 
@@ -228,8 +236,12 @@ def _ways(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _price(run: pd.DataFrame, target: float) -> tuple[float, float]:
-    """Return rounds and bytes until a target; infinite where it was not reached."""
-    reached = run[run["accuracy"] >= target].sort_values("round")
+    """Return rounds and bytes until a target; infinite where it was not reached.
+
+    Round 0 of a distilled start measures the peers' own models, not FedAvg's.
+    """
+    first = 1 if (run["fedavg-start"] == "distilled").any() else 0
+    reached = run[(run["accuracy"] >= target) & (run["round"] >= first)].sort_values("round")
     return (float(reached["round"].iloc[0]), float(reached["bytes"].iloc[0])) if len(reached) else (math.inf, math.inf)
 
 
