@@ -13,6 +13,8 @@ from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError
 
+_PEERS = 6
+
 app = typer.Typer(
     help="Sites with different, already trained models learn from one another's logits on a public proxy set.",
     no_args_is_help=True,
@@ -51,6 +53,15 @@ def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]
         yield board.follow
 
 
+def _peers_before(resumed: str) -> int:
+    """Return how many peers the run in a folder had; 0 without a folder, or if that was not known yet."""
+    if not resumed:
+        return 0
+    from experiments.study import read_run
+
+    return int(read_run(Path(resumed)).settings["peers"])
+
+
 @app.callback()
 def _common(
     version: Annotated[
@@ -65,7 +76,9 @@ def run(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
     ] = None,
-    peers: Annotated[int, typer.Option(help="Number of peers.")] = 6,
+    peers: Annotated[
+        int | None, typer.Option(help="Number of peers; default: 6, or as many as the run had that is resumed.")
+    ] = None,
     cpus_per_peer: Annotated[int, typer.Option(help="CPUs of a peer's actor.")] = 1,
     gpus_per_peer: Annotated[float, typer.Option(help="GPUs of a peer's actor; 0.25: four actors on one GPU.")] = 0.0,
     actors: Annotated[int | None, typer.Option(help="Peers that work at once; default: all that fit.")] = None,
@@ -96,6 +109,8 @@ def run(
         from fedkd.config import RunConfig
 
         RunConfig.from_mapping({**project.defaults, **settings})
+    if peers is None:
+        peers = _peers_before(str(settings.get("resume", ""))) or _PEERS
     federation = Federation(
         peers=peers,
         cpus_per_peer=cpus_per_peer,

@@ -92,12 +92,13 @@ class Run:
     Attributes:
         path: the folder.
         name: of the folder.
-        settings: all of them; ``peers`` is how many took part.
+        settings: all of them; ``peers`` is how many took part, 0 if it was stopped before that was known.
         environment: versions, machine, commit.
         rows: of ``rounds.jsonl``.
         summary: ``summary.json``; empty if the run did not finish.
         problems: what could not be read, by file and line.
         error: why it did not finish.
+        simulated: whether its peers were stand-ins on one machine.
     """
 
     path: Path
@@ -108,6 +109,7 @@ class Run:
     summary: Mapping[str, Any]
     problems: tuple[str, ...] = ()
     error: str = ""
+    simulated: bool = True
 
     @property
     def seed(self) -> int:
@@ -290,8 +292,9 @@ def read_run(path: Path) -> Run:
             problems.append(f"{path / 'summary.json'}: left out, not a run's summary ({_brief(repr(error))})")
     failure = path / "error.txt"
     text = failure.read_text(errors="replace").strip() if failure.exists() else "" if summary else "not finished"
-    settings["peers"] = len({row.peer for row in rows}) or settings["peers"]
-    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text)
+    settings["peers"] = len({row.peer for row in rows}) or config.get("peers") or settings["peers"]
+    simulated = bool(config.get("simulated", True))
+    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text, simulated)
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:

@@ -141,6 +141,10 @@ class RunFolder:
         """Write ``config.json``: every setting, the versions, the commit, and facts about this run."""
         self._write("config.json", {"settings": dict(settings), **facts, "environment": environment()})
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """Add to ``config.json`` what became known after the run began."""
+        self._write("config.json", {**self.read_config(), **facts})
+
     def clear(self) -> None:
         """Remove what an earlier run in this folder left, so that nothing of it can be taken for this one's."""
         for name in _LEFT:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ _SHARES = {"test_accuracy", "own_accuracy", "ece"}
 _BINS = {"confidence", "accuracy", "samples"}
 _MOST_BINS = 64
 _LONGEST_TEXT = 500
+_MOST_NAMES = 12
 
 
 class RelayError(FedkdError):
@@ -48,6 +49,9 @@ class Relay:
     Attributes:
         rows: all rows so far.
         ledger: what it needs to go on.
+
+    Raises:
+        RelayError: other peers are here than were before the run was stopped.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Relay:
         self._settings = config.to_mapping()
         self.ledger = Ledger.load(folder.path) if resume else Ledger()
         self.rows: list[Row] = folder.rewind(self.ledger.round) if resume else []
+        _refuse_other_peers(self.rows, members)
         self._began = (time.monotonic() if began is None else began) - self.ledger.elapsed
         self._bytes_before = self.ledger.bytes_up - post.bytes_up, self.ledger.bytes_down - post.bytes_down
         self._bins: list[tuple[int, str, Mapping[str, Sequence[float]]]] = []
@@ -227,6 +232,22 @@ class Relay:
         if absent:
             return replace(row, status="absent")
         return replace(row, status="late", error=f"no answer within {self.config.round_timeout:g} s")
+
+
+def _refuse_other_peers(rows: Sequence[Row], members: Sequence[Member]) -> None:
+    """Refuse to go on among others: a peer's number decides what data it holds, and of how many parts."""
+    before, now = dict.fromkeys(row.peer for row in rows), [m.name for m in members]
+    if before and before.keys() != set(now):
+        raise RelayError(
+            f"the run that is resumed had {len(before)} peers ({_named(before)}), but now there are {len(now)} "
+            f"({_named(now)}): resume it among the same peers (in a simulation `--peers {len(before)}`)"
+        )
+
+
+def _named(names: Iterable[str]) -> str:
+    known = list(names)
+    more = len(known) - _MOST_NAMES
+    return ", ".join(known[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _measured(answer: Answer) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
     if strategy.topology:
         say(topology_line(strategy.topology))
     relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume), began=began)
+    folder.add_facts({"peers": len(members), "simulated": post.simulated})
     relay.run()
     if config.mode == "async":
         Asynchronous(relay, say=say).run()

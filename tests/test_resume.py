@@ -4,10 +4,13 @@ import random
 
 import pytest
 from federation import federate, local_grid
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from fedkd.errors import SettingError
 from fedkd.results import RunFolder
 from strategies.ledger import Ledger, LedgerError
+from strategies.relay import RelayError
 
 SETTINGS = {"rounds": 5, "topology": "ring", "strategy": "gossip", "models": "mlp"}
 
@@ -119,6 +122,32 @@ def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path):
 
     with pytest.raises(SettingError, match=r"`rounds` to be 2 as in the run that is resumed, but got 99"):
         federate(tmp_path, 2, grid=grid, resume=str(first.folder), rounds=99)
+
+
+@pytest.mark.parametrize("now", [3, 6])
+def test_a_run_is_not_resumed_with_another_number_of_peers(tmp_path, now):
+    first = federate(tmp_path, 4, grid=local_grid(tmp_path, 4))
+    before = first.timeless_rows()
+
+    with pytest.raises(RelayError, match=rf"had 4 peers \(peer-0, .*peer-3\), but now there are {now} \(peer-0, "):
+        federate(tmp_path, now, grid=local_grid(tmp_path, now), resume=str(first.folder))
+    assert first.timeless_rows() == before
+
+
+@pytest.mark.parametrize(("words", "peers"), [([], 4), (["--peers", "5"], 5)])
+def test_the_command_takes_the_number_of_peers_from_the_run_that_is_resumed(tmp_path, monkeypatch, words, peers):
+    def kill(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(RunFolder, "append", kill)
+    with pytest.raises(Killed):  # before any row tells who takes part
+        federate(tmp_path, 4)
+    asked = []
+    monkeypatch.setattr("experiments.launch.launch", lambda app, settings, federation, **_: asked.append(federation))
+
+    CliRunner().invoke(app, ["run", f"resume={tmp_path / 'run'}", *words])
+
+    assert [federation.peers for federation in asked] == [peers]
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path):
