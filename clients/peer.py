@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = float("nan")
 NO_ROUND = -1
+_TOLD = {"refused_letters", "epsilon"}
+"""The metrics that do not depend on private data, told under a budget too."""
 
 Series = dict[str, list[float]]
 
@@ -83,7 +85,6 @@ class Peer:
         self.store = Store(place.state_dir, run)
         self.secrets = _secrets(place, run) if config.sealed else None
         self.private = Private.of(config, place)
-        self.withholds = not place.simulated and place.limits.epsilon is not None
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
 
@@ -96,8 +97,18 @@ class Peer:
         finally:
             spent = self.watch.take()  # after an error too: it is not the next mail's
         seconds = time.perf_counter() - started
-        told = spent if self.config.profile and not self.withholds else {}
+        if self.place.withholds:  # here, where every kind of answer passes
+            answer, spent = self._withheld(answer, mail), {}
+        told = spent if self.config.profile else {}
         return replace(answer, metrics={**answer.metrics, "seconds": seconds, **told})
+
+    def _withheld(self, answer: Answer, mail: Mail) -> Answer:
+        """Keep what was measured at this peer, and return the rest of an answer."""
+        measured = {name: value for name, value in answer.metrics.items() if name not in _TOLD}
+        if measured:
+            withhold(self.place, mail.run, mail.round, measured)
+        told = {name: value for name, value in answer.metrics.items() if name in _TOLD}
+        return replace(answer, metrics=told, series={})
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
@@ -193,9 +204,7 @@ class Peer:
         return self._reply(mail, metrics=found, series={"test_accuracy": accuracies})
 
     def _pooled(self, mail: Mail) -> Answer:
-        """The ceiling: one model on the private data of all, possible in a simulation only."""
-        if not self.place.simulated:
-            raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
+        """The ceiling: one model on the private data of all, in a simulation; a deployed peer's limits refuse it."""
         self.site = open_pool(self.config, self.place, self.device)
         model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
@@ -277,15 +286,11 @@ class Peer:
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
-        if self.withholds:
-            withhold(self.place, mail.run, mail.round, found)
-            found = {}
         found["refused_letters"] = len(refused or [])
         if self.private:
             found["epsilon"] = self.private.epsilon
         facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
-        series = {} if self.withholds else bins
-        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=series)
+        return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=bins)
 
     def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
         """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""

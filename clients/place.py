@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedkd.config import NAME, PEER, STRATEGIES, STRATEGY, RunConfig, Scalar, numbers, split_list
+from fedkd.config import NAME, PEER, STRATEGIES, STRATEGY, Rule, RunConfig, Scalar, above, at_least, numbers, split_list
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
 from fedkd.plugins import is_callable_spec
@@ -43,6 +43,15 @@ _KEYS: dict[str, type] = {
     "identity": str,
     "trusted-keys": str,
 }
+_RULES = {
+    "name": NAME,
+    "allowed-strategies": Rule(
+        f"a comma-separated choice of {', '.join(STRATEGIES)} or `package.module:Class`",
+        lambda v: all(map(STRATEGY.accepts, split_list(v))),
+    ),
+    "max-epsilon": above(0),
+    "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Limits:
     Attributes:
         strategies: the strategies it takes part in; by default those in which no server reads what it knows.
         sealed: whether it takes part only where mail is sealed.
-        epochs: the most epochs that one mail may cost.
+        epochs: the most epochs that one mail may cost, all phases together.
         payload: the most bytes of arrays in one mail.
         seconds: the longest time that one mail may take.
         epsilon: the ε that all it ever publishes may amount to; None: it demands no differential privacy. With a
@@ -89,15 +98,19 @@ class Limits:
             allowed = f"one of {', '.join(self.strategies)} (this peer's `allowed-strategies`)"
             raise SettingError("strategy", config.strategy, allowed)
         if self.sealed and not config.sealed:
-            raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`)")
+            raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`, or its `trusted-keys`)")
+        _check_kind(config, kind)
         self._check_privacy(config, kind)
-        for setting, epochs in _epochs(config, kind).items():
-            if epochs > self.epochs:
-                raise SettingError(
-                    setting, epochs, f"at most {self.epochs} epochs in a mail (this peer's `max-epochs`)"
-                )
+        for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
+            self._check_epochs(_epochs(config, asked))
         if config.threads > (cpus := os.cpu_count() or 1):
             raise SettingError("threads", config.threads, f"at most {cpus}, the CPUs of this peer")
+
+    def _check_epochs(self, epochs: Mapping[str, int]) -> None:
+        if (total := sum(epochs.values())) > self.epochs:
+            setting = max(epochs, key=lambda name: epochs[name])
+            allowed = f"such that a mail costs at most {self.epochs} epochs (this peer's `max-epochs`), not {total}"
+            raise SettingError(setting, epochs[setting], allowed)
 
     def _check_privacy(self, config: RunConfig, kind: Kind) -> None:
         if self.epsilon is None:
@@ -154,6 +167,11 @@ class Place:
     trusted_keys: str = ""
     limits: Limits = field(default_factory=Limits)
 
+    @property
+    def withholds(self) -> bool:
+        """Whether what it measures stays with it."""
+        return not self.simulated and self.limits.epsilon is not None
+
     @classmethod
     def of_own(cls, own: Own, *, name: str, root: Path, simulated: bool) -> "Place":
         """Read a peer's own configuration, as :func:`own_settings` returns it.
@@ -200,7 +218,7 @@ class Place:
         deployed peer leaves nothing open: no path, data source, code or device that the server names is used.
 
         Raises:
-            SettingError: a deployed peer lacks what it has to bring, or the server asks it to run code.
+            SettingError: a deployed peer lacks what it has to bring, or the server names code for it to run.
         """
         own = {
             "dataset": self._own_dataset(config.dataset),
@@ -216,7 +234,7 @@ class Place:
             if not value or value == "split":
                 allowed = f"set by peer {self.name} itself: a deployed peer opens nothing that the server names"
                 raise SettingError(setting, value, allowed)
-        if config.strategy == "fedavg" and config.fedavg_model not in names():
+        if config.fedavg_model not in names():  # whatever the strategy says: no kind of mail may get to run it
             raise SettingError("fedavg-model", config.fedavg_model, f"one of {', '.join(names())} in a deployment")
         if is_callable_spec(config.divergence):
             raise SettingError("divergence", config.divergence, "one of the library's in a deployment")
@@ -291,32 +309,55 @@ def _checked(key: str, value: Scalar) -> Scalar:
     if type(value) is not kind:
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
         raise SettingError(key, value, words[kind])
-    if key == "name" and not NAME.accepts(value):
-        raise SettingError(key, value, NAME.phrase)
-    if key == "allowed-strategies" and not all(map(STRATEGY.accepts, split_list(str(value)))):
-        raise SettingError(key, value, f"a comma-separated choice of {', '.join(STRATEGIES)} or `package.module:Class`")
-    if kind in (int, float) and not 0 <= float(value) < float("inf"):
-        raise SettingError(key, value, "a number >= 0")
+    rule = _RULES.get(key) or (at_least(0) if kind in (int, float) else None)
+    if rule and not rule.accepts(value):
+        raise SettingError(key, value, rule.phrase)
     return value
 
 
+def _merges(config: RunConfig) -> bool:
+    return config.strategy == "fedavg" and config.fedavg_start == "distilled"
+
+
+def _will_be_asked(config: RunConfig) -> tuple[Kind, ...]:
+    """Return what a run asks of a peer; not the isolated control, whose refusal costs its own number only."""
+    return ("start", "merge", "learn") if _merges(config) else ("start", "learn")
+
+
+def _check_kind(config: RunConfig, kind: Kind) -> None:
+    """Refuse a mail that belongs to no run of real sites with these settings."""
+    if kind == "pooled":
+        raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
+    if kind == "merge" and not _merges(config):
+        found = f"{config.strategy}, fedavg-start {config.fedavg_start}"
+        raise SettingError("strategy", found, "fedavg, fedavg-start distilled where knowledge is to become weights")
+
+
 def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
-    """Return the epochs that a mail costs, by the setting that asks for them; an introduction, what will be asked."""
-    if kind == "introduce":
-        return _epochs(config, "start") | _epochs(config, "learn")
-    if kind == "start":
-        return {"pretrain-epochs": config.pretrain_epochs}
+    """Return the epochs that a mail costs, by the setting that asks for them.
+
+    What trains nothing and still goes through the data counts too: an evaluated round of the isolated control, and a
+    trial of a search.
+    """
+    local, distil = {"local-epochs": config.local_epochs}, {"distill-epochs": config.distill_epochs}
     if kind == "merge":
         return {"merge-epochs": config.merge_epochs}
     if kind == "isolated":
-        return {"rounds × local-epochs": config.rounds * config.local_epochs}
+        ((setting, epochs),) = (distil if config.joint else local).items()
+        return {f"rounds × {setting}": config.rounds * max(1, epochs)}
+    if kind == "start":
+        cold = config.strategy == "fedavg" and not _merges(config)
+        return local if cold else {"pretrain-epochs": config.pretrain_epochs}
     if kind != "learn":
         return {}
+    if config.strategy == "fedavg":
+        return local
     searched = config.regime == "tuned"
     trials = len(numbers(config.tune_temperatures)) * len(numbers(config.tune_weights)) if searched else 0
+    steps = distil if config.joint else distil | local
     return {
-        "distill-epochs": config.distill_epochs * (1 + trials),
-        "local-epochs": config.local_epochs * (1 + trials),
+        **{setting: epochs * (1 + trials) for setting, epochs in steps.items()},
+        "tune-temperatures × tune-weights": trials,
         "flow-auxiliary-epochs": config.flow_auxiliary_epochs if config.flow_auxiliary else 0,
     }
 

@@ -1,0 +1,144 @@
+"""What a hostile server can make a deployed peer do: every kind of mail, under every strategy."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+from federation import SMALL
+from sites import make_sites
+
+from clients.answering import answer
+from clients.peer import Peer
+from clients.place import Limits, Place, own_settings
+from fedkd.config import STRATEGIES, RunConfig
+from fedkd.errors import SettingError
+from fedkd.protocol import Kind, Letter, Mail, pack_mail, unpack_answer
+
+KINDS = get_args(Kind)
+SERVER_FREE = Limits().strategies
+SETTINGS = RunConfig.from_mapping({**SMALL, "pretrain-epochs": 1, "fedavg-model": "mlp", "pooled-model": "mlp"})
+TOLD = {"seconds", "refused_letters", "epsilon"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return make_sites(tmp_path_factory.mktemp("sites"), peers=2)[0]
+
+
+def ask(site, root, kind, *, round=0, letters=(), run="run", **settings):
+    """Send one mail to a deployed peer in this process."""
+    config = replace(SETTINGS, **settings)
+    place = Place.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
+    mail = Mail(kind, round, config.to_mapping(), run, letters, rounds=(1, 2))
+    return unpack_answer(answer(pack_mail(mail), place, Peer))
+
+
+def crafted():
+    """Return knowledge that no peer has: the same class everywhere."""
+    logits = np.tile(np.float32([9.0, *[0.0] * 9]), (60, 1))
+    return (Letter("site-1", 0, {"logits": logits}),)
+
+
+def every_kind(site, root, **settings):
+    """Start a peer and then send it every kind of mail; return the answers by kind."""
+    ask(site, root, "start", **settings)
+    rounds = {"introduce": 0, "start": 0}
+    return {
+        kind: ask(site, root, kind, round=rounds.get(kind, 1), letters=crafted(), **settings)
+        for kind in ("introduce", "start", "learn", "isolated", "pooled", "merge")
+    }
+
+
+def test_the_list_of_kinds_is_complete(site, tmp_path):
+    assert set(every_kind(site, tmp_path)) == set(KINDS)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "own.strategies:Mine"])
+@pytest.mark.parametrize("start", ["cold", "distilled"])
+def test_no_kind_of_mail_gets_more_than_knowledge_out_of_a_peer(site, tmp_path, strategy, start):
+    answers = every_kind(site, tmp_path, strategy=strategy, fedavg_start=start)
+
+    for kind, said in answers.items():
+        assert set(said.arrays) <= {"logits"}, kind
+        assert all(array.shape == (60, 10) for array in said.arrays.values())
+    assert "`controls` to be left out in a deployment" in answers["pooled"].error or strategy not in SERVER_FREE
+    assert "`strategy`" in answers["merge"].error
+    learned = {kind for kind, said in answers.items() if not said.error}
+    assert learned == ({"introduce", "start", "learn", "isolated"} if strategy in SERVER_FREE else set())
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "own.strategies:Mine"])
+def test_no_kind_of_mail_gets_a_measurement_out_of_a_peer_with_a_budget(site, tmp_path, strategy):
+    own = {**site, "max-epsilon": 3.0, "allowed-strategies": ",".join([*STRATEGIES, "own.strategies:Mine"])}
+
+    answers = every_kind(own, tmp_path, strategy=strategy, privacy_epsilon=1.0)
+
+    for kind, said in answers.items():
+        assert set(said.metrics) <= TOLD, kind
+        assert not said.series, kind
+        assert set(said.arrays) <= {"logits"}, kind
+    published = {kind for kind, said in answers.items() if said.arrays}
+    assert published == (set() if strategy == "fedavg" else {"start", "learn"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("setting", ["fedavg_model", "pooled_model", "divergence", "dataset", "proxy", "models"])
+@pytest.mark.parametrize("allowed", [SERVER_FREE, STRATEGIES])
+def test_no_kind_of_mail_runs_code_that_the_server_names(site, tmp_path, monkeypatch, kind, setting, allowed):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef c(*a, **k): raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {**site, "allowed-strategies": ",".join(allowed)}
+
+    for strategy in allowed:
+        ask(own, tmp_path, kind, letters=crafted(), strategy=strategy, **{setting: "evil:c"})
+
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_a_distilled_start_that_the_peer_allows_makes_weights_of_knowledge(site, tmp_path):
+    own = {**site, "allowed-strategies": "averaged,fedavg"}
+
+    merged = ask(own, tmp_path, "merge", round=1, letters=crafted(), strategy="fedavg", fedavg_start="distilled")
+    cold = ask(own, tmp_path, "merge", round=1, letters=crafted(), strategy="fedavg", fedavg_start="cold")
+
+    assert merged.arrays and not merged.error
+    assert not cold.arrays and "fedavg-start distilled where knowledge is to become weights" in cold.error
+
+
+def limited(epochs, kind, **settings):
+    Limits(("averaged", "fedavg"), epochs=epochs).check(replace(RunConfig(), **settings), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "cost"),
+    [
+        ("start", {"pretrain_epochs": 30}, 30),
+        ("start", {"strategy": "fedavg", "pretrain_epochs": 0, "local_epochs": 30}, 30),
+        ("start", {"strategy": "fedavg", "fedavg_start": "distilled", "pretrain_epochs": 30}, 30),
+        ("merge", {"strategy": "fedavg", "fedavg_start": "distilled", "merge_epochs": 30}, 30),
+        ("learn", {"distill_epochs": 20, "local_epochs": 10}, 30),
+        ("learn", {"strategy": "fedavg", "local_epochs": 30, "distill_epochs": 999}, 30),
+        ("learn", {"schedule": "mixed", "kd_weight": 0.5, "distill_epochs": 30, "local_epochs": 999}, 30),
+        ("learn", {"method": "infoflow", "flow_auxiliary": True, "flow_auxiliary_epochs": 27}, 30),
+        ("isolated", {"rounds": 10, "local_epochs": 3}, 30),
+        ("isolated", {"rounds": 30, "local_epochs": 0}, 30),
+        ("isolated", {"rounds": 10, "schedule": "mixed", "kd_weight": 0.5, "distill_epochs": 3}, 30),
+        ("introduce", {"pretrain_epochs": 30}, 30),
+        ("introduce", {"distill_epochs": 20, "local_epochs": 10}, 30),
+        ("introduce", {"strategy": "fedavg", "fedavg_start": "distilled", "merge_epochs": 30}, 30),
+        ("learn", {"regime": "tuned", "tune_weights": "1", "distill_epochs": 1, "local_epochs": 1}, 17),
+        ("learn", {"regime": "tuned", "tune_weights": "1,2", "distill_epochs": 0, "local_epochs": 0}, 10),
+    ],
+)
+def test_all_that_a_mail_costs_is_counted_together(kind, settings, cost):
+    """The default search tries five temperatures."""
+    limited(cost, kind, **settings)
+    with pytest.raises(SettingError, match=rf"at most {cost - 1} epochs \(this peer's `max-epochs`\), not {cost}"):
+        limited(cost - 1, kind, **settings)
+
+
+def test_a_control_of_endless_rounds_is_refused_at_once(site, tmp_path):
+    ask(site, tmp_path, "start")
+    said = ask(site, tmp_path, "isolated", rounds=10**9, local_epochs=0)
+    assert "`rounds × local-epochs`" in said.error and "got 1000000000" in said.error
