@@ -29,6 +29,8 @@ Setting = str | int | float | bool
 
 COMPLETED, STOPPED = "finished:completed", "finished:stopped"
 _TAIL = 200
+_LOOK_SECONDS, _PATIENCE = 0.5, 3.0
+_NO_REASON = ("", "No heartbeat received from the task")
 _WRAPPED = "An error was encountered. Ending simulation."
 
 
@@ -146,7 +148,7 @@ def launch(
     """
     out(f"$ {command_line(app, settings, federation)}")
     log, clock = _Log(out, quiet=not verbose), _Clock()
-    run_id, status, details = "", STOPPED, ""
+    run_id, status, details, last_words = "", STOPPED, "", ""
     with _Interrupts() as interrupts, _temporary_home(scratch) as home:
         environment = process_environment(os.environ if env is None else env, home, ray_address=federation.ray_address)
         environment.setdefault("FEDKD_COMMIT", git_commit(app))  # Flower runs a copy of the app, outside of git
@@ -160,21 +162,29 @@ def launch(
                 clock.mark("superlink")
                 run_id = _submit(flwr, app, settings, federation)
                 clock.mark("submit")
-                for line in flwr.lines("log", run_id, "--stream"):
-                    log.add(line)
+                with _stopped_if_gone(superlink, run_id, home, environment) as gone:
+                    for line in flwr.lines("log", run_id, "--stream"):
+                        log.add(line)
                 verdict = flwr.json("ls", "--run-id", run_id)["runs"][0]
                 status, details = str(verdict["status"]), str(verdict["status-details"])
+                if status == STOPPED and gone.is_set():
+                    details = ""  # Flower's are of our stopping it
                 superlink.grace = 0.0  # the run is over: its processes have nothing left to say
+            except LaunchError as error:
+                if run_id and superlink.has_ended():
+                    raise LaunchError(f"Flower's SuperLink {_broke_off(superlink.last_words())}") from error
+                raise
             except KeyboardInterrupt:
                 out("stopping the run (Ctrl-C once more: at once) ...")
             finally:
                 interrupts.disarm()
+            last_words = superlink.last_words() if status != COMPLETED else ""
             clock.mark("start", at=log.first)
             clock.mark("app", at=log.last)
             clock.mark("end")
     clock.mark("teardown")
     signum = interrupts.received[0] if status == STOPPED and interrupts.received else None
-    reason = f"stopped by {signal.Signals(signum).name}" if signum else _reason(status, details, log.tail)
+    reason = f"stopped by {signal.Signals(signum).name}" if signum else _reason(status, details, log.tail, last_words)
     return Outcome(run_id, status, reason, clock.laps(), tuple(log.tail), signum)
 
 
@@ -226,13 +236,46 @@ def _submit(flwr: FlowerCommand, app: Path, settings: Mapping[str, Setting], fed
     return str(answer["run-id"])
 
 
-def _reason(status: str, details: str, tail: "deque[str]") -> str:
+def _reason(status: str, details: str, tail: "deque[str]", last_words: str) -> str:
     if status == COMPLETED:
         return ""
-    said = details.partition("failed with exception: ")[2] or details
+    said = (details.partition("failed with exception: ")[2] or details).strip()
+    if said in _NO_REASON:
+        return f"the run's process {_broke_off(last_words)}"
     # Flower wraps whatever breaks Ray or the ClientApp's import in one phrase; the cause stands in the log alone.
     causes = [line for line in tail if line.split(": ")[0].endswith(("Error", "Exception")) and _WRAPPED not in line]
-    return causes[0] if said == _WRAPPED and causes else said.strip()
+    return causes[0] if said == _WRAPPED and causes else said
+
+
+def _broke_off(last_words: str) -> str:
+    said = f"; the last that was said:\n{last_words}" if last_words else " (killed, perhaps for want of memory)"
+    return f"ended without giving a reason{said}"
+
+
+@contextlib.contextmanager
+def _stopped_if_gone(
+    superlink: SuperLink, run_id: str, home: Path, environment: Mapping[str, str]
+) -> Iterator[threading.Event]:
+    """Stop a run whose process goes without a verdict, which Flower itself would notice after a minute; tell so.
+
+    A run that has its verdict cannot be stopped any more: one that only ends slowly keeps it.
+    """
+    over, gone = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if superlink.simulation_has_gone():
+                if not over.wait(_PATIENCE):
+                    gone.set()
+                    with contextlib.suppress(LaunchError), FlowerCommand(home, environment) as flwr:
+                        flwr.json("stop", run_id)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield gone
+    finally:
+        over.set()
 
 
 class _Log:

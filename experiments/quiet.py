@@ -23,6 +23,25 @@ _NOISE = re.compile(
         )
     )
 )
+_FRAME = re.compile(r"\s+File \"|\s*\S+\.so[.\d]*\(|\s*@ +0x|\*\*\* |(Current thread|Thread) 0x|Extension modules: ")
+_SERVER = re.compile(r"\S+ INFO \[uvicorn")
+_LAST, _WIDEST = 5, 300
+
+
+def said_at_the_end(log: str) -> str:
+    r"""Return the last lines of a process that broke off, without frames of its stack and what it says in every run.
+
+    >>> print(said_at_the_end("\x1b[92mINFO \x1b[0m:      Starting SuperExec\nCheck failed: no memory\n  @ 0x7f"))
+    Check failed: no memory
+    """
+    quiet = QuietLog()
+    told = [quiet.line(line) for line in log.splitlines() if not (_ordinary(line) or _FRAME.match(line))]
+    return "\n".join([line[:_WIDEST] for line in told if line and line.strip()][-_LAST:])
+
+
+def _ordinary(line: str) -> bool:
+    record = _FLOWER.match(line)
+    return bool(_SERVER.match(line)) or (record is not None and record[1] != "ERROR")
 
 
 class QuietLog:

@@ -4,6 +4,8 @@ import contextlib
 import http.client
 import json
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +17,14 @@ from typing import Any, Self
 
 import psutil
 
-from experiments import flower_shell
+from experiments import flower_shell, processes
+from experiments.quiet import said_at_the_end
 from fedkd.errors import FedkdError
 
 _START_TIMEOUT = 180.0
 _GRACE = 3.0
+_LAST_BYTES = 2**16
+_SIMULATION = "flwr-simulation"
 
 
 class LaunchError(FedkdError):
@@ -57,6 +62,8 @@ def process_environment(base: Mapping[str, str], home: Path, *, ray_address: str
 class SuperLink:
     """A SuperLink in simulation mode on a port of its own, with its state in memory.
 
+    Should this process be killed, a guard ends the SuperLink and all that belongs to it, and removes its home.
+
     Args:
         home: the launch's `FLWR_HOME`; gets a config.toml that makes this SuperLink the default.
         environment: of the SuperLink and all it starts.
@@ -66,7 +73,9 @@ class SuperLink:
     def __init__(self, home: Path, environment: Mapping[str, str], *, hurry: Callable[[], bool]) -> None:
         self.grace = _GRACE
         self._hurry, self._environment = hurry, environment
-        self._port, self._log, self._cwd = free_port(), home / "superlink.log", home / "empty"
+        self._home, self._port, self._cwd = home, free_port(), home / "empty"
+        self._log, self._words = home / "superlink.log", home / "simulation.log"
+        self._simulation: psutil.Process | None = None
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
         )
@@ -77,15 +86,55 @@ class SuperLink:
             "--host", "127.0.0.1", "--port", str(self._port),
         ]  # fmt: skip
         self._cwd.mkdir()  # Ray puts it first on its actors' path: nothing in an empty folder can be taken for the app
+        environment = {**self._environment, "PATH": f"{self._listening()}{os.pathsep}{self._environment['PATH']}"}
         with self._log.open("w") as log:
             self._process = spawn(
-                command, self._environment, self._cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command, environment, self._cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
+        # Its environment is not the launch's: by that it would be taken for one of those that it is to end.
+        guard = [sys.executable, "-P", str(Path(processes.__file__).resolve()), str(self._home)]
+        self._guard = spawn(
+            guard, os.environ, Path("/"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        take_down(self._process.pid, grace=self.grace, hurry=self._hurry)
+        processes.end(self._family, grace=self.grace, hurry=self._hurry)
         self._process.wait()
+        self._guard.kill()
+        self._guard.communicate()
+
+    def _family(self) -> set[psutil.Process]:
+        return {*processes.at_home(self._home), *processes.below(self._process.pid)}
+
+    def _listening(self) -> Path:
+        """Return a folder whose `flwr-simulation` leaves a file of what the real one writes to standard error.
+
+        Flower passes on what goes through Python's `sys.stderr` and throws the rest away: the last words of a process
+        that Ray aborts.
+        """
+        folder = self._home / "bin"
+        folder.mkdir()
+        real = shutil.which(_SIMULATION, path=self._environment["PATH"]) or _SIMULATION
+        command = folder / _SIMULATION
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(real)} "$@" 2>>{shlex.quote(str(self._words))}\n')
+        command.chmod(0o700)
+        return folder
+
+    def simulation_has_gone(self) -> bool:
+        """Tell whether the run's own process was seen before and has ended since."""
+        if self._simulation is None:
+            family = processes.below(self._process.pid)
+            self._simulation = next((process for process in family if _named(process, _SIMULATION)), None)
+        return self._simulation is not None and not processes.lives(self._simulation)
+
+    def has_ended(self) -> bool:
+        """Tell whether the SuperLink itself runs no more."""
+        return self._process.poll() is not None
+
+    def last_words(self) -> str:
+        """Return what the processes of a run that broke off said at the end, without what they say in every run."""
+        return "\n".join(filter(None, (said_at_the_end(_end_of(path)) for path in (self._words, self._log))))
 
     def wait_until_ready(self) -> None:
         """Return as soon as the SuperLink answers.
@@ -164,6 +213,20 @@ class FlowerCommand:
         return answer
 
 
+def _end_of(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _named(process: psutil.Process, name: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return name in " ".join(process.cmdline()[:2])
+    return False
+
+
 def free_port() -> int:
     """Return a port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:
@@ -180,39 +243,3 @@ def spawn(command: list[str], environment: Mapping[str, str], cwd: Path, **pipes
         )  # fmt: skip
     except FileNotFoundError as error:
         raise LaunchError(f"{command[0]} is not installed beside {sys.executable}.") from error
-
-
-def take_down(pid: int, *, grace: float, hurry: Callable[[], bool]) -> None:
-    """End a process and all below it: SIGTERM, and after `grace` seconds SIGKILL.
-
-    Flower and Ray start their parts in sessions of their own, so a process group does not reach them; the tree is
-    recorded before the first signal, because a process whose parent has ended cannot be found by it any more.
-    """
-    try:
-        root = psutil.Process(pid)
-        alive = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    _signal(alive, psutil.Process.terminate if grace else psutil.Process.kill)
-    _wait(alive, grace, hurry)
-    _signal(alive, psutil.Process.kill)
-    _wait(alive, _GRACE, lambda: False)
-
-
-def _wait(processes: list[psutil.Process], seconds: float, hurry: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(_lives, processes)) and time.monotonic() < deadline and not hurry():
-        time.sleep(0.02)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)  # in a container its reaping may take seconds
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(processes: list[psutil.Process], send: Callable[[psutil.Process], None]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            send(process)

@@ -14,10 +14,10 @@ from flwr.common.config import parse_config_args
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments import cli
+from experiments import cli, processes
 from experiments.launch import Federation, Outcome, command_line, launch, run_config
 from experiments.project import Project
-from experiments.quiet import QuietLog
+from experiments.quiet import QuietLog, said_at_the_end
 from experiments.superlink import LaunchError, SuperLink, process_environment
 from fedkd.errors import FedkdError, SettingError
 
@@ -51,6 +51,7 @@ run-name = "toy"
 """
 
 SERVER = """
+import os
 import threading
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
@@ -62,6 +63,9 @@ def main(grid, context):
     behave = context.run_config["behave"]
     if behave == "raise":
         raise ValueError("Expected setting `behave` to be kind.")
+    if behave == "abort":
+        os.write(2, b"[2025-01-01 12:00:00 C 1 1] core_worker.cc:9:  Check failed: no memory\\n")
+        os.abort()
     if behave == "wait":
         print("waiting", flush=True)
         threading.Event().wait(300)
@@ -243,6 +247,27 @@ def test_the_quiet_view_keeps_what_the_app_says():
     ]
 
 
+def test_the_last_words_are_those_before_the_stack():
+    log = [
+        "\x1b[92mINFO \x1b[0m:      ControlServicer.StreamLogs",
+        '2025-01-01T12:00:00.000Z INFO [uvicorn.access] 127.0.0.1:1 - "POST /v1/control/stream-logs HTTP/1.1" 200',
+        "\x1b[91mERROR \x1b[0m:     address already in use",
+        "[2025-01-01 12:00:00,000 C 7 7] core_worker.cc:9:  Check failed: no memory",
+        "*** StackTrace Information ***",
+        "/usr/lib/python3/ray/_raylet.so(+0xf3a5aa) [0x7f7a] ray::operator<<()",
+        "",
+        "Fatal Python error: Aborted",
+        "Current thread 0x00007f7a (most recent call first):",
+        '  File "/usr/lib/python3/ray/_private/worker.py", line 2517 in connect',
+    ]
+
+    assert said_at_the_end("\n".join(log)).splitlines() == [
+        "error: address already in use",
+        "[2025-01-01 12:00:00,000 C 7 7] core_worker.cc:9:  Check failed: no memory",
+        "Fatal Python error: Aborted",
+    ]
+
+
 @pytest.mark.parametrize(
     ("status", "signum", "code"),
     [
@@ -285,17 +310,59 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
+def write_program(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
 def test_a_superlink_that_cannot_start_says_what_its_log_says(tmp_path):
-    scripts = tmp_path / "bin"
-    scripts.mkdir()
-    (scripts / "flower-superlink").write_text("#!/bin/sh\necho address already in use\nexit 1\n")
-    (scripts / "flower-superlink").chmod(0o755)
+    write_program(tmp_path / "scripts", "flower-superlink", "echo address already in use\nexit 1")
+    environment = {"PATH": f"{tmp_path / 'scripts'}:/usr/bin:/bin"}
 
     with (
         pytest.raises(LaunchError, match=r"did not start.*\n.*address already in use"),
-        SuperLink(tmp_path, {"PATH": f"{scripts}:/usr/bin:/bin"}, hurry=lambda: False) as superlink,
+        SuperLink(tmp_path, environment, hurry=lambda: False) as superlink,
     ):
         superlink.wait_until_ready()
+
+
+def test_what_flower_throws_away_of_a_simulation_that_dies_is_told(tmp_path):
+    scripts = tmp_path / "it's scripts"
+    write_program(scripts, "flower-superlink", "flwr-simulation --token 'a b' 2>/dev/null")
+    write_program(scripts, "flwr-simulation", 'echo "$# words: no memory" >&2\nkill -9 $$')
+
+    with SuperLink(tmp_path, {"PATH": f"{scripts}:/usr/bin:/bin"}, hurry=lambda: False) as superlink:
+        while not superlink.has_ended():
+            pass
+
+        assert superlink.last_words().splitlines()[0] == "2 words: no memory"
+
+
+# --- what a launcher that was killed leaves ---------------------------------------------------------------------------
+
+
+def test_what_a_killed_launcher_left_is_ended_and_nothing_else(tmp_path):
+    """Its SuperLink may have been killed before, and an actor's environment is not to be read."""
+    home = tmp_path / "home"
+    home.mkdir()
+    ray = "env -u FLWR_HOME sleep 300 & echo $$ $!; wait"
+    superlink = subprocess.Popen(
+        ["sh", "-c", f"sh -c '{ray}' & wait"], env={**os.environ, "FLWR_HOME": str(home)}, stdout=subprocess.PIPE
+    )
+    left = [psutil.Process(int(pid)) for pid in superlink.stdout.readline().split()]
+    other = subprocess.Popen(["sleep", "300"])
+    superlink.kill()
+    superlink.wait()
+    superlink.stdout.close()
+
+    subprocess.run([sys.executable, "-P", processes.__file__, home], input=b"", check=True)
+
+    assert len(left) == 2 and not any(map(processes.lives, left))
+    assert not home.exists()
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 # --- through Flower itself --------------------------------------------------------------------------------------------
@@ -366,3 +433,31 @@ def test_ctrl_c_stops_the_run_and_all_its_processes(toy, tmp_path, marked):
     assert launched.wait() == 130
     assert rest[-1] == "error: stopped by SIGINT\n"
     assert survivors(marked) == []
+
+
+@pytest.mark.flower
+def test_a_launcher_that_is_killed_leaves_nothing_behind(toy, tmp_path, marked, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-u", "-m", "experiments", "run", "--app", str(toy), "--peers", "1", "behave=wait"]
+    launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "waiting" not in next(launched.stdout):
+        pass
+    (home,) = tmp_path.glob("fedkd-*")
+    family = [*processes.at_home(home), *processes.below(launched.pid)]
+    assert any("flwr-simulation" in process.name() for process in family)
+
+    launched.kill()
+    launched.communicate()
+
+    while any(map(processes.lives, family)) or home.exists():
+        pass
+    assert survivors(marked) == []
+
+
+@pytest.mark.flower
+def test_a_simulation_that_dies_is_noticed_soon_and_its_last_words_are_told(toy):
+    outcome = launch(toy, {"behave": "abort"}, Federation(peers=1), out=lambda _: None)
+
+    assert outcome.exit_code == 1
+    assert outcome.reason.splitlines()[1:] == ["[2025-01-01 12:00:00 C 1 1] core_worker.cc:9:  Check failed: no memory"]
+    assert outcome.phases["start"] < 50  # Flower's own patience is 60 seconds

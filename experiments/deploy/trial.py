@@ -8,12 +8,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from experiments.deploy.layout import CONNECTION, Deployment
-from experiments.superlink import FlowerCommand, LaunchError, process_environment, spawn, take_down
+from experiments.processes import below, end
+from experiments.superlink import FlowerCommand, LaunchError, process_environment, spawn
 from fedkd.errors import FedkdError
 
 _READY_SECONDS, _CONNECT_SECONDS = 180.0, 240.0
@@ -66,7 +68,7 @@ def down(deployment: Deployment) -> list[str]:
     ended = []
     for process in reversed(processes(deployment)):
         if process.lives():
-            take_down(process.pid, grace=_GRACE, hurry=lambda: False)
+            end(partial(below, process.pid), grace=_GRACE)
             ended.append(process.name)
     (deployment.trial / "processes.json").unlink(missing_ok=True)
     return ended
