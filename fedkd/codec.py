@@ -21,7 +21,8 @@ Logits = NDArray[np.float32]
 Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 FP16_MAX = 65504.0
-INT8_MAX = float(2**126)
+GREATEST = 1e30
+"""Logits larger than that, which no model means, would overflow in a softmax at a low temperature."""
 ALLOWED = 'one of "fp32", "fp16", "int8" or "topk:K" with K >= 1, each with or without "+zstd"'
 
 _F32, _F16, _U8, _U16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("u1"), np.dtype("<u2")
@@ -55,7 +56,7 @@ class Codec(ABC):
         """Logits ``[P, C]`` float32 -> named arrays, which may share memory with ``logits``.
 
         Raises:
-            BadKnowledge: not float32, not ``[P, C]``, or an entry is NaN or infinite.
+            BadKnowledge: not float32, not ``[P, C]``, or an entry is NaN or beyond ±1e30.
             SettingError: this codec can't carry that number of classes.
         """
         _check_logits(logits)
@@ -63,7 +64,7 @@ class Codec(ABC):
         return self._encode(logits)
 
     def decode(self, arrays: Mapping[str, Array], *, shape: tuple[int, int]) -> Logits:
-        """Named arrays, from anyone -> finite logits ``[P, C]`` float32 of ``shape``, in memory of their own.
+        """Named arrays, from anyone -> logits ``[P, C]`` float32 of ``shape``, within ±1e30, in memory of their own.
 
         Raises:
             BadKnowledge: a name, dtype, shape or value that :meth:`encode` can't have produced for ``shape``.
@@ -72,7 +73,10 @@ class Codec(ABC):
         _check_arrays(arrays, self.layout(shape))
         # What a hostile sender can make overflow is tested for below; a warning would only flood the log.
         with np.errstate(all="ignore"):
-            return self._decode(arrays, shape)
+            logits = self._decode(arrays, shape)
+        if not _within(logits):
+            raise _refusal("logits", f"finite and within ±{GREATEST:g}", _worst(logits))
+        return logits
 
     @abstractmethod
     def _encode(self, logits: Logits) -> dict[str, Array]:
@@ -80,7 +84,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _decode(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> Logits:
-        """Decode arrays that follow the layout; the values are still anyone's."""
+        """Decode arrays that follow the layout; their values are anyone's, and so may be what comes out."""
 
 
 def codec(spec: str) -> Codec:
@@ -131,7 +135,7 @@ class Fp32(Codec):
         return {"logits": np.ascontiguousarray(logits)}
 
     def _decode(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> Logits:
-        return _finite("logits", np.array(arrays["logits"], order="C"))
+        return np.array(arrays["logits"], order="C")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class Fp16(Codec):
         return {"logits": _half(logits)}
 
     def _decode(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> Logits:
-        return _finite("logits", _single(arrays["logits"]))
+        return _single(arrays["logits"])
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class Int8(Codec):
 
     Sample i sends its least logit as ``zero`` and (greatest − least)/255 as ``scale``; z ≈ zero + scale·code.
     |error| ≤ range/510 + 2⁻²⁰·max|z| + 2⁻¹¹⁸ per sample, the two small terms being float32's own rounding
-    and the range below which a sample is sent as constant. Logits beyond ±2¹²⁶ are clipped.
+    and the range below which a sample is sent as constant.
     """
 
     name = "int8"
@@ -176,7 +180,6 @@ class Int8(Codec):
         for rows in _blocks(P):
             # Classes first: numpy then works along many samples, not few classes, three times as fast.
             block = np.array(logits[rows].T, order="C")  # a copy: what follows works in place
-            np.clip(block, -INT8_MAX, INT8_MAX, out=block)
             low = block.min(axis=0)
             step = (block.max(axis=0) - low) / np.float32(255)
             step[step < _SMALLEST_SCALE] = 0
@@ -396,11 +399,19 @@ def _check_logits(logits: Logits) -> None:
     """Refuse what no codec can carry, on the sender's side."""
     if not isinstance(logits, np.ndarray) or logits.dtype != _F32 or logits.ndim != 2 or logits.size == 0:
         raise _refusal("logits", "float32 [P, C], not empty", _kind(logits))
+    if not _within(logits):
+        raise _refusal("logits", f"finite and within ±{GREATEST:g}", _worst(logits))
+
+
+def _within(logits: Logits) -> bool:
     # The extremes propagate NaN, and cost a tenth of looking at each entry.
-    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):
-        sample, label = np.argwhere(~np.isfinite(logits))[0]
-        found = f"{logits[sample, label]} for sample {sample}, class {label}"
-        raise _refusal("logits", "finite", found)
+    return bool(logits.min() >= -GREATEST and logits.max() <= GREATEST)
+
+
+def _worst(logits: Logits) -> str:
+    """Describe the first logit that is out of bounds."""
+    sample, label = np.argwhere(~(np.abs(logits) <= GREATEST))[0]
+    return f"{logits[sample, label]} for sample {sample}, class {label}"
 
 
 def _check_arrays(arrays: Mapping[str, Array], layout: Layout) -> None:

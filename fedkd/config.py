@@ -5,23 +5,31 @@ Flower hands a run's settings over as a flat mapping of kebab-case keys to ``str
 :class:`~fedkd.errors.SettingError` that names the key, the value and what is allowed. The table in the
 README and the defaults in ``pyproject.toml`` are checked against this module by the tests.
 
-What only a peer can know (does the divergence exist, does the checkpoint fit, are there that many classes)
-is checked by the peers when they introduce themselves, before anyone trains.
+What only a peer can know (can one's own code be imported, does the checkpoint fit, are there that many classes) is
+checked by the peers when they introduce themselves, before anyone trains.
 """
 
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedkd.codec import codec
 from fedkd.errors import SettingError
+from fedkd.models import check as check_model
 from fedkd.plugins import is_callable_spec
 
 Scalar = str | int | float | bool
 PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
 STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
+TOPOLOGIES = ("complete", "ring", "torus", "star", "k-regular", "erdos-renyi", "small-world", "exponential")
+DIVERGENCES = (
+    "bdkd", "cakd", "ce", "dkd", "jeffreys", "js", "kl", "mae", "msed", "reverse_kl", "sed", "td",
+)  # fmt: skip
+"""The library's. Spelled out here, since a relay imports no torch; the tests compare them with the registry."""
 CONTROLS = ("isolated", "pooled")
 PEER = "{peer}"
 """Stands for a peer's number in the `dataset` of a simulation whose peers have data of their own."""
@@ -66,9 +74,23 @@ def some_of(*names: str) -> Rule:  # noqa: D103
 STRATEGY = Rule(
     f"one of {', '.join(STRATEGIES)}, or `package.module:Class`", lambda v: v in STRATEGIES or is_callable_spec(v)
 )
+DIVERGENCE = Rule(
+    f"one of {', '.join(DIVERGENCES)}, or `package.module:function`",
+    lambda v: v in DIVERGENCES or is_callable_spec(v) or v in _registered(),
+)
+TOPOLOGY = Rule(
+    f"one of {', '.join(TOPOLOGIES)}, or `file:PATH`",
+    lambda v: v in TOPOLOGIES or (v.startswith("file:") and v != "file:"),
+)
+TEMPERATURES = (0.001, 10_000.0)
+"""Beyond them a softmax is a step or flat, and float32 overflows."""
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
 NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)
+TEMPERATURE_LIST = Rule(
+    f"a comma-separated list of numbers in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]",
+    lambda v: all(TEMPERATURES[0] <= number <= TEMPERATURES[1] for number in _numbers(v) or (0.0,)),
+)
 NAME = Rule(
     "letters, digits, '.', '_' or '-', the first a letter or digit",
     lambda v: v[:1].isalnum() and all(c.isalnum() or c in "._-" for c in v),
@@ -99,6 +121,12 @@ def _numbers(text: str) -> tuple[float, ...] | None:
     except ValueError:
         return None
     return found if found and all(_finite(v) and v > 0 for v in found) else None
+
+
+def _registered() -> list[str]:
+    """Return the divergences that this process knows by name, one's own included; none where torch is not loaded."""
+    registry = sys.modules.get("fedkd.divergences")
+    return registry.names() if registry else []
 
 
 def _setting(default: Scalar, rule: Rule, help: str) -> Any:
@@ -153,11 +181,7 @@ class RunConfig:
     # Who hears whom
     rounds: int = _setting(10, at_least(0), "communication rounds")
     strategy: str = _setting("averaged", STRATEGY, "who hears whom and how a peer combines what it hears")
-    topology: str = _setting(
-        "complete",
-        NON_EMPTY,
-        "`complete`, `ring`, `torus`, `star`, `k-regular`, `erdos-renyi`, `small-world`, `exponential` or `file:PATH`",
-    )
+    topology: str = _setting("complete", TOPOLOGY, "who is whose neighbour")
     topology_degree: int = _setting(4, at_least(1), "neighbours of a peer under `k-regular` and `small-world`")
     topology_probability: float = _setting(0.3, between(0, 1), "edge or rewiring probability of the random topologies")
     matching: str = _setting(
@@ -181,10 +205,8 @@ class RunConfig:
     fedavg_model: str = _setting("cnn-wide", NON_EMPTY, "`fedavg`: the one architecture that is averaged")
 
     # What a peer does with what it hears
-    divergence: str = _setting(
-        "js", NON_EMPTY, "loss between student and teacher, by name; one's own as `package.module:function`"
-    )
-    temperature: float = _setting(1.0, above(0), "softmax temperature of both sides")
+    divergence: str = _setting("js", DIVERGENCE, "loss between student and teacher")
+    temperature: float = _setting(1.0, between(*TEMPERATURES), "softmax temperature of both sides")
     kd_weight: float = _setting(1.0, above(0), "weight of the distillation loss; α in (1−α)·CE + α·KD under `mixed`")
     t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
     match_gradients: bool = _setting(
@@ -203,7 +225,7 @@ class RunConfig:
     regime: str = _setting(
         "vanilla", one_of("vanilla", "tuned", "dml", "dp"), "how teacher, student and labels are weighed"
     )
-    tune_temperatures: str = _setting("1,2,4,8,16", NUMBERS, "`tuned`: temperatures tried")
+    tune_temperatures: str = _setting("1,2,4,8,16", TEMPERATURE_LIST, "`tuned`: temperatures tried")
     tune_weights: str = _setting("0.1,0.3,0.5,0.7,0.9,1", NUMBERS, "`tuned`: weights tried")
     tune_every: int = _setting(0, at_least(0), "`tuned`: search again every n rounds; 0: before round 1 only")
     validation_share: float = _setting(
@@ -225,8 +247,10 @@ class RunConfig:
         "logits", one_of("logits", "infoflow"), "`infoflow`: peers exchange projected features beside the logits"
     )
     flow_layers: str = _setting("", ANY, "`infoflow`: layer names, first to last; empty: evenly spread over the model")
-    flow_depth: int = _setting(3, at_least(1), "`infoflow`: how many layers are spread")
-    flow_dimensions: int = _setting(64, at_least(2), "`infoflow`: features per layer that travel, by random projection")
+    flow_depth: int = _setting(3, between(1, 64), "`infoflow`: how many layers are spread")
+    flow_dimensions: int = _setting(
+        64, between(2, 4096), "`infoflow`: features per layer that travel, by random projection"
+    )
     flow_weight: float = _setting(1.0, at_least(0), "`infoflow`: weight of the flow loss beside the logits' loss")
     flow_initial: float = _setting(100.0, at_least(0), "`infoflow`: weight of all layers but the last in round 1")
     flow_decay: float = _setting(
@@ -322,11 +346,20 @@ class RunConfig:
                 raise SettingError(name, value, "a known key (nearest: " + ", ".join(near) + ")")
             values[known[name].name] = _checked(known[name], name, value)
         config = cls(**values)  # type: ignore[arg-type]
+        config._check_names()
         config._check_together()
         return config
 
+    def _check_names(self) -> None:
+        """Check what names something, as far as that can be told without importing it."""
+        codec(self.codec)
+        for spec in split_list(self.models):
+            check_model(spec)
+        for key_, spec in (("fedavg-model", self.fedavg_model), ("pooled-model", self.pooled_model)):
+            check_model(spec, key=key_)
+
     def _check_together(self) -> None:
-        """Check what one key alone cannot tell; a setting that would do nothing is an error, not a surprise."""
+        """Check what one key alone cannot tell."""
         for name, allowed, wrong in self._contradictions():
             if wrong:
                 raise SettingError(name, getattr(self, name.replace("-", "_")), allowed)
@@ -337,11 +370,20 @@ class RunConfig:
         own_data = "a data source of its own, since `dataset` gives every peer its own data"
         yield "proxy", own_data, PEER in self.dataset and self.proxy == "split"
         yield "mode", f"sync under strategy {self.strategy}", self.mode == "async" and self.strategy != "gossip"
-        yield "proxy-per-round", "0 under mode async: ages mix there", self.mode == "async" and self.proxy_per_round > 0
+        asynchronous = self.mode == "async"
+        yield "proxy-per-round", "0 under mode async: ages mix there", asynchronous and self.proxy_per_round > 0
+        pull = "pull under mode async, where nobody waits to be pushed to"
+        yield "gossip-style", pull, asynchronous and self.gossip_style != "pull"
+        yield (
+            "participation",
+            "1 under mode async, where whoever answers gets new mail",
+            (asynchronous and self.participation < 1),
+        )
         yield "proxy-per-round", f"at most `proxy-size` ({self.proxy_size})", self.proxy_per_round > self.proxy_size
         yield "sealed", f"false under {self.strategy}, whose server has to read the knowledge", self.sealed and server
         yield "robust", "none unless peers average their teachers", self.robust != "none" and not averaged
         yield "sharpen", "0 unless peers average their teachers", self.sharpen > 0 and not averaged
+        yield "sharpen", f"0, or at least {TEMPERATURES[0]:g}", 0 < self.sharpen < TEMPERATURES[0]
         yield "topology", f"complete under {self.strategy}", server and self.topology != "complete"
         yield "method", f"logits under strategy {self.strategy}", self.method == "infoflow" and server
         infoflow = self.method == "infoflow"
@@ -355,7 +397,7 @@ class RunConfig:
         below_1 = "less than 1 under schedule mixed: 1 would leave the labels out"
         yield "kd-weight", below_1, self.schedule == "mixed" and self.regime != "dml" and self.kd_weight >= 1
         private = self.privacy_epsilon > 0
-        yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and self.mode == "async"
+        yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
         yield "privacy-epsilon", "0 under infoflow, whose features are not noised", private and infoflow
         tuned = self.regime == "tuned"

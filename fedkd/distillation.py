@@ -19,12 +19,15 @@ _ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs w
 def mean_absolute_error(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Mean absolute difference of the logits, 1/C Σ |z_t − z_s| / T.  [B, C], [B, C] -> [B], in logits.
 
+    A masked class, of logit −∞, counts as −1e30.
+
     Source: FedMD, Li and Wang 2019, arXiv 1910.03581, §3 [paper].
 
     >>> mean_absolute_error(torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]))
     tensor([2.])
     """
-    return (teacher_logits.detach() - student_logits).abs().mean(dim=-1) / temperature
+    student, teacher = (logits.clamp_min(-divergences.FAR) for logits in (student_logits, teacher_logits.detach()))
+    return (teacher - student).abs().mean(dim=-1) / temperature
 
 
 @dataclass(frozen=True)

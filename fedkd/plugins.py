@@ -26,7 +26,7 @@ def load_callable(spec: str, *, key: str) -> Callable[..., Any]:
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
         raise SettingError(
             key, spec, f"an importable `package.module:name` ({type(error).__name__}: {error})"
         ) from error

@@ -85,7 +85,7 @@ def _introductions(
     post.send(mails)
     receipts = list(post.receive(mails, deadline=time.monotonic() + config.round_timeout))
     if problems := [(r.answer.peer, r.error) for r in receipts if r.answer is not None and r.error]:
-        raise RelayError(same_said_once(problems))
+        raise RelayError(same_said_once(problems, of=len(mails)))
     found = [
         member(r.node, r.answer, sealed=config.sealed)
         for r in receipts
@@ -97,5 +97,5 @@ def _introductions(
     problems = [(f"node {receipt.node}", receipt.error) for receipt in receipts if receipt.error]
     problems += [(f"node {node}", "no introduction in time (`round-timeout`)") for node in sorted(silent)]
     if problems:
-        raise RelayError(same_said_once(problems))
+        raise RelayError(same_said_once(problems, of=len(mails)))
     return found

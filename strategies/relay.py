@@ -196,7 +196,7 @@ class Relay:
         self.record(rows)
         answered = sum(row.status in ("ok", "refused") for row in rows)
         if answered < max(1, min(self.config.min_answers, drawn)):
-            problems = same_said_once([(row.peer, row.error) for row in rows if row.error])
+            problems = same_said_once([(row.peer, row.error) for row in rows if row.error], of=drawn)
             raise RelayError(
                 f"round {round}: {answered} of {drawn} peers answered, `min-answers` is "
                 f"{self.config.min_answers}: {problems or 'all are busy with earlier rounds'}"
@@ -261,11 +261,17 @@ def _measured(answer: Answer) -> dict[str, Any]:
     return found | {"refused_letters": int(letters) if 0 <= letters < 1e6 else 0}
 
 
-def same_said_once(problems: Sequence[tuple[str, str]]) -> str:
-    """Join (peer, problem) pairs; peers mostly stumble over the same thing, so a shared problem is said once."""
+def same_said_once(problems: Sequence[tuple[str, str]], *, of: int) -> str:
+    """Join (peer, problem) pairs; what peers have in common is said once, and without names if all of them say it.
+
+    >>> same_said_once([("a", "no such layer"), ("b", "no such layer")], of=2)
+    'no such layer'
+    >>> same_said_once([("a", "no such layer"), ("b", "no such layer")], of=3)
+    'a, b: no such layer'
+    """
     by_text: dict[str, list[str]] = {}
     for name, text in problems:
         by_text.setdefault(text, []).append(name)
-    if len(by_text) == 1:
+    if len(by_text) == 1 and len(problems) == of:
         return next(iter(by_text))
     return "; ".join(f"{', '.join(sorted(names))}: {text}" for text, names in by_text.items())

@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.config import RunConfig
+from fedkd.effect import without_effect
 from fedkd.errors import FedkdError, SettingError
 from fedkd.plots import accuracy_png, profile_png, topology_png
 from fedkd.privacy import Mechanism
@@ -108,15 +109,21 @@ def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
 
 
 def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
-    """Return a line for each setting that a user gave and that the strategy does not use."""
+    """Return a line for each setting that a user gave and that the run does not use."""
     if used.resume:
         return []
-    defaults, really = RunConfig().to_mapping(), used.to_mapping()
-    return [
-        f"`{key}` = {value!r} has no effect under strategy {used.strategy}, which uses {really[key]!r}"
-        for key, value in given.to_mapping().items()
+    defaults, values, really = RunConfig().to_mapping(), given.to_mapping(), used.to_mapping()
+    overruled = {
+        key: f"`{key}` = {value!r} has no effect under strategy {used.strategy}, which uses {really[key]!r}"
+        for key, value in values.items()
         if value not in (defaults[key], really[key])
-    ]
+    }
+    idle = {
+        key: f"`{key}` = {values[key]!r} has no effect: it takes {needs}"
+        for key, needs in without_effect(used)
+        if key not in overruled
+    }
+    return [*overruled.values(), *idle.values()]
 
 
 def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkd.config import TOPOLOGIES
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 FIXED = ("complete", "ring", "torus", "star")
 RANDOM = ("k-regular", "erdos-renyi", "small-world")
-NAMES = (*FIXED, *RANDOM, "exponential")
 _DRAWS = 100
 
 Neighbours = tuple[tuple[int, ...], ...]
@@ -148,7 +148,7 @@ def topology(spec: str, peers: int, *, degree: int = 4, probability: float = 0.3
     elif spec in RANDOM:
         graph = _random(spec, peers, degree=degree, probability=probability, seed=seed)
     else:
-        raise SettingError("topology", spec, f"one of {list(NAMES)} or file:PATH")
+        raise SettingError("topology", spec, f"one of {list(TOPOLOGIES)} or file:PATH")
     return Topology(spec, (tuple(tuple(sorted(graph[i])) for i in range(peers)),))
 
 

@@ -129,7 +129,7 @@ def _attempt(trial: Trial, run: Run) -> str:
         except FedkdError as error:
             folder.write_error(str(error))
             return str(error)
-        except Exception as error:  # whatever breaks in one trial must not cost the others
+        except (Exception, SystemExit) as error:  # whatever breaks in one trial must not cost the others
             folder.write_error(traceback.format_exc())
             return f"{type(error).__name__}: {error}"
     (folder.path / "error.txt").unlink(missing_ok=True)

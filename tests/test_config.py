@@ -1,12 +1,15 @@
 import dataclasses
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from fedkd.config import RunConfig, key, settings_table
+from fedkd import divergences
+from fedkd.config import DIVERGENCES, RunConfig, key, settings_table
 from fedkd.errors import SettingError
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,15 @@ def test_the_readme_documents_every_setting_as_it_is():
         ("batch-size", 1, ">= 2"),
         ("run-name", "a/b", "letters"),
         ("temprature", 2.0, "temperature"),
+        ("temperature", 1e-46, "[0.001, 10000]"),
+        ("tune-temperatures", "1,0.0001", "[0.001, 10000]"),
+        ("sharpen", 1e-6, "at least 0.001"),
+        ("divergence", "klx", "reverse_kl"),
+        ("topology", "compleet", "complete"),
+        ("models", "resnet9", "resnet8"),
+        ("fedavg-model", "resnet9", "resnet8"),
+        ("codec", "fp12", "fp16"),
+        ("flow-depth", 10**9, "[1, 64]"),
     ],
 )
 def test_a_wrong_setting_names_key_value_and_what_is_allowed(name, value, allowed):
@@ -56,6 +68,21 @@ def test_a_wrong_setting_names_key_value_and_what_is_allowed(name, value, allowe
 
     message = str(caught.value)
     assert f"`{name}`" in message and repr(value) in message and allowed in message
+
+
+def test_the_divergences_spelled_out_are_those_of_the_library():
+    listed = "from fedkd.divergences import names; print(*names())"
+    said = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert tuple(said.stdout.split()) == DIVERGENCES
+
+
+def test_a_divergence_registered_in_this_process_is_known_by_name():
+    @divergences.register("of-a-test")
+    def of_a_test(student_logits, teacher_logits, *, temperature=1.0):
+        return student_logits.sum(dim=-1)
+
+    assert RunConfig.from_mapping({"divergence": "of-a-test"}).divergence == "of-a-test"
 
 
 def test_whole_numbers_are_numbers():

@@ -491,3 +491,12 @@ def test_unknown_name_says_which_there_are():
 def test_taken_name_is_refused(registry, name):
     with pytest.raises(ValueError, match=f"not yet taken, but got '{name}'"):
         register(name)(lambda student_logits, teacher_logits, *, temperature=1.0: student_logits.sum(-1))
+
+
+def test_the_absolute_error_of_masked_classes_is_finite():
+    masked, plain = torch.tensor([[0.0, -math.inf]], requires_grad=True), torch.tensor([[0.0, 1.0]])
+    both, one = get("mae")(masked, masked), get("mae")(masked, plain)
+    one.sum().backward()
+    assert both.item() == 0
+    assert one.item() == pytest.approx(5e29)
+    assert masked.grad.isfinite().all()

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkd.config import TOPOLOGIES
 from fedkd.errors import SettingError
-from strategies.topology import NAMES, Topology, topology
+from strategies.topology import Topology, topology
 
 SIZES = [6, 10, 16]
-EVERY = pytest.mark.parametrize(("name", "peers"), [(name, peers) for name in NAMES for peers in SIZES])
+EVERY = pytest.mark.parametrize(("name", "peers"), [(name, peers) for name in TOPOLOGIES for peers in SIZES])
 
 
 def union(found: Topology) -> "nx.Graph[int]":

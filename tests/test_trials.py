@@ -82,7 +82,7 @@ def test_a_failed_trial_says_why_and_stops_nothing(tmp_path, capsys):
     grid = local_grid(tmp_path, PEERS)
     grid.fault = fails("td")
 
-    run_trials(tmp_path, {"bad": {"divergence": "td"}, "typo": {"divergence": "telepathy"}, "good": {}}, grid=grid)
+    run_trials(tmp_path, {"bad": {"divergence": "td"}, "typo": {"divergence": "no_module:telepathy"}, "good": {}}, grid=grid)
 
     assert "out of memory" in (tmp_path / "bad" / "error.txt").read_text()
     assert "telepathy" in (tmp_path / "typo" / "error.txt").read_text()
@@ -93,7 +93,7 @@ def test_a_failed_trial_says_why_and_stops_nothing(tmp_path, capsys):
 
 def test_a_run_whose_every_trial_failed_has_failed(tmp_path):
     with pytest.raises(TrialsError, match=r"all 1 trials failed.*telepathy"):
-        run_trials(tmp_path, {"typo": {"divergence": "telepathy"}})
+        run_trials(tmp_path, {"typo": {"divergence": "no_module:telepathy"}})
 
 
 def test_started_again_it_skips_what_is_finished_and_goes_on_in_the_middle_of_a_trial(tmp_path):

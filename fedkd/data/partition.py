@@ -10,13 +10,16 @@ The schemes (the data strategies of arXiv 2402.14922; their exact settings are [
 """
 
 import hashlib
+import importlib.util
 import math
 import os
+import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +68,7 @@ def partition(
         classes_per_peer: of `classes`, from 1 to the number of classes.
         shared_classes: of `overlap`, from 1 to one less than the number of classes.
         min_samples: the fewest samples that any peer may end up with.
-        cache: a folder that keeps results, so that only the first process that asks imports flwr-datasets (6 s).
+        cache: a folder that keeps results, so that only the first process that asks imports flwr-datasets.
 
     Raises:
         SettingError: on `partition`, `partition-alpha`, `classes-per-peer` or `shared-classes`.
@@ -122,8 +125,7 @@ def _unfit(split: _Split, allowed: str) -> SettingError:
 
 
 def _compute(labels: Indices, split: _Split) -> list[Indices]:
-    import flwr_datasets.partitioner as flwr
-
+    flwr = _partitioners()
     rng = np.random.default_rng(derive(split.seed, "partition"))
     # The partitioners cut runs out of the order they find, so that order must carry no meaning.
     order = rng.permutation(len(labels))
@@ -151,10 +153,8 @@ def _compute(labels: Indices, split: _Split) -> list[Indices]:
 
 
 def _dirichlet(labels: Indices, order: Indices, split: _Split) -> list[Indices]:
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     for start in range(_DIRICHLET_STARTS):
-        partitioner = DirichletPartitioner(
+        partitioner = _partitioners().DirichletPartitioner(
             num_partitions=split.peers,
             partition_by="label",
             alpha=float(split.alpha),
@@ -195,14 +195,33 @@ def _by_hands(hands: Sequence[Sequence[int]]) -> "Partitioner":
 
     Its own modes ("random", "deterministic") leave classes out although the peers have room for them.
     """
-    from flwr_datasets.partitioner import PathologicalPartitioner
 
-    class ByHands(PathologicalPartitioner):  # type: ignore[misc]
+    class ByHands(_partitioners().PathologicalPartitioner):  # type: ignore[misc]
         def _determine_partition_id_to_unique_labels(self) -> None:
             self._unique_labels = sorted(self.dataset.unique(self._partition_by))
             self._partition_id_to_unique_labels = {peer: list(hand) for peer, hand in enumerate(hands)}
 
     return ByHands(len(hands), partition_by="label", num_classes_per_partition=1, shuffle=False)
+
+
+@cache
+def _partitioners() -> Any:
+    """Return flwr-datasets' partitioners, without the figures and the statistics that its package imports with them.
+
+    Those are three quarters of the time of an import for which all peers wait at the start of a run. Whoever asks for
+    the package itself later gets it whole.
+    """
+    package = "flwr_datasets"
+    if package in sys.modules:
+        return importlib.import_module(f"{package}.partitioner")
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    sys.modules[package] = importlib.util.module_from_spec(found)  # not executed
+    try:
+        return importlib.import_module(f"{package}.partitioner")
+    finally:
+        del sys.modules[package]
 
 
 def _apply(partitioner: "Partitioner", labels: Indices, order: Indices, peers: int) -> list[Indices]:

@@ -242,7 +242,7 @@ def _from_callable(spec: str, *, key: str) -> Source:
     function = load_callable(spec, key=key)
     try:
         made = function()
-    except Exception as error:  # one's own function may fail in any way
+    except (Exception, SystemExit) as error:  # one's own function may fail in any way
         raise SettingError(
             key, spec, f"a function that loads data when called without arguments ({type(error).__name__}: {error})"
         ) from error

@@ -140,7 +140,7 @@ def _call(
         logits = _try(model, input_shape)
     except SettingError:
         raise
-    except Exception as error:  # one's own factory or model may fail in any way
+    except (Exception, SystemExit) as error:  # one's own factory or model may fail in any way
         raise SettingError(key, spec, f"{refused} ({error})") from error
     if logits != (2, num_classes):
         raise SettingError(key, spec, f"{refused} (it answers two inputs with {list(logits)})")
