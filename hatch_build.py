@@ -7,14 +7,28 @@ on its own process's path alone (`fedkd/__main__.py`).
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 APP = "fedkd/flower-app"
-PARTS = ("clients", "strategies", "experiments", "LICENSE")
+ROOMS = ("clients", "strategies", "experiments")
+KINDS = (".py", ".toml", ".jinja")
+_NOT_OURS = ("__pycache__", "runs", "build", "dist")
 _OWN_LIBRARY = '    "fedkd/**/*.py",\n'
+
+
+def app_files(folder: Path) -> Iterator[Path]:
+    """Yield what of a folder belongs to the app: what a user keeps there, results and keys too, is nobody else's."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in _NOT_OURS:
+            continue
+        if path.is_dir():
+            yield from app_files(path)
+        elif path.suffix in KINDS:
+            yield path
 
 
 class FlowerAppInWheel(BuildHookInterface):
@@ -31,7 +45,8 @@ class FlowerAppInWheel(BuildHookInterface):
         self._scratch = tempfile.TemporaryDirectory()
         settings = Path(self._scratch.name, "pyproject.toml")
         settings.write_text(before + after, encoding="utf-8")
-        build_data["force_include"] |= {str(root / part): f"{APP}/{part}" for part in PARTS}
+        ours = [root / "LICENSE", *(path for room in ROOMS for path in app_files(root / room))]
+        build_data["force_include"] |= {str(path): f"{APP}/{path.relative_to(root).as_posix()}" for path in ours}
         build_data["force_include"][str(settings)] = f"{APP}/pyproject.toml"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

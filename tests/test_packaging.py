@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -89,6 +90,24 @@ def test_the_wheel_holds_the_library_and_the_app_whole(installed):
     assert files(app) == ours | {"pyproject.toml", "LICENSE"}
     assert not (app / "fedkd").exists()  # the library is there once
     assert (installed / "fedkd" / "py.typed").exists()
+
+
+def test_a_wheel_holds_nothing_that_a_user_left_in_the_folders_of_the_app(installed, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "dist", "__pycache__"))
+    for stray in (
+        "experiments/runs/secret.key",
+        "experiments/runs/note.py",
+        "clients/.env",
+        "clients/.env.py",
+        "strategies/node.key",
+    ):
+        (source / stray).parent.mkdir(exist_ok=True)
+        (source / stray).write_text("secret")
+
+    made = unpack(build("wheel", source, tmp_path / "dist"), tmp_path / "made")
+
+    assert files(made) == files(installed)
 
 
 def test_an_sdist_gives_the_same_wheel(installed, tmp_path):
