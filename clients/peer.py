@@ -84,7 +84,7 @@ class Peer:
         self.codec = codec(config.codec)
         self.store = Store(place.state_dir, run)
         self.secrets = _secrets(place, run) if config.sealed else None
-        self.private = Private.of(config, place)
+        self.private = Private.of(config, place, run)
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
 

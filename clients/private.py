@@ -1,22 +1,51 @@
 """A peer's side of differential privacy: noise that nobody else knows, and a budget that outlives runs."""
 
+import fcntl
+import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from clients.place import Place
+from clients.store import write_whole
+from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
 from fedkd.privacy import Logits, Mechanism, reproducible_normal, secret_normal, spent
 from fedkd.seeding import derive
 
-_BUDGET, _MEASURED = "privacy.json", "measured.jsonl"
+_BUDGET, _LOCK, _RELEASES, _MEASURED = "privacy.json", "privacy.lock", "releases", "measured.jsonl"
+_ROUNDING = 1e-6  # of ε: the accountant finds a z for an ε, and an ε for a z, by search
 
 
 class BudgetError(FedkdError):
     """What a peer's owner allows is spent, or cannot be written down."""
+
+
+@dataclass(frozen=True)
+class _Ledger:
+    """What ``privacy.json`` holds.
+
+    Attributes:
+        spent: Σ 1/z² over all releases.
+        run: the token of the run that published last.
+        rounds: those of this run whose releases are among them.
+    """
+
+    spent: float = 0.0
+    run: str = ""
+    rounds: tuple[int, ...] = ()
+
+    def made(self, run: str) -> tuple[int, ...]:
+        """Return the rounds whose releases a run has made, as far as is remembered."""
+        return self.rounds if run == self.run else ()
 
 
 class Private:
@@ -26,63 +55,95 @@ class Private:
         mechanism: the run's.
         config: the run's settings.
         place: the peer.
+        run: the run's token.
 
-    A deployed peer draws its noise from the operating system, anew for every release, and writes each release into
-    ``privacy.json`` in its folder before it is sent: runs add up until the peer's ``max-epsilon`` is reached. A
-    simulated peer's noise comes from the run's seed, so that a run can be repeated; it hides nothing from whoever
-    knows the seed.
+    A deployed peer draws its noise from the operating system, and before a release is sent it keeps it in ``releases``
+    and writes its cost into ``privacy.json``, both in its folder: runs add up until the peer's ``max-epsilon`` is
+    reached, and a round that is asked for again, by a resumed run or another server, gets the same release again, which
+    tells nothing new and costs nothing. A simulated peer's noise comes from the run's seed, so that a run can be
+    repeated; it hides nothing from whoever knows the seed.
     """
 
-    def __init__(self, mechanism: Mechanism, config: RunConfig, place: Place) -> None:
-        self._mechanism, self._seed, self._place = mechanism, config.seed, place
+    def __init__(self, mechanism: Mechanism, config: RunConfig, place: Place, run: str) -> None:
+        self._mechanism, self._seed, self._place, self._run = mechanism, config.seed, place, run
         self._path = place.state_dir / _BUDGET
         self.epsilon = 0.0
 
     @classmethod
-    def of(cls, config: RunConfig, place: Place) -> "Private | None":
+    def of(cls, config: RunConfig, place: Place, run: str) -> "Private | None":
         """Return what the settings ask for, or None."""
         mechanism = Mechanism.from_config(config)
-        return cls(mechanism, config, place) if mechanism else None
+        return cls(mechanism, config, place, run) if mechanism else None
 
     def check_budget(self) -> None:
-        """Refuse a run whose releases, together with those of earlier runs, are more than the peer allows.
+        """Refuse a run whose releases, together with those already made, are more than the peer allows.
 
         Raises:
             SettingError: names what is left of the budget.
         """
         if self._place.simulated or self._place.limits.epsilon is None:
             return
-        before, planned = _read(self._path), self._mechanism.releases * self._mechanism.cost
-        if self._over(before + planned):
-            used = spent(before, self._place.limits.delta)
+        ledger = _read(self._path)
+        planned = self._mechanism.releases - len(ledger.made(self._run))
+        if self._over(ledger.spent + planned * self._mechanism.cost):
+            used = spent(ledger.spent, self._place.limits.delta)
             raise SettingError(
                 "privacy-epsilon",
                 self._mechanism.epsilon,
-                f"such that it and the {used:.3g} that earlier runs spent are together within {self._allowed()}",
+                f"such that it and the {used:.3g} that are spent already are together within {self._allowed()}",
             )
 
     def publish(self, logits: Logits, *, round: int) -> Logits:
         """Return logits ``[P, C]`` that may leave the peer; afterwards ``epsilon`` is what the peer has spent.
 
         Raises:
-            BudgetError: nothing is left of the peer's budget, or it cannot be written down.
+            BadKnowledge: logits that are not finite, which no noise would hide.
+            BudgetError: the round is not one of the run's, nothing is left of the peer's budget, or the release cannot
+                be written down.
         """
-        shape = logits.shape[0], logits.shape[1]
+        if not 0 <= round < self._mechanism.releases:
+            raise BudgetError(f"round {round} is not among the {self._mechanism.releases} that the promise counts")
+        if not np.isfinite(logits).all():
+            raise BadKnowledge("expected finite logits to publish")
         if self._place.simulated:
             self.epsilon = spent((round + 1) * self._mechanism.cost, self._mechanism.delta)
             seed = derive(self._seed, "privacy", self._place.index, round)
-            return self._mechanism.publish(logits, reproducible_normal(shape, seed))
-        total = _read(self._path) + self._mechanism.cost
+            return self._mechanism.publish(logits, reproducible_normal(_shape(logits), seed))
+        try:
+            with _locked(self._place.state_dir):
+                ledger = _read(self._path)
+                if round not in ledger.made(self._run):
+                    ledger = self._release(logits, round, ledger)
+                release: Logits = np.load(self._kept(round), allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise BudgetError(f"cannot write the budget to {self._path}, or read a release: {error}") from error
+        self.epsilon = spent(ledger.spent, self._mechanism.delta)
+        return release
+
+    def _release(self, logits: Logits, round: int, ledger: _Ledger) -> _Ledger:
+        """Keep a new release and charge it, in this order: what is charged can be sent again after a crash."""
+        total = ledger.spent + self._mechanism.cost
         if self._over(total):
             raise BudgetError(f"the budget is spent: another release would exceed {self._allowed()}")
-        _write(self._path, total)
-        delta = self._mechanism.delta if self._place.limits.epsilon is None else self._place.limits.delta
-        self.epsilon = spent(total, delta)
-        return self._mechanism.publish(logits, secret_normal(shape))
+        path = self._kept(round)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        release = self._mechanism.publish(logits, secret_normal(_shape(logits)))
+        write_whole(path, lambda partial: _save(partial, release))
+        charged = _Ledger(total, self._run, (*ledger.made(self._run), round))
+        _write(self._path, charged)
+        if ledger.run != self._run:
+            for old in set(path.parent.iterdir()) - {path}:
+                old.unlink(missing_ok=True)
+        return charged
+
+    def _kept(self, round: int) -> Path:
+        """Return the file of a release; the run's token is the server's word and no name for a file."""
+        run = hashlib.blake2b(self._run.encode(), digest_size=8).hexdigest()
+        return self._place.state_dir / _RELEASES / f"{run}-{round:06d}.npy"
 
     def _over(self, cost: float) -> bool:
         limits = self._place.limits
-        return limits.epsilon is not None and spent(cost, limits.delta) > limits.epsilon * (1 + 1e-9)
+        return limits.epsilon is not None and spent(cost, limits.delta) > limits.epsilon * (1 + _ROUNDING)
 
     def _allowed(self) -> str:
         limits = self._place.limits
@@ -98,26 +159,42 @@ def withhold(place: Place, run: str, round: int, metrics: Mapping[str, float]) -
         file.write(json.dumps(line) + "\n")
 
 
-def _read(path: Path) -> float:
-    """Return what has been spent: Σ 1/z² over all releases."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the budget of a folder: under ``worker = false`` an answer that is late works beside the next one."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        return float(json.loads(path.read_text())["spent"])
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _shape(logits: Logits) -> tuple[int, int]:
+    return logits.shape[0], logits.shape[1]
+
+
+def _save(path: Path, release: Logits) -> None:
+    with path.open("wb") as file:  # given a name, numpy would add to it
+        np.save(file, release, allow_pickle=False)
+
+
+def _read(path: Path) -> _Ledger:
+    """Return what has been spent."""
+    try:
+        content = json.loads(path.read_text())
+        rounds = tuple(int(round) for round in content.get("rounds", ()))
+        ledger = _Ledger(float(content["spent"]), str(content.get("run", "")), rounds)
     except FileNotFoundError:
-        return 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _Ledger()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BudgetError(f"cannot read the budget in {path}: {error}") from error
+    if not 0 <= ledger.spent < math.inf:
+        raise BudgetError(f"cannot read the budget in {path}: expected a number >= 0, got {ledger.spent}")
+    return ledger
 
 
-def _write(path: Path, total: float) -> None:
-    """Write the budget, on the disk before anything leaves the peer."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"spent": total}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise BudgetError(f"cannot write the budget to {path}: {error}") from error
+def _write(path: Path, ledger: _Ledger) -> None:
+    content = json.dumps({"spent": ledger.spent, "run": ledger.run, "rounds": ledger.rounds})
+    write_whole(path, lambda partial: partial.write_text(content))

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,6 +19,36 @@ _KEEP = 2  # the state a round starts from outlives it, so that a round can be r
 
 class StateError(FedkdError):
     """A peer's state is missing or does not fit its model."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that its owner alone can read: whole or not at all, and on the disk when this returns.
+
+    Args:
+        path: the file, in a folder that exists.
+        write: writes the content to the path that it is given.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        _to_disk(partial)
+        partial.replace(path)
+        _to_disk(path.parent)  # the name is the folder's
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Store:
@@ -69,17 +99,9 @@ class Store:
         Raises:
             StateError: the disk refuses (full, read-only, gone).
         """
+        head = {"run": self.run, "memo": json.dumps(dict(memo or {}))}
         try:
-            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-            os.close(handle)
-            partial = Path(name)
-            try:
-                save_model(model, name, metadata={"run": self.run, "memo": json.dumps(dict(memo or {}))})
-                with partial.open("rb") as written:
-                    os.fsync(written.fileno())
-                partial.replace(self._path(round))
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(self._path(round), lambda partial: save_model(model, str(partial), metadata=head))
         except Exception as error:  # safetensors reports a full disk with an error type of its own
             raise StateError(f"cannot write the state of round {round} to {self.folder}: {error}") from error
         for old in [r for r in self.rounds() if 0 < r < round][: -(_KEEP - 1) or None]:

@@ -4,6 +4,8 @@ import json
 import math
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +16,11 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import kstest, norm
 from sites import make_sites
 
+import clients.private
+from clients.place import Place, own_settings
 from clients.private import BudgetError, Private
 from clients.site import proxy_subset
+from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
 from fedkd.privacy import Mechanism, clipped, noise_multiplier, reproducible_normal, secret_normal, sensitivity, spent
@@ -189,7 +194,7 @@ def test_a_sites_budget_adds_up_over_runs_and_then_it_publishes_no_more(tmp_path
     grid = local_grid(tmp_path, 2, node_config=deployed(sites, max_epsilon=5.0))
     first = federate(tmp_path / "1", grid=grid, privacy_epsilon=3.0, controls="isolated")
 
-    with pytest.raises(RelayError, match=r"`privacy-epsilon` .*the 3 that earlier runs spent .*ε 5 at δ 1e-05"):
+    with pytest.raises(RelayError, match=r"`privacy-epsilon` .*the 3 that are spent already .*ε 5 at δ 1e-05"):
         federate(tmp_path / "2", grid=grid, privacy_epsilon=4.5)
     second = federate(tmp_path / "3", grid=grid, privacy_epsilon=3.0, rounds=1)
 
@@ -220,40 +225,164 @@ def test_what_a_site_with_a_budget_measures_stays_with_it(tmp_path, sites, capsy
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def private(tmp_path, **own):
-    from clients.place import Place, own_settings
-
+def private(tmp_path, run="a", **given):
+    """Return the privacy of a deployed peer; its own settings with hyphens, the run's with underscores."""
+    own = {name: value for name, value in given.items() if "-" in name}
+    settings = {name: value for name, value in given.items() if "-" not in name}
     made = {"name": "north", "max-epsilon": 3.0, **own}
     place = Place.of_own(own_settings(made), name="north", root=tmp_path, simulated=False)
-    return Private.of(RunConfig(privacy_epsilon=3.0, rounds=1), place)
+    return Private.of(RunConfig(**{"privacy_epsilon": 3.0, "rounds": 1, **settings}), place, run)
 
 
-def test_a_server_that_asks_once_more_gets_nothing(tmp_path):
-    """A round asked for twice is two releases, each with noise of its own."""
-    logits = np.zeros((5, 3), np.float32)
+LOGITS = np.zeros((5, 3), np.float32)
+
+
+def test_a_server_that_asks_once_more_gets_the_same_again_and_another_run_is_charged(tmp_path):
     peer = private(tmp_path)
 
-    first, again = peer.publish(logits, round=0), peer.publish(logits, round=0)
+    first, again = peer.publish(LOGITS, round=0), private(tmp_path).publish(LOGITS + 1, round=0)
+    after_one = peer.epsilon
+    second = private(tmp_path, run="b").publish(LOGITS, round=0)
 
-    assert not (first == again).any()
-    assert peer.epsilon == pytest.approx(3.0)
+    assert first.tobytes() == again.tobytes()
+    assert not (first == second).any()
+    spent_by = private(tmp_path, run="b")
+    spent_by.publish(LOGITS, round=0)
+    assert after_one < spent_by.epsilon == pytest.approx(3.0)
     with pytest.raises(BudgetError, match=r"the budget is spent: .*ε 3 at δ 1e-05 .*`max-epsilon`.*privacy.json"):
-        private(tmp_path).publish(logits, round=1)
+        private(tmp_path).publish(LOGITS, round=1)
+
+
+@pytest.mark.parametrize("round", [-1, 2, 10**9])
+@pytest.mark.parametrize("simulated", [False, True])
+def test_no_release_is_made_that_the_promise_does_not_count(tmp_path, round, simulated):
+    peer = private(tmp_path)
+    peer._place = replace(peer._place, simulated=simulated)
+    with pytest.raises(BudgetError, match=f"round {round} is not among the 2 "):
+        peer.publish(LOGITS, round=round)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_that_was_not_charged_is_never_sent(tmp_path, monkeypatch):
+    """A process that ends between the two files leaves a release that nobody has seen: another one replaces it."""
+    kept = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clients.private, "_write", interrupt)
+        private(tmp_path).publish(LOGITS, round=0)
+    kept += [path.read_bytes() for path in (tmp_path / "north" / "releases").iterdir()]
+
+    sent = private(tmp_path).publish(LOGITS, round=0)
+
+    assert len(kept) == 1 and sent.tobytes() not in kept[0]
+    assert private(tmp_path).publish(LOGITS, round=0).tobytes() == sent.tobytes()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_releases_made_side_by_side_are_all_charged(tmp_path):
+    rounds = range(16)
+    with ThreadPoolExecutor(8) as pool:
+        settings = {"rounds": len(rounds) - 1}
+        list(pool.map(lambda round: private(tmp_path, **settings).publish(LOGITS, round=round), rounds))
+
+    last = private(tmp_path, **settings)
+    last.publish(LOGITS, round=0)
+    assert last.epsilon == pytest.approx(3.0)
+    files = [path for path in (tmp_path / "north").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert {path.suffix for path in files} == {".json", ".lock", ".npy"}
+
+
+def test_releases_of_an_earlier_run_are_not_kept(tmp_path):
+    for run in ("a", "b"):
+        private(tmp_path, run=run).publish(LOGITS, round=0)
+    assert len(list((tmp_path / "north" / "releases").iterdir())) == 1
 
 
 def test_nothing_is_published_that_could_not_be_written_down(tmp_path):
     peer = private(tmp_path)
     (tmp_path / "north").write_text("a file where the folder should be")
     with pytest.raises(BudgetError, match=r"cannot (read|write) the budget"):
-        peer.publish(np.zeros((5, 3), np.float32), round=0)
+        peer.publish(LOGITS, round=0)
 
 
-def test_a_damaged_budget_is_no_fresh_one(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", '{"spent": NaN}', '{"spent": -1}', '{"spent": "much"}', "{}"])
+def test_a_damaged_budget_is_no_fresh_one(tmp_path, content):
     peer = private(tmp_path)
     (tmp_path / "north").mkdir()
-    (tmp_path / "north" / "privacy.json").write_text("{")
+    (tmp_path / "north" / "privacy.json").write_text(content)
     with pytest.raises(BudgetError, match="cannot read the budget"):
-        peer.publish(np.zeros((5, 3), np.float32), round=0)
+        peer.publish(LOGITS, round=0)
+
+
+def test_a_release_that_is_gone_is_not_made_anew(tmp_path):
+    """Another one would be a second release of one round, which the promise counts once."""
+    private(tmp_path).publish(LOGITS, round=0)
+    for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
+        damage(next((tmp_path / "north" / "releases").iterdir()))
+        with pytest.raises(BudgetError, match="read a release"):
+            private(tmp_path).publish(LOGITS, round=0)
+
+
+def test_logits_that_no_noise_hides_cost_nothing_and_stay(tmp_path):
+    with pytest.raises(BadKnowledge, match="finite"):
+        private(tmp_path).publish(LOGITS + np.inf, round=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.01, 1.0, 50.0, 1000.0])
+@pytest.mark.parametrize("rounds", [0, 10, 100])
+def test_a_run_that_asks_for_exactly_the_budget_is_within_it(tmp_path, epsilon, rounds):
+    peer = private(tmp_path, **{"max-epsilon": epsilon}, privacy_epsilon=epsilon, rounds=rounds)
+    peer.check_budget()
+
+
+def test_what_is_told_holds_at_the_runs_delta_and_what_is_limited_at_the_peers(tmp_path):
+    peer = private(tmp_path, **{"max-delta": 1e-3}, privacy_delta=1e-6, rounds=0)
+
+    peer.publish(LOGITS, round=0)
+
+    assert peer.epsilon == pytest.approx(3.0)
+    private(tmp_path, run="b", **{"max-delta": 1e-3}, privacy_epsilon=0.5, privacy_delta=1e-6, rounds=0).check_budget()
+    with pytest.raises(SettingError, match=r"`privacy-epsilon` .*ε 3 at δ 1e-06"):
+        private(tmp_path, run="b", **{"max-delta": 1e-6}, privacy_epsilon=0.5, privacy_delta=1e-6).check_budget()
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing catches it, as nothing catches SIGKILL."""
+
+
+def test_a_private_run_that_is_resumed_ends_as_an_uninterrupted_one_and_costs_no_more(tmp_path, sites, monkeypatch):
+    """At a budget that has no room for a second release of any round; the same noise twice, so that numbers compare."""
+    monkeypatch.setattr(clients.private, "secret_normal", lambda shape: reproducible_normal(shape, 0))
+    settings = {"privacy_epsilon": 3.0, "rounds": 3}
+    grids = [local_grid(tmp_path / name, 2, node_config=deployed(sites, max_epsilon=3.0)) for name in ("a", "b")]
+    whole = federate(tmp_path / "a", grid=grids[0], **settings)
+
+    def kill(partition, message):
+        mail = message.content["mail"]
+        if (partition, mail["kind"], mail["round"]) == (1, "learn", 2):
+            raise Killed
+
+    grids[1].fault = kill
+    with pytest.raises(Killed):
+        federate(tmp_path / "b", grid=grids[1], **settings)
+    grids[1].fault = None
+    grids[1].forget()
+    before = len(grids[1].replies)
+
+    resumed = federate(tmp_path / "b", grid=grids[1], resume=str(tmp_path / "b" / "run"), **settings)
+
+    assert resumed.timeless_rows() == whole.timeless_rows()
+    assert {row["status"] for row in resumed.rows()} == {"ok"}
+    assert resumed.rows()[-1]["epsilon"] == pytest.approx(3.0)
+    first, again = (
+        reply.content["knowledge"]["logits"].numpy()
+        for reply in (grids[1].replies[before - 1], grids[1].replies[before + 2])
+    )
+    np.testing.assert_array_equal(first, again)
 
 
 def test_whoever_asks_a_model_that_learned_by_heart_finds_its_members_and_noise_hides_them():
