@@ -1,6 +1,7 @@
 """`fedkd bench NAME`: the benchmarks, each a module with ``main(json_path, *, quick)``."""
 
 import importlib
+import os
 from pathlib import Path
 
 from fedkd.errors import SettingError
@@ -23,8 +24,11 @@ def bench(name: str, json_path: Path | None, *, quick: bool) -> None:
     """Run a benchmark: a table on the screen, and the figures as JSON where a path is given.
 
     Raises:
-        SettingError: no benchmark of that name.
+        SettingError: no benchmark of that name, or no place for its figures.
     """
     if name not in BENCHES:
         raise SettingError("NAME", name, "one of " + ", ".join(BENCHES))
+    if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
+        # A benchmark takes minutes, and this is its last step.
+        raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")
     importlib.import_module(BENCHES[name]).main(json_path, quick=quick)

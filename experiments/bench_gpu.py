@@ -1,16 +1,16 @@
 """How busy peers keep one GPU: images a second of 32 of them, by the number of actors that share it.
 
 Two fleets on synthetic images of 32×32×3: ResNet-18 with its stem for small images, and five architectures mixed. What
-is counted is the images of training steps, in the wall time between the ends of the first and the last round; peers
-are measured and predict in that time too. The bare loop trains one compiled bfloat16 ResNet-18 on data that lie on the
-GPU and does nothing else; the plain loop is the mixed fleet's work, model after model in float32.
+is counted is the images of training steps, in the wall time of the rounds after the first with training, by the relay's
+own clock; the proxy set is predicted in that time too. The bare loop has one compiled bfloat16 ResNet-18 and data that
+lie on the GPU; it trains, predicts as many images for each that it trains on as a peer does, and does nothing else. The
+plain loop is the mixed fleet's work, model after model in float32.
 
 Nothing is fetched: `fedkd bench gpu` needs no network. Without a GPU it says so, and what it would do; `--quick` then
 exercises the same code on the CPU at a tiny size, whose figures say nothing about a GPU.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ FULL = {
     "fleets": {"resnet18": "resnet18", "mixed": MIXED}, "actors": ACTORS,
 }  # fmt: skip
 QUICK = {
-    "peers": 2, "private": 40, "proxy": 48, "test": 20, "rounds": 1, "batch": 16, "side": 8, "steps": 3,
+    "peers": 2, "private": 40, "proxy": 48, "test": 20, "rounds": 1, "batch": 16, "side": 8, "steps": 16,
     "fleets": {"mixed": "mlp,cnn-small"}, "actors": (1,),
 }  # fmt: skip
 SETTINGS = {
@@ -48,8 +48,6 @@ SETTINGS = {
 
 Size = dict[str, Any]
 Figures = dict[str, Any]
-
-_ROUND = re.compile(r"^round +(\d+)/")
 
 
 def run(*, quick: bool = False) -> Figures:
@@ -129,10 +127,12 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
 
 
 def bare_loop(size: Size, device: str) -> float:
-    """Return the images a second of one model, compiled on a GPU, bfloat16 and channels last, all data on the device.
+    """Return the images a second that one model trains on while it also predicts as many of them as a peer would.
+
+    It is compiled on a GPU, bfloat16 and channels last, with all data on the device.
 
     Args:
-        size: ``steps``, ``batch``, ``side`` and ``fleets``, whose first model is trained.
+        size: ``steps``, ``batch``, ``side``, ``proxy``, ``private``, and ``fleets``, whose first model is trained.
         device: ``cuda`` or ``cpu``.
     """
     import torch
@@ -151,7 +151,15 @@ def bare_loop(size: Size, device: str) -> float:
     x = torch.randn(count, 3, size["side"], size["side"], device=device).to(memory_format=torch.channels_last)
     y = torch.randint(10, (count,), device=device)
 
-    def train(steps: int) -> None:
+    @torch.no_grad()
+    def predict() -> None:
+        model.eval()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            model(x)
+        model.train()
+
+    def work(steps: int) -> None:
+        owed = 0.0  # images still to be predicted
         for step in range(steps):
             index = torch.arange(size["batch"], device=device) + step % 8 * size["batch"]
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -159,12 +167,16 @@ def bare_loop(size: Size, device: str) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            owed += size["batch"] * size["proxy"] / (size["proxy"] + size["private"])
+            if owed >= count:
+                predict()
+                owed -= count
         if device == "cuda":
             torch.cuda.synchronize()
 
-    train(min(20, size["steps"]))  # compiling and the choice of kernels
+    work(min(40, size["steps"]))  # compiling and the choice of kernels, for training and for predicting
     began = time.perf_counter()
-    train(size["steps"])
+    work(size["steps"])
     return float(size["steps"] * size["batch"] / (time.perf_counter() - began))
 
 
@@ -196,24 +208,20 @@ def _plain(data: Path, size: Size, device: str) -> float:
 
 
 def _fleet(folder: Path, size: Size, fleet: str, actors: int, device: str, *, compiled: bool) -> Figures:
+    place = folder / f"{fleet}-{actors}-{compiled}"
     settings = {
         **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "models": size["fleets"][fleet], "rounds": size["rounds"],
         "proxy-size": size["proxy"], "batch-size": size["batch"], "compiled": compiled, "eval-every": size["rounds"],
-        "device": device, "out-dir": str(folder / f"{fleet}-{actors}-{compiled}"),
+        "device": device, "out-dir": str(place),
     }  # fmt: skip
-    marks: list[float] = []  # wall time at the end of every round
-
-    def note(line: str) -> None:
-        if _ROUND.match(line):
-            marks.append(time.monotonic())
-
     share = {"gpus_per_peer": 1 / actors, "gpus": 1} if device == "cuda" else {}
-    outcome = launch(OWN_FOLDER, settings, Federation(peers=size["peers"], actors=actors, **share), out=note)
-    if not outcome.completed or len(marks) != size["rounds"] + 1:
+    outcome = launch(OWN_FOLDER, settings, Federation(peers=size["peers"], actors=actors, **share), out=lambda _: None)
+    if not outcome.completed:
         raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
+    seconds = json.loads((place / "summary.json").read_text(encoding="utf-8"))["round_seconds"][1:]
     # Kernels are chosen, and models compiled, in the first round with training; a run of one has no other.
-    first = 1 if size["rounds"] > 1 else 0
-    speed = _trained(size) * (size["rounds"] - first) / (marks[-1] - marks[first])
+    counted = seconds[1:] or seconds
+    speed = _trained(size) * len(counted) / sum(counted)
     return {"fleet": fleet, "actors": actors, "compiled": compiled, "images_per_second": speed}
 
 

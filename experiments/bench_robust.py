@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.launch import Federation, launch
+from experiments.measuring import leave
 from experiments.project import OWN_FOLDER
 from fedkd.errors import FedkdError
 
@@ -32,7 +33,9 @@ Trial = dict[str, Any]
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
-    """Run all trials; return ``{"rows": [{"attack", "attackers", "robust", "accuracy"}]}``, accuracy in [0, 1].
+    """Run all trials; return ``{"ratio", "rows": [{"attack", "attackers", "robust", "accuracy"}]}``, shares of 1.
+
+    ``ratio`` is the accuracy under the worst attack with the best defence against it, over that when nobody attacks.
 
     Args:
         quick: one attack and two defences.
@@ -59,7 +62,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         if not outcome.completed:
             raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
         rows = [{**plan, "accuracy": _honest(folder / str(i), plan)} for i, plan in enumerate(plans)]
-    return {"peers": PEERS, "settings": BASE, "rows": rows}
+    return {"ratio": _kept(rows), "peers": PEERS, "settings": BASE, "rows": rows}
 
 
 def main(json_path: Path | None = None, *, quick: bool = False) -> None:
@@ -77,8 +80,16 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
         found = {row["robust"]: f"{row['accuracy']:.1%}" for row in group}
         table.add_row(attack, f"{share:.0%}", *(found.get(defence, "") for defence in defences))
     Console().print(table)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    leave(result, json_path)
+
+
+def _kept(rows: list[Trial]) -> float:
+    best: dict[tuple[str, float], float] = {}
+    for row in rows[1:]:
+        if row["robust"] != "none":
+            attack = row["attack"], row["attackers"]
+            best[attack] = max(best.get(attack, 0.0), row["accuracy"])
+    return float(min(best.values()) / rows[0]["accuracy"])
 
 
 def _honest(folder: Path, plan: Trial) -> float:

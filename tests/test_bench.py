@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import bench_bytes, bench_scale, bench_start, measuring
+from experiments import bench_bytes, bench_losses, bench_robust, bench_scale, bench_start, measuring
 from experiments.bench import bench
 from fedkd.codec import codec, encoded_bytes
 from fedkd.errors import FedkdError, SettingError
@@ -17,7 +17,7 @@ def figures(name, path):
     bench(name, path / "figures.json", quick=True)
     found = json.loads((path / "figures.json").read_text())
     assert found["machine"]["cpus"] >= 1 and found["machine"]["memory_gib"] > 0
-    assert {"fedkd", "python", "numpy", "flwr", "torch"} <= found["versions"].keys()
+    assert {"fedkd", "python", "numpy", "flwr", "torch"} <= found["versions"].keys() and "commit" in found
     assert math.isfinite(found["ratio"]) and found["ratio"] > 0
     return found
 
@@ -35,6 +35,31 @@ def test_wire_times_every_codec_and_tells_the_bytes_it_really_sends(tmp_path, ca
             assert row["bytes"] == encoded_bytes(sent)
     assert {"fp32", "fp16", "int8", "topk:5"} <= {row["codec"] for row in found["rows"]}
     assert "topk:5" in capsys.readouterr().out
+
+
+def test_losses_leave_the_facts_and_how_the_slowest_stands_beside_plain_pytorch(tmp_path, capsys):
+    found = figures("losses", tmp_path)
+
+    assert {row["loss"] for row in found["rows"]} == set(bench_losses.LOSSES)
+    assert found["ratio"] == max(row["ours_to_plain"] for row in found["rows"])
+    assert "bdkd" in capsys.readouterr().out
+
+
+def trial(attack, attackers, robust, accuracy):
+    return {"attack": attack, "attackers": attackers, "robust": robust, "accuracy": accuracy}
+
+
+def test_the_ratio_of_defences_is_that_of_the_attack_against_which_they_help_least():
+    rows = [
+        trial("none", 0.0, "none", 0.8),
+        trial("flip", 0.2, "none", 0.79),
+        trial("flip", 0.2, "median", 0.6),
+        trial("flip", 0.2, "agreement", 0.72),
+        trial("flip", 0.4, "median", 0.4),
+        trial("flip", 0.4, "agreement", 0.2),
+    ]
+
+    assert bench_robust._kept(rows) == pytest.approx(0.5)
 
 
 @pytest.mark.flower
@@ -113,6 +138,14 @@ input()
 
     assert watch.costs[child.pid].cpu_seconds >= 0.2
     assert watch.peak(lambda title: "process_time" in title) > 64 * 2**20
+
+
+@pytest.mark.parametrize("place", ["missing/figures.json", "."])
+def test_figures_that_could_not_be_written_are_refused_before_anything_runs(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(bench_losses, "run", lambda quick: pytest.fail("it ran"))
+
+    with pytest.raises(SettingError, match=r"`--json` to be a file in a folder that exists"):
+        bench("losses", tmp_path / place, quick=True)
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
