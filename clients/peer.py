@@ -20,7 +20,7 @@ from clients.flow import Flow
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
 from clients.private import Private, withhold
-from clients.site import Site, open_pool, open_site, proxy_subset
+from clients.site import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.starts import pretrain
 from clients.store import Store
 from fedkd import metrics, models
@@ -57,7 +57,7 @@ class _Warm:
     memo: Memo
 
 
-_warm: dict[str, _Warm] = {}  # the process's cache, keyed by state folder; the truth is on disk
+_warm: dict[tuple[str, str], _Warm] = {}  # the process's cache, by state folder and run; the truth is on disk
 _WARM_MODELS = 8
 
 
@@ -78,7 +78,8 @@ class Peer:
         keep_freed_memory()
         self.place, self.config = place, config
         self.device = pick_device(config.device, repeatable=not config.fast)
-        self.site: Site = open_site(config, place, self.device)
+        self.versions = file_versions(place, run)
+        self.site: Site = open_site(config, place, self.device, self.versions)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
         self.learner = self._learner()
         self.codec = codec(config.codec)
@@ -148,7 +149,8 @@ class Peer:
             return self._average(mail, self._common())
         model = self._build()
         epochs = self.config.pretrain_epochs
-        pretrain(model, self.config, self.place, lambda: self.learner.local(model, round=0, epochs=epochs))
+        train = partial(self.learner.local, model, round=0, epochs=epochs)
+        pretrain(model, self.config, self.place, self.versions, train)
         if mail.round > 0:  # a late start: the controls still look for round 0
             self.store.save(0, model)
         found, bins = self._examine(mail.round, model)
@@ -212,6 +214,10 @@ class Peer:
         return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
 
     @property
+    def _warm_key(self) -> tuple[str, str]:
+        return str(self.store.folder), self.store.run
+
+    @property
     def _waits_to_measure(self) -> bool:
         """Whether the device works on by itself while this process goes on, and somebody wants to know for how long."""
         return self.config.profile and self.device.type == "cuda"
@@ -259,7 +265,7 @@ class Peer:
     def _recall(self, round: int) -> tuple[nn.Module, Memo]:
         """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
         before = self.store.latest(before=round)
-        warm = _warm.pop(str(self.store.folder), None)
+        warm = _warm.pop(self._warm_key, None)
         if warm is not None and warm.round == before:
             return warm.model, dict(warm.memo)
         model = self._bare()
@@ -285,7 +291,7 @@ class Peer:
             self.store.save(mail.round, model, memo)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
-        _warm[str(self.store.folder)] = _Warm(mail.round, model, dict(memo))
+        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo))
         found["refused_letters"] = len(refused or [])
         if self.private:
             found["epsilon"] = self.private.epsilon

@@ -1,5 +1,6 @@
 """What one site holds: its private data, the common test set and the public proxy set, on its device."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
 from fedkd.data.sources import Dataset, Source, load_source
 from fedkd.errors import SettingError
+from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 
 
@@ -71,6 +73,7 @@ class _DataSettings:
     seed: int
     device: str
     held_out: float
+    versions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,19 @@ class _Split:
     cache: Path
 
 
-def open_site(config: RunConfig, place: Place, device: torch.device) -> Site:
+def open_site(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...] = ()) -> Site:
     """Load, split and standardise a peer's data.
+
+    Args:
+        config: the run's settings as they hold at the peer.
+        place: the peer.
+        device: where the tensors go.
+        versions: of its files, as :func:`file_versions` returns them: data that have changed are read again.
 
     Raises:
         SettingError: anything about the data that does not fit the settings.
     """
-    settings = _data_settings(config, place, device)
+    settings = _data_settings(config, place, device, versions)
     commons = _commons(settings)
     own = commons.pool if place.dataset else commons.pool[_parts(settings, _split(config, place))[place.index]]
     return _site(own, commons, device)
@@ -99,10 +108,48 @@ def open_site(config: RunConfig, place: Place, device: torch.device) -> Site:
 
 def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
     """Return the data of all peers in one site, for the pooled control of a simulation."""
-    settings = _data_settings(config, place, device)
+    settings = _data_settings(config, place, device, ())
     commons = _commons(settings)
     own = np.concatenate(_parts(settings, _split(config, place)))
     return _site(commons.pool[own], commons, device)
+
+
+def file_versions(place: Place, run: str) -> tuple[str, ...]:
+    """Return what changes when the data or the checkpoint that a deployed peer brings change.
+
+    Its worker outlives runs and keeps what it read. What a function returns may change unseen: it is read again in each
+    run. A simulated peer's process ends with its runs.
+
+    Args:
+        place: the peer.
+        run: the run's token.
+    """
+    if place.simulated:
+        return ()
+    data_dir = _data_dir(place.data_dir)
+    checkpoint = [_version(Path(place.checkpoint).expanduser())] if place.checkpoint else []
+    return (*(_source_version(spec, data_dir, run) for spec in (place.dataset, place.proxy)), *checkpoint)
+
+
+def _source_version(spec: str, data_dir: Path, run: str) -> str:
+    kind, _, path = spec.partition(":")
+    if is_callable_spec(spec):
+        return run
+    if kind not in ("npz", "folder"):
+        return ""
+    found = data_dir / Path(path).expanduser()
+    if kind == "folder" and not found.is_dir():
+        found = found.with_name(found.name.rpartition("@")[0] or found.name)  # folder:PATH@SIZE
+    return _version(found)
+
+
+def _version(path: Path) -> str:
+    """Return a hash of names, times and sizes; an error about a file that is not there is its reader's."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        found = file.stat() if file.exists() else None
+        digest.update(repr((str(file), found and (found.st_mtime_ns, found.st_size, found.st_ino))).encode())
+    return digest.hexdigest()
 
 
 def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
@@ -144,7 +191,7 @@ def _split(config: RunConfig, place: Place) -> _Split:
     )  # fmt: skip
 
 
-def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _DataSettings:
+def _data_settings(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...]) -> _DataSettings:
     if place.dataset and config.proxy == "split":
         raise SettingError(
             "proxy", "split", f"a data source of its own, since peer {place.name} brings its own data set"
@@ -152,14 +199,18 @@ def _data_settings(config: RunConfig, place: Place, device: torch.device) -> _Da
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
         config.proxy_size, config.normalize, config.seed, str(device),
-        config.validation_share if config.evaluate_on == "validation" else 0.0,
+        config.validation_share if config.evaluate_on == "validation" else 0.0, versions,
     )  # fmt: skip
+
+
+def _data_dir(data_dir: str) -> Path:
+    return Path(data_dir or "~/.cache/fedkd/data").expanduser()
 
 
 @lru_cache(maxsize=2)
 def _commons(settings: _DataSettings) -> Commons:
-    data_dir = Path(settings.data_dir or "~/.cache/fedkd/data").expanduser()
-    source = _source(settings.dataset, data_dir, settings.download)
+    data_dir = _data_dir(settings.data_dir)
+    source = _source(settings.dataset, data_dir, settings.download, settings.versions)
     proxy, pool = _proxy(settings, source, data_dir)
     test, pool = _test(settings, source, pool)
     scale = standardizer(settings.normalize, proxy.inputs)
@@ -175,8 +226,8 @@ def _commons(settings: _DataSettings) -> Commons:
 
 
 @lru_cache(maxsize=2)
-def _source(dataset: str, data_dir: Path, download: bool) -> Source:
-    """Read a data set once for trials that differ in their seeds."""
+def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...]) -> Source:
+    """Read a data set once for trials that differ in their seeds, until its files change."""
     return load_source(dataset, data_dir=data_dir, download=download)
 
 

@@ -26,17 +26,20 @@ State = dict[str, Tensor]
 _kept: "OrderedDict[str, State]" = OrderedDict()  # the process's cache; what it holds can be made again
 
 
-def pretrain(model: nn.Module, config: RunConfig, place: Place, train: Callable[[], object]) -> None:
+def pretrain(
+    model: nn.Module, config: RunConfig, place: Place, versions: tuple[str, ...], train: Callable[[], object]
+) -> None:
     """Bring a model to a peer's start: from this process's memory if it trained the same before, else by training.
 
     Args:
         model: as it comes, on its device.
         config: the run's settings as they hold at the peer.
         place: the peer.
+        versions: of its files, as :func:`clients.site.file_versions` returns them.
         train: trains the model.
     """
     said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
-    key = repr((sorted(said.items()), place.index, place.of, place.model, place.checkpoint, place.dataset))
+    key = repr((sorted(said.items()), place.index, place.of, place.model, place.checkpoint, place.dataset, versions))
     if key in _kept:
         model.load_state_dict(_kept[key])
         _kept.move_to_end(key)
