@@ -16,6 +16,7 @@ from fedkd import metrics
 from fedkd.config import RunConfig, numbers
 from fedkd.decoupled import warm_up
 from fedkd.distillation import Distillation, teacher_or_self
+from fedkd.errors import SettingError
 from fedkd.profile import Stopwatch
 from fedkd.robust import agreement_weights
 from fedkd.seeding import derive
@@ -65,6 +66,21 @@ class Learner:
         self.config, self.site, self.index, self.auxiliary, self.watch = config, site, index, auxiliary, watch
         self.how = Optimization.from_config(config)
         Distillation.from_config(config)  # a wrong setting is an error before any training
+
+    def check(self) -> None:
+        """Try the distillation on as many classes as there are: it depends on them whether it is possible.
+
+        Raises:
+            SettingError: it is not.
+        """
+        nothing = torch.zeros(2, 2, len(self.site.label_share))
+        distillation = Distillation.from_config(self.config)
+        try:
+            distillation(nothing[0], distillation.prepare(nothing, torch.ones(2)))
+        except ValueError as error:
+            cakd = self.config.divergence == "cakd"
+            key, value = ("cakd-top-k", self.config.cakd_top_k) if cakd else ("divergence", self.config.divergence)
+            raise SettingError(key, value, f"possible with {nothing.shape[-1]} classes ({error})") from error
 
     def local(self, model: nn.Module, *, round: int, epochs: int) -> float:
         """Train on private labels alone; return the loss."""

@@ -121,6 +121,9 @@ class Peer:
         if self.config.strategy == "fedavg":
             model, merged = self._common(), self.config.fedavg_start == "distilled"
             name = f"{name} → {self.config.fedavg_model}" if merged else self.config.fedavg_model
+        if self.config.strategy != "fedavg" or self.config.fedavg_start == "distilled":
+            self.codec.layout((self.config.travelling, self.classes))
+            self.learner.check()
         commons = self.site.commons
         return self._reply(
             mail,

@@ -29,6 +29,8 @@ from fedkd.divergences import (
 
 __all__ = ["Objective", "Prepared", "objective"]
 
+_MANY_CLASSES = 1000
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -251,10 +253,13 @@ def _check_options(divergence: Divergence, options: Mapping[str, Any]) -> None:
         if name not in own:
             raise ValueError(f"Expected options of {divergence.name!r} to be among {own}, but got {name!r}.")
     if divergence.prepare is not None:
-        # Values are checked where they are used; used once here, a wrong one is an error before any training.
-        divergence.prepare(
-            torch.zeros(1, 1, 1000), temperature=1.0, labels=torch.zeros(1, dtype=torch.int64), **options
-        )
+        # Values are checked where they are used; used once here, a wrong one is an error before any training. Whether a
+        # count of classes is too large, only who knows the classes can tell.
+        logits, labels = torch.zeros(1, 1, _MANY_CLASSES), torch.zeros(1, dtype=torch.int64)
+        tried = {
+            name: min(value, _MANY_CLASSES) if isinstance(value, int) else value for name, value in options.items()
+        }
+        divergence.prepare(logits, temperature=1.0, labels=labels, **tried)
 
 
 def _heard(teacher_logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
