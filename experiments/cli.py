@@ -27,10 +27,10 @@ app.add_typer(deploy, name="deploy", no_args_is_help=True)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit status 2."""
+    """Run the command line; a user's mistake, or a file that cannot be used, is one line and exit status 2."""
     try:
         app()
-    except FedkdError as error:
+    except (FedkdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -233,12 +233,19 @@ def tune(
     """
     from experiments.launch import Federation
     from experiments.project import Project
+    from experiments.tune import Stopped
     from experiments.tune import tune as search
 
     settings = Project.read().settings(pairs or [], cwd=Path.cwd())
     federation = Federation(peers=peers, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer)
     own = {key: value for key, value in settings.items() if key != "out-dir"}
-    found = search(own, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose)
+    try:
+        found = search(
+            own, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose
+        )
+    except Stopped as stopped:
+        typer.echo(f"error: {stopped}", err=True)
+        raise typer.Exit(stopped.exit_code) from stopped
     typer.echo(f"best of {found.trials} trials: {found.accuracy:.1%} on held-out samples. On the test set:")
     typer.echo(found.command)
 

@@ -23,6 +23,14 @@ _STUDY = "study.journal"
 _ALWAYS: Mapping[str, Scalar] = {"schedule": "mixed", "evaluate-on": "validation", "controls": ""}
 
 
+class Stopped(FedkdError):
+    """A signal ended the search."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What was found.
@@ -65,6 +73,7 @@ def tune(
 
     Raises:
         FedkdError: Optuna is not installed, the study is about other settings, or no trial finished.
+        Stopped: a signal ended the search; started again, it goes on.
     """
     _need_optuna()
     for name, value in (("--trials", trials), ("--seeds", seeds), ("--batch", batch)):
@@ -78,7 +87,7 @@ def tune(
     config = RunConfig.from_mapping({**base, "kd-weight": 0.5} if base["schedule"] == "mixed" else base)
     folder = folder.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed)
+    study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed, seeds)
     while (missing := trials - _finished(study)) > 0:
         proposed = [study.ask() for _ in range(min(batch, missing))]
         runs = {
@@ -87,8 +96,10 @@ def tune(
         }
         file = _write(folder, runs)
         outcome = launch(OWN_FOLDER, {"trials": str(file)}, federation, out=out, verbose=verbose)
-        told = [_tell(study, trial, folder, seeds) for trial in proposed]
-        if outcome.signal or not any(told):
+        told = [_tell(study, trial.number, folder, seeds) for trial in proposed]
+        if outcome.signal:
+            raise Stopped(outcome.reason, outcome.exit_code)
+        if not any(told):
             raise FedkdError(outcome.reason or f"no trial finished; see the error.txt below {folder / 'trials'}")
         out(f"{_finished(study)} of {trials} trials, best {study.best_value:.1%} with {study.best_params}")
     best = {**base, **study.best_params}
@@ -104,8 +115,8 @@ def _suggest(trial: "optuna.Trial", config: RunConfig) -> dict[str, Scalar]:
     return found
 
 
-def _open(folder: Path, base: Mapping[str, Scalar], seed: int) -> "optuna.Study":
-    """Open the study of a folder, or begin one; what a killed search had proposed is forgotten."""
+def _open(folder: Path, base: Mapping[str, Scalar], seed: int, seeds: int) -> "optuna.Study":
+    """Open the study of a folder, or begin one; of what a killed search had proposed, what has a result counts."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -123,7 +134,7 @@ def _open(folder: Path, base: Mapping[str, Scalar], seed: int) -> "optuna.Study"
         raise FedkdError(f"The study in {folder} is about other settings: {', '.join(differing)}. Take another --out.")
     study.set_user_attr("settings", dict(base))
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        _tell(study, trial.number, folder, seeds)
     # A sampler that is seeded anew would propose the same again.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
     return study
@@ -148,13 +159,13 @@ def _place(folder: Path, number: int, i: int) -> Path:
     return folder / "trials" / f"{number:04d}-{i}"
 
 
-def _tell(study: "optuna.Study", trial: "optuna.Trial", folder: Path, seeds: int) -> bool:
+def _tell(study: "optuna.Study", trial: int, folder: Path, seeds: int) -> bool:
     """Tell the study what came of a trial: the mean over its seeds, or that it failed."""
     import optuna
 
     found: list[float] = []
     for i in range(seeds):
-        summary = _place(folder, trial.number, i) / "summary.json"
+        summary = _place(folder, trial, i) / "summary.json"
         mean = json.loads(summary.read_text())["mean"]["after"] if summary.exists() else None
         found.append(math.nan if mean is None else float(mean))
     if any(math.isnan(value) for value in found):

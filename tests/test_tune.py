@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from federation import federate
 from runs_on_disk import make_run
+from typer.testing import CliRunner
 
 from experiments import tune as tuning
-from experiments.launch import COMPLETED, Federation, Outcome
+from experiments.cli import app
+from experiments.launch import COMPLETED, STOPPED, Federation, Outcome
 from fedkd.errors import FedkdError, SettingError
 
 pytest.importorskip("optuna")
@@ -52,6 +54,32 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, launched):
     assert len(launched) == 5
     assert len({trial["temperature"] for trial in launched}) == 5
     assert search(tmp_path, 5).trials == 5 and len(launched) == 5
+
+
+def test_what_a_killed_search_had_finished_counts(tmp_path, launched, monkeypatch):
+    launch = tuning.launch
+
+    def killed(app, settings, federation, **options):
+        launch(app, settings, federation, **options)
+        (tmp_path / "trials" / "0002-0" / "summary.json").unlink()  # in which it was killed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "launch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, 3)
+    monkeypatch.setattr(tuning, "launch", launch)
+
+    assert search(tmp_path, 3).trials == 3
+    assert len(launched) == 4
+
+
+def test_ctrl_c_ends_a_search_with_the_status_of_its_signal(tmp_path, monkeypatch):
+    stopped = Outcome("1", STOPPED, "stopped by SIGINT", {"app": 1.0}, (), signal=2)
+    monkeypatch.setattr(tuning, "launch", lambda *a, **o: stopped)
+
+    result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path)])
+
+    assert (result.exit_code, result.stderr) == (130, "error: stopped by SIGINT\n")
 
 
 def test_every_trial_runs_under_every_seed(tmp_path, launched):
