@@ -1,16 +1,20 @@
 """Controls that a comparison carries in itself: what must agree by algebra, and where floor and ceiling are."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.statistics import compare
-from experiments.study import Scenario, Study, Variant, differing, label
+from experiments.settings import label
+from experiments.statistics import Comparison, compare
+from experiments.study import Scenario, Study, Variant, differing, shared_seeds
 
 _CLOSE = 0.005
 """Differences of accuracy up to this are agreement even under every seed: rounding can tip single samples."""
+
+_NARROW = 0.05
+"""An interval of differences that is wider than this says nothing about agreement."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,13 @@ def checks(study: Study) -> list[Check]:
 
 
 def matched_gradients(scenario: Scenario) -> list[dict[str, Any]]:
-    """Return plain and gradient-matched accuracy side by side, for variants that exist in both."""
+    """Return plain and gradient-matched accuracy side by side, for variants that exist in both, over common seeds."""
     table = []
     for plain, matched in _twins(scenario, {"match-gradients": False}, {"match-gradients": True}):
-        result = compare("plain", plain.finals(), "matched", matched.finals())
-        if result.seeds:
-            name = label({**plain.settings}, [k for k in differing(scenario.variants) if k != "match-gradients"])
-            a, b = (fmean(variant.finals().values()) for variant in (plain, matched))
-            table.append({"variant": name, "plain": a, "matched": b, "difference": b - a, "seeds": result.seeds})
+        if seeds := shared_seeds((plain, matched)):
+            name = label(plain.settings, [k for k in differing(scenario.variants) if k != "match-gradients"])
+            a, b = (fmean(variant.finals()[seed] for seed in seeds) for variant in (plain, matched))
+            table.append({"variant": name, "plain": a, "matched": b, "difference": b - a, "seeds": len(seeds)})
     return table
 
 
@@ -85,39 +88,61 @@ def _agree(
             differences += [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     if not differences:
         return []
-    result = compare("", dict(enumerate(differences)), "", dict.fromkeys(range(len(differences)), 0.0))
-    ok = max(map(abs, differences)) <= _CLOSE or result.low <= 0 <= result.high
-    worst = 100 * max(map(abs, differences))
-    text = f"mean difference {100 * result.difference:+.2f} points, largest {worst:.2f}, over {len(differences)} pairs"
-    if math.isnan(result.low) and not ok:
-        return [Check(name, expected, f"{text}; one pair does not tell", None)]
+    result = _from_zero(differences)
+    worst = max(map(abs, differences))
+    if worst <= _CLOSE:
+        ok: bool | None = True
+    elif result.low > 0 or result.high < 0:
+        ok = False
+    else:
+        ok = True if result.high - result.low <= _NARROW else None
+    text = (
+        f"mean difference {100 * result.difference:+.2f} points{_interval(result)}, largest {100 * worst:.2f}, over "
+        f"{len(differences)} pair{'s' * (len(differences) > 1)}"
+    )
     return [Check(name, expected, text, ok)]
 
 
 def _floor(scenario: Scenario, where: str) -> list[Check]:
-    return _bound(scenario, scenario.isolated, f"isolated is the floor{where}", 1, "Exchange should not cost accuracy.")
+    return _bound(scenario, "isolated", f"isolated is the floor{where}", 1, "Exchange should not cost accuracy.")
 
 
 def _ceiling(scenario: Scenario, where: str) -> list[Check]:
     expected = "One model on all private data has seen more than any peer."
-    return _bound(scenario, scenario.pooled, f"pooled is the ceiling{where}", -1, expected)
+    return _bound(scenario, "pooled", f"pooled is the ceiling{where}", -1, expected)
 
 
-def _bound(scenario: Scenario, control: Mapping[int, float], name: str, sign: int, expected: str) -> list[Check]:
-    beyond, margins = [], []
+def _bound(scenario: Scenario, control: str, name: str, sign: int, expected: str) -> list[Check]:
+    """Set every variant against its own control, by seed: on the wrong side is what is there beyond seed noise."""
+    found: dict[str, Comparison] = {}
     for variant in scenario.variants:
-        finals = variant.finals()
-        margin = [sign * (finals[seed] - control[seed]) for seed in finals.keys() & control.keys()]
-        if margin:
-            margins.append(fmean(margin))
-            if fmean(margin) < 0:
-                beyond.append(f"{variant.label} ({100 * sign * fmean(margin):+.1f})")
-    if not margins:
+        if margins := variant.over(control):
+            found[variant.label] = _from_zero([sign * margin for margin in margins.values()])
+    if not found:
         return []
-    level = f"{name.split()[0]} {fmean(control.values()):.1%}"
+    beyond = {label: result for label, result in found.items() if result.difference < -_CLOSE}
+    wrong = [result for result in beyond.values() if result.high < 0]
+    one = scenario.control(control)
+    level = f"{control} {fmean(one.values()):.1%}" if one else f"{control}, of each variant its own"
     if not beyond:
-        return [Check(name, expected, f"{level}; the nearest variant is {100 * min(margins):.1f} points away", True)]
-    return [Check(name, expected, f"{level}; on the wrong side, in points: {', '.join(beyond)}", False)]
+        nearest = min(result.difference for result in found.values())
+        return [Check(name, expected, f"{level}; the nearest variant is {100 * nearest:+.1f} points away", True)]
+    words = [
+        f"{label} ({100 * sign * result.difference:+.1f}{_interval(result, sign)})" for label, result in beyond.items()
+    ]
+    return [
+        Check(name, expected, f"{level}; on the wrong side, in points: {', '.join(words)}", False if wrong else None)
+    ]
+
+
+def _from_zero(differences: Sequence[float]) -> Comparison:
+    """Return what seeds say about the mean of paired differences."""
+    return compare("", dict(enumerate(differences)), "", dict.fromkeys(range(len(differences)), 0.0))
+
+
+def _interval(result: Comparison, sign: int = 1) -> str:
+    ends = sorted(100 * sign * end for end in (result.low, result.high))
+    return f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if math.isfinite(result.low) else ""
 
 
 def _twins(scenario: Scenario, one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterable[tuple[Variant, Variant]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,13 @@ from experiments.comparison import Comparison, alone, comparison_runs
 from experiments.launch import Federation, Outcome, launch
 from experiments.project import OWN_FOLDER
 from experiments.recipe import Planned, Recipe, plan
-from fedkd.config import RunConfig
-from strategies.trials import read_trials
+from fedkd.config import RunConfig, Scalar
+from fedkd.errors import FedkdError
+from fedkd.results import RunFolder
+from strategies.trials import Trial
+
+_ELSEWHERE = {"out-dir", "run-name", "resume"}
+"""Settings that say where a run lies, and nothing of what it computes."""
 
 _TRIAL = re.compile(r"^trial (\d+)/(\d+) ")
 
@@ -58,19 +63,23 @@ def compare(
         verbose: pass on Flower's and Ray's own lines too.
 
     Raises:
-        FedkdError: the recipe's settings do not go together, or the run did not start.
+        FedkdError: the recipe's settings do not go together, the folder holds results under others, or the run did not
+            start.
     """
     from experiments.report import write_report
 
-    planned = plan(recipe)
     folder = folder.expanduser().absolute()
+    earlier = _measured(folder)
+    planned = plan(recipe, begun={name: str(settings.get("controls", "")) for name, settings in earlier.items()})
+    trials = [Trial(p.name, RunConfig.from_mapping({**p.settings, "out-dir": _place(folder, p)})) for p in planned]
+    _refuse_other_settings(trials, earlier, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    trials = _write_trials(folder, planned)
+    file = _write_trials(folder, planned)
     commands = {trial.name: alone(trial.settings, federation) for trial in planned}
     Comparison(recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands).write(folder)
     peers = replace(federation, peers=max(trial.peers for trial in planned))
-    outcome = _run(trials, peers, out=out, verbose=verbose)
-    done = [trial.name for trial in planned if (folder / "trials" / trial.name / "summary.json").exists()]
+    outcome = _run(trials, file, peers, out=out, verbose=verbose)
+    done = [trial.name for trial in trials if trial.finished()]
     failed = tuple(trial.name for trial in planned if trial.name not in done)
     report = write_report(comparison_runs(folder), folder, Comparison.read(folder)) if done else None
     exit_code = outcome.exit_code if outcome and outcome.signal else int(bool(failed))
@@ -79,19 +88,50 @@ def compare(
     return Compared(folder, report, len(done), failed, exit_code)
 
 
+def _measured(folder: Path) -> dict[str, dict[str, Scalar]]:
+    """Return the settings of the trials in a folder that have measured something, by name."""
+    return {
+        path.name: RunFolder(path).read_config()["settings"]
+        for path in sorted((folder / "trials").glob("*"))
+        if (path / "rounds.jsonl").exists()
+    }
+
+
+def _refuse_other_settings(trials: Sequence[Trial], earlier: Mapping[str, Mapping[str, Scalar]], folder: Path) -> None:
+    """Refuse trials that would take the place of others: a name tells only what is varied.
+
+    Raises:
+        FedkdError: a trial of that name was run under other settings.
+    """
+    differing: dict[str, tuple[Scalar | None, Scalar | None]] = {}
+    for trial in trials:
+        now = trial.config.effective().to_mapping()
+        before = earlier.get(trial.name, now)
+        for key in sorted((now.keys() | before.keys()) - _ELSEWHERE):
+            if before.get(key) != now.get(key):
+                differing.setdefault(key, (before.get(key), now.get(key)))
+    if differing:
+        words = ", ".join(f"{key} ({before!r} there, {now!r} here)" for key, (before, now) in differing.items())
+        raise FedkdError(f"The comparison in {folder} is about other settings: {words}. Take another --out.")
+
+
+def _place(folder: Path, trial: Planned) -> str:
+    return str(folder / "trials" / trial.name)
+
+
 def _write_trials(folder: Path, planned: Sequence[Planned]) -> Path:
     path = folder / "trials.jsonl"
     lines = [
-        {"name": trial.name, "settings": {**trial.settings, "out-dir": str(folder / "trials" / trial.name)}}
-        for trial in planned
+        {"name": trial.name, "settings": {**trial.settings, "out-dir": _place(folder, trial)}} for trial in planned
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def _run(trials: Path, federation: Federation, *, out: Callable[[str], None], verbose: bool) -> Outcome | None:
+def _run(
+    known: Sequence[Trial], file: Path, federation: Federation, *, out: Callable[[str], None], verbose: bool
+) -> Outcome | None:
     """Run what is not finished, with a bar that tells the time left; None if there is nothing to do."""
-    known = read_trials(trials, RunConfig())
     done = sum(trial.finished() for trial in known)
     out(f"{len(known)} trials" + (f", {done} of them finished already" if done else ""))
     if done == len(known):
@@ -108,4 +148,4 @@ def _run(trials: Path, federation: Federation, *, out: Callable[[str], None], ve
                 bar.update(task, completed=int(counted[1]))
             out(line)
 
-        return launch(OWN_FOLDER, {"trials": str(trials)}, federation, out=show, verbose=verbose)
+        return launch(OWN_FOLDER, {"trials": str(file)}, federation, out=show, verbose=verbose)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.launch import Federation
+from experiments.study import Run
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
 
@@ -60,27 +61,35 @@ def comparison_runs(folder: Path) -> list[Path]:
 
 
 def alone(settings: Mapping[str, Scalar], federation: Federation | None = None) -> str:
-    """Return the command that runs a trial by itself and gives the same numbers.
+    """Return the command that runs a trial by itself; outside of ``mode=async`` it gives the same numbers.
 
     Args:
-        settings: of the trial; ``peers`` says how many, defaults are left out.
+        settings: of the trial; ``peers`` says how many, 0: not known. Defaults are left out.
         federation: the machine's share of a peer.
 
     >>> print(alone({"peers": 3, "seed": 1, "divergence": "sed"}, Federation(peers=6, gpus_per_peer=1)))
     fedkd run --peers 3 --gpus-per-peer 1 seed=1 divergence=sed
     """
-    words = ["fedkd", "run", "--peers", str(settings["peers"])]
+    words = ["fedkd", "run"] + (["--peers", str(settings["peers"])] if settings["peers"] else [])
     defaults = Federation(peers=1)
     federation = federation or defaults
     for option in ("cpus_per_peer", "gpus_per_peer"):
         value = getattr(federation, option)
         if value != getattr(defaults, option):
             words += ["--" + option.replace("_", "-"), f"{value:g}"]
-    usual = RunConfig().to_mapping()
-    words += [
-        f"{key}={_text(value)}" for key, value in settings.items() if key not in _NOT_TYPED and value != usual[key]
-    ]
-    return shlex.join(words)
+    return shlex.join([*words, *_pairs(settings, RunConfig().to_mapping())])
+
+
+def again(run: Run) -> str:
+    """Return the command that runs a finished or stopped run again; a deployed one on its own deployment, DIR."""
+    if run.simulated:
+        return alone(run.settings)
+    usual = {**RunConfig().to_mapping(), "controls": "isolated"}  # as `fedkd deploy run` has it
+    return shlex.join(["fedkd", "deploy", "run", "DIR", *_pairs(run.settings, usual)])
+
+
+def _pairs(settings: Mapping[str, Scalar], usual: Mapping[str, Scalar]) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in settings.items() if key not in _NOT_TYPED and value != usual[key]]
 
 
 def _text(value: Scalar) -> str:

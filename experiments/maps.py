@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from experiments.canvas import Figure, folded, new_axes
+from experiments.settings import label
 from experiments.statistics import Comparison
-from experiments.study import Scenario, Variant, differing, label
+from experiments.study import Scenario, Variant, differing
 
 _MOST_WRITTEN = 10  # rows of a matrix with its numbers written into it
 

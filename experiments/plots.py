@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from experiments.canvas import COLORS, Figure, Table, amount, folded, legend, new_axes, percent, rows_of
 from experiments.ranks import Ranking
+from experiments.settings import label
 from experiments.statistics import Price, mean, median
-from experiments.study import Scenario, Variant, differing, label
+from experiments.study import Scenario, Variant, differing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ _SPENT = {
     "bytes": "Bytes of all peers, up and down,",
     "seconds": "Wall time of the rounds on this machine, without what comes before round 1,",
 }
+_CONTROLS = {"isolated": "0.3", "pooled": "#B00020"}
 _MOST_LINES = 8  # in one panel
 _MANY_ROWS = 12
 
@@ -83,6 +85,7 @@ def finals(scenario: Scenario) -> Figure:
             {"variant": variant.label, "seed": seed, "accuracy": values[seed], "worst": worst[seed]} for seed in values
         ]
     _controls(axes, scenario, vertical=True)
+    _own_controls(axes, scenario, variants)
     rows_of([variant.label for variant in variants], axes)
     axes.set_xlabel("final test accuracy")
     percent(axes.xaxis)
@@ -235,12 +238,21 @@ def _styles(variants: Sequence[Variant]) -> list[_Style]:
     ]
 
 
+def _own_controls(axes: "Axes", scenario: Scenario, variants: Sequence[Variant]) -> None:
+    """Draw the controls of each variant in its row, where they are not one for all."""
+    for name, color in _CONTROLS.items():
+        levels = {y: fmean(own.values()) for y, v in enumerate(variants) if (own := getattr(v, name))}
+        if levels and not scenario.control(name):
+            label = f"{name}, of each its own"
+            axes.plot(list(levels.values()), list(levels), "d", color=color, fillstyle="none", label=label)
+
+
 def _controls(axes: "Axes", scenario: Scenario, *, vertical: bool) -> None:
-    """Draw the controls; one that lies far off is told in the legend and does not squeeze the rest."""
+    """Draw the controls that are one for all; one that lies far off is told in the legend and squeezes nothing."""
     limits = axes.get_xlim() if vertical else axes.get_ylim()
     span = max(limits) - min(limits)
-    for values, text, color in ((scenario.isolated, "isolated", "0.3"), (scenario.pooled, "pooled", "#B00020")):
-        if values:
+    for text, color in _CONTROLS.items():
+        if values := scenario.control(text):
             level = fmean(values.values())
             draw = axes.axvline if vertical else axes.axhline
             near = min(limits) - span / 2 <= level <= max(limits) + span / 2

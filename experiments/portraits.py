@@ -2,27 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from experiments.canvas import COLORS, Figure, Table, legend, percent, small_panels
 from experiments.evidence import agreement, reliability
 from experiments.statistics import mean
-from experiments.study import Variant
+from experiments.study import Variant, best_first
 
 _FEW_PEERS = 24
 _MOST_WRITTEN = 10  # rows of a matrix with its numbers written into it
 
 
-def best_first(variants: Sequence[Variant]) -> list[Variant]:
-    """Return the variants that have results, by final accuracy."""
-    having = [variant for variant in variants if variant.runs]
-    return sorted(having, key=lambda variant: -fmean(variant.finals().values()))
-
-
-def dumbbells(variants: Sequence[Variant], isolated: Mapping[str, float]) -> Figure:
+def dumbbells(variants: Sequence[Variant]) -> Figure:
     """Draw every peer before and after, averaged over seeds, and what it reaches by itself."""
-    tables = [_peers(variant, isolated) for variant in best_first(variants)]
+    tables = [_peers(variant) for variant in best_first(variants)]
     names = list(dict.fromkeys(row["peer"] for table in tables for row in table))
     labels = [_with_model(name, tables) for name in names]
     few = len(names) <= _FEW_PEERS
@@ -130,7 +123,7 @@ def reliabilities(variants: Sequence[Variant]) -> Figure | None:
     return Figure("reliability", "Is confidence worth what it says?", caption, canvas, table)
 
 
-def _peers(variant: Variant, isolated: Mapping[str, float]) -> Table:
+def _peers(variant: Variant) -> Table:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for run in variant.runs.values():
         for peer in run.summary["peers"]:
@@ -141,7 +134,7 @@ def _peers(variant: Variant, isolated: Mapping[str, float]) -> Table:
             mean([math.nan if e[what] is None else e[what] for e in entries]).value for what in ("before", "after")
         )
         row = {"variant": variant.label, "peer": name, "model": entries[0]["model"], "before": before, "after": after}
-        rows.append({**row, "isolated": isolated.get(name, math.nan)})
+        rows.append({**row, "isolated": variant.isolated_by_peer.get(name, math.nan)})
     return rows
 
 

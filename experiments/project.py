@@ -14,7 +14,6 @@ Setting = str | int | float | bool
 OWN_FOLDER = Path(__file__).resolve().parent.parent
 _WORDS = {"true": True, "false": False}
 _PATH_KEYS = ("out-dir", "data-dir", "resume", "trials")
-_SOURCE_KEYS = ("dataset", "proxy", "topology")
 _SOURCE_PREFIXES = ("npz:", "folder:", "file:")
 
 
@@ -57,16 +56,8 @@ class Project:
             SettingError: a pair without "=", an unknown key, or a value of another type than the default's.
         """
         given = dict(self._parse(pair) for pair in pairs)
-        for key in _SOURCE_KEYS:
-            for prefix in _SOURCE_PREFIXES:
-                value = str(given.get(key, ""))
-                if value.startswith(prefix):
-                    given[key] = prefix + _absolute(value.removeprefix(prefix), cwd)
-        if "checkpoints" in given:
-            given["checkpoints"] = ",".join(_absolute_if_file(p, cwd) for p in str(given["checkpoints"]).split(","))
-        for key in _PATH_KEYS:
-            if value := str(given.get(key, "") or self.defaults.get(key, "")):
-                given[key] = _absolute(value, cwd)
+        usual = {key: self.defaults[key] for key in _PATH_KEYS if self.defaults.get(key) and not given.get(key)}
+        given = with_absolute_paths({**given, **usual}, cwd=cwd)
         if "out-dir" in self.defaults and not given.get("out-dir"):
             name = given.get("run-name") or self.defaults.get("run-name") or self.name
             given["out-dir"] = str(cwd / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
@@ -80,6 +71,28 @@ class Project:
             near = difflib.get_close_matches(key, self.defaults) or sorted(self.defaults)
             raise SettingError(key, text, "a known key (nearest: " + ", ".join(near) + ")")
         return key, _typed(key, text, like=self.defaults[key])
+
+
+def with_absolute_paths(settings: Mapping[str, Setting], *, cwd: Path, data: Path | None = None) -> dict[str, Setting]:
+    """Return settings whose paths hold in any folder.
+
+    Args:
+        settings: as they were written.
+        cwd: where relative paths start.
+        data: where those of data sources start; None: there too.
+    """
+    found = dict(settings)
+    for key, base in (("dataset", data or cwd), ("proxy", data or cwd), ("topology", cwd)):
+        value = str(found.get(key, ""))
+        for prefix in _SOURCE_PREFIXES:
+            if value.startswith(prefix):
+                found[key] = prefix + _absolute(value.removeprefix(prefix), base)
+    if "checkpoints" in found:
+        found["checkpoints"] = ",".join(_absolute_if_file(p, cwd) for p in str(found["checkpoints"]).split(","))
+    for key in _PATH_KEYS:
+        if value := str(found.get(key, "")):
+            found[key] = _absolute(value, cwd)
+    return found
 
 
 def _typed(key: str, text: str, *, like: Setting) -> Setting:

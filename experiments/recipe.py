@@ -23,13 +23,14 @@ import hashlib
 import itertools
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.study import CONTROL_KEYS, effective, has_effect
-from fedkd.config import RunConfig, Scalar
+from experiments.project import with_absolute_paths
+from experiments.settings import control_group, control_groups, effective, has_effect
+from fedkd.config import RunConfig, Scalar, split_list
 from fedkd.errors import FedkdError, SettingError
 
 Settings = dict[str, Scalar]
@@ -59,6 +60,7 @@ class Recipe:
         settings: common to all trials.
         grids: blocks of axes; the trials are the union of their products.
         text: the file as it was read.
+        cwd: the user's folder, where relative paths start; those of data sources in `data-dir`, if that is given.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Recipe:
     settings: Mapping[str, Scalar]
     grids: tuple[Axes, ...]
     text: str
+    cwd: Path
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,18 @@ def read(path: Path, *, quick: bool = False, changes: Mapping[str, Scalar] | Non
         settings=settings,
         grids=tuple(grids),
         text=text,
+        cwd=Path.cwd(),
     )
 
 
-def plan(recipe: Recipe) -> list[Planned]:
+def plan(recipe: Recipe, *, begun: Mapping[str, str] | None = None) -> list[Planned]:
     """Return the trials of a recipe, one seed after the other so that an early look shows every variant.
 
     The controls of trials that differ only in how knowledge is exchanged are the same; the first of them runs them.
+
+    Args:
+        recipe: what to compare.
+        begun: the controls of trials that were begun before, by name: they keep them, whatever else is compared now.
 
     Raises:
         SettingError: settings that do not exist or do not go together.
@@ -163,14 +171,20 @@ def plan(recipe: Recipe) -> list[Planned]:
     trials = list(found.values())
     seeds = list(dict.fromkeys(trial["seed"] for trial in trials))
     trials.sort(key=lambda trial: seeds.index(trial["seed"]))
-    _share_controls(trials, wanted)
     defaults = RunConfig().to_mapping()
-    varied = [key for key in defaults if len({trial[key] for trial in trials}) > 1 and key != "controls"]
+    varied = [key for key in defaults if len({trial[key] for trial in trials}) > 1]
+    names = _names(trials, varied)
+    _share_controls(dict(zip(names, trials, strict=True)), wanted, begun or {})
     kept = ("peers", "seed", "controls")
     return [
-        Planned(name, {key: value for key, value in trial.items() if value != defaults[key] or key in kept})
-        for name, trial in zip(_names(trials, varied), trials, strict=True)
+        Planned(name, _absolute({key: v for key, v in trial.items() if v != defaults[key] or key in kept}, recipe.cwd))
+        for name, trial in zip(names, trials, strict=True)
     ]
+
+
+def _absolute(settings: Settings, cwd: Path) -> Settings:
+    data = str(settings.get("data-dir", ""))
+    return with_absolute_paths(settings, cwd=cwd, data=cwd / Path(data).expanduser() if data else None)
 
 
 def _checked_parts(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[Axes]]:
@@ -220,13 +234,21 @@ def _wanted(settings: Mapping[str, Scalar]) -> str:
     return str(settings.get("controls", RunConfig().controls))
 
 
-def _share_controls(trials: Iterable[Settings], wanted: str) -> None:
-    """Give the controls to the first trial of each group that has them in common, federated averaging last."""
-    carried = set()
-    for trial in sorted(trials, key=lambda trial: trial["strategy"] == "fedavg"):
-        group = tuple(trial[key] for key in CONTROL_KEYS)
-        trial["controls"] = "" if group in carried else wanted
-        carried.add(group)
+def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[str, str]) -> None:
+    """Give each control to the first trial of those that it serves, federated averaging last.
+
+    What was begun keeps what it had: another trial that comes first now would make it run anew.
+    """
+    order = sorted(trials, key=lambda name: (trials[name]["strategy"] == "fedavg", name in begun))
+    chosen = {name: list(split_list(begun.get(name, ""))) for name in order}
+    for control in split_list(wanted):
+        carried = {control_group(trials[name], control) for name in order if control in chosen[name]}
+        for name in order:
+            if carried.isdisjoint(control_groups(trials[name], control)):
+                chosen[name].append(control)
+                carried.add(control_group(trials[name], control))
+    for name, trial in trials.items():
+        trial["controls"] = ",".join(chosen[name])
 
 
 def _names(trials: Sequence[Settings], varied: Sequence[str]) -> list[str]:

@@ -7,16 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from experiments import maps, plots, portraits
 from experiments.canvas import Figure, Table
 from experiments.checks import checks, matched_gradients
-from experiments.comparison import Comparison, alone, comparison_runs
+from experiments.comparison import Comparison, again, comparison_runs
 from experiments.ranks import Ranking, rank
 from experiments.statistics import MEASURES, all_pairs, price
-from experiments.study import Run, Scenario, Study, read_run, study
+from experiments.study import Run, Scenario, Study, final_level, read_run, shared_seeds, study
 from experiments.tables import ends, numbers, shown
 from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share
 from fedkd.errors import FedkdError, SettingError
@@ -123,6 +122,7 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         overall=overall,
         checks=controls,
         trials=trials,
+        same_numbers=all(run.settings["mode"] == "sync" for run in found.runs),
         command=about.command,
         versions=versions,
         brief_versions=_versions(found, _BRIEFLY),
@@ -194,7 +194,7 @@ def _figures(scenario: Scenario, prices: Mapping[str, Any], target: float, pairs
         maps.differences(scenario, pairs) if len(having) > 1 else None,
         plots.ranks(ranking, blocks="one per seed") if ranking else None,
         *maps.parameter_maps(scenario),
-        portraits.dumbbells(having, scenario.isolated_by_peer),
+        portraits.dumbbells(having),
         portraits.agreements(having),
         portraits.reliabilities(having),
     ]
@@ -214,14 +214,16 @@ def _overall(found: Study, place: _Place) -> list[dict[str, Any]]:
 def _target(scenario: Scenario) -> float:
     """Return what is asked for where nobody asked: 98 % of the best final accuracy."""
     best = scenario.best
-    return math.floor(1000 * NEAR_THE_BEST * fmean(best.finals().values())) / 1000 if best else 1.0
+    if best is None:
+        return 1.0
+    return math.floor(1000 * NEAR_THE_BEST * final_level(best, shared_seeds(scenario.variants))) / 1000
 
 
 def _trial(run: Run, about: Comparison, folder: Path) -> dict[str, str]:
     curve = run.curve()
     result = f"{share(curve[0].accuracy)} → {share(curve[-1].accuracy)}" if curve else "no measurement"
     place = run.path.relative_to(folder) if run.path.is_relative_to(folder) else run.path
-    command = about.trials.get(run.name) or alone(run.settings)
+    command = about.trials.get(run.name) or again(run)
     return {
         "name": run.name,
         "result": result if not run.error else f"{result}; {run.error.splitlines()[-1]}",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison import alone
+from experiments.comparison import again
 from experiments.study import Run, read_run
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -21,7 +21,7 @@ def show(path: Path) -> None:
 
     console = Console(highlight=False)
     run = read_run(path)
-    console.print(alone(run.settings), markup=False, soft_wrap=True)
+    console.print(again(run), markup=False, soft_wrap=True)
     for problem in run.problems:
         console.print(problem, style="red", markup=False)
     if run.error:

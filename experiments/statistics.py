@@ -157,13 +157,13 @@ def price(run: Run, target: float) -> Price:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median with infinity for what was not reached, so that nothing is dropped.
+    """Return the median with infinity for what was not reached, so that nothing is dropped; NaN where one is not known.
 
-    >>> median([3.0, math.inf, 5.0]), median([3.0, math.inf])
-    (5.0, inf)
+    >>> median([3.0, math.inf, 5.0]), median([3.0, math.inf]), median([3.0, math.nan, 5.0])
+    (5.0, inf, nan)
     """
     ordered = sorted(values)
     half = len(ordered) // 2
-    if not ordered:
+    if not ordered or any(map(math.isnan, ordered)):
         return math.nan
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

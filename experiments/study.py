@@ -9,55 +9,15 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from fedkd.config import STRATEGIES, RunConfig, Scalar
+from experiments.settings import NO_VARIANT, SCENARIO_KEYS, control_group, control_groups, effective, label
+from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
 from fedkd.results import Row, read_row
-
-SCENARIO_KEYS = (
-    "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
-    "normalize", "peers", "models", "checkpoints", "pretrain-epochs", "evaluate-on",
-)  # fmt: skip
-"""Settings that say which data and models are there: results under different ones are not compared."""
-
-CONTROL_KEYS = (
-    *SCENARIO_KEYS, "data-dir", "optimizer", "learning-rate", "momentum", "weight-decay", "batch-size", "rounds",
-    "local-epochs", "eval-every", "pooled-model", "device", "threads", "seed",
-)  # fmt: skip
-"""Settings on which the controls depend: a control run once serves all trials that agree in them."""
-
-_NO_VARIANT = {
-    *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
-    "threads", "round-timeout", "eval-every", "profile",
-}  # fmt: skip
-_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "partition-alpha": ("partition", ("dirichlet",)),
-    "classes-per-peer": ("partition", ("classes", "overlap")),
-    "shared-classes": ("partition", ("overlap",)),
-    "topology-degree": ("topology", ("k-regular", "small-world")),
-    "topology-probability": ("topology", ("erdos-renyi", "small-world")),
-    "reduction": ("strategy", ("pairwise", "gossip")),
-    "average": ("strategy", ("averaged", "gossip")),
-    "consensus": ("strategy", ("consensus",)),
-    "fedavg-start": ("strategy", ("fedavg",)),
-    "fedavg-model": ("strategy", ("fedavg",)),
-    "merge-epochs": ("fedavg-start", ("distilled",)),
-    **{f"cakd-{name}": ("divergence", ("cakd", "dkd")) for name in ("alpha", "beta", "mode", "strong", "top-k")},
-    **{f"bdkd-{name}": ("divergence", ("bdkd",)) for name in ("delta", "rule")},
-    **{
-        f"flow-{name}": ("method", ("infoflow",))
-        for name in ("layers", "depth", "dimensions", "weight", "initial", "decay", "variant", "auxiliary")
-    },
-}
-_NOT_AVERAGING = {"distill-epochs", "schedule", "regime", "topology", "combine", "method"}
-"""Settings that say nothing about federated averaging."""
 
 _OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
 
 _MEANS = ("own_accuracy", "ece", "test_loss", "brier")
 """Of a row; the test loss is the negative log-likelihood."""
-
-_NOT_FROM_SCRATCH = {"divergence", "temperature", "kd-weight", "t2-scaling", "match-gradients", "codec"}
-"""Settings that say nothing about it unless it starts from distilled knowledge."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +101,10 @@ class Run:
         for row in self.rows:
             by_round.setdefault(row.round, []).append(row)
         in_rows = sum(row.bytes_up + row.bytes_down for row in self.rows)
-        # What travelled between the rounds, such as a model merged for federated averaging, was due before round 1.
-        unseen = int(totals.get("bytes_up", 0)) + int(totals.get("bytes_down", 0)) - in_rows if totals else 0
+        # A model that is merged for federated averaging travels between the rounds and is due before round 1. Beside a
+        # line that was left out, what is missing in the rows would be taken for it.
+        known = bool(totals) and self.starts_distilled and not self.problems
+        unseen = int(totals.get("bytes_up", 0)) + int(totals.get("bytes_down", 0)) - in_rows if known else 0
         seconds = list(self.summary.get("round_seconds") or [])
         last: dict[str, Row] = {}
         points, spent = [], 0
@@ -182,16 +144,27 @@ class Variant:
         settings: common to its runs.
         runs: finished ones, by seed.
         missing: seeds of runs that failed.
+        isolated: mean final accuracy of the same peers without exchange, by seed.
+        pooled: final accuracy of one model on all private data, by seed.
+        isolated_by_peer: final accuracy of each peer without exchange, averaged over seeds.
     """
 
     label: str
     settings: Mapping[str, Scalar]
     runs: Mapping[int, Run]
     missing: tuple[int, ...] = ()
+    isolated: Mapping[int, float] = field(default_factory=dict)
+    pooled: Mapping[int, float] = field(default_factory=dict)
+    isolated_by_peer: Mapping[str, float] = field(default_factory=dict)
 
     def finals(self, what: str = "accuracy") -> dict[int, float]:
         """Return a number of the last point of every run's curve, by seed."""
         return {seed: float(getattr(run.curve()[-1], what)) for seed, run in self.runs.items() if run.curve()}
+
+    def over(self, control: str) -> dict[int, float]:
+        """Return final accuracy less that of a control (``isolated``, ``pooled``), by seed."""
+        finals, levels = self.finals(), getattr(self, control)
+        return {seed: final - levels[seed] for seed, final in finals.items() if seed in levels}
 
 
 @dataclass(frozen=True)
@@ -201,22 +174,24 @@ class Scenario:
     Attributes:
         label: what sets these data apart.
         variants: what was compared on them.
-        isolated: mean final accuracy of the peers without exchange, by seed.
-        pooled: final accuracy of one model on all private data, by seed.
-        isolated_by_peer: final accuracy of each peer without exchange, averaged over seeds.
     """
 
     label: str
     variants: tuple[Variant, ...]
-    isolated: Mapping[int, float] = field(default_factory=dict)
-    pooled: Mapping[int, float] = field(default_factory=dict)
-    isolated_by_peer: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Variant | None:
         """Return the variant with the highest final accuracy; None if no run finished."""
-        having = [variant for variant in self.variants if variant.runs]
-        return max(having, key=lambda variant: fmean(variant.finals().values()), default=None)
+        return next(iter(best_first(self.variants)), None)
+
+    def control(self, name: str) -> Mapping[int, float]:
+        """Return a control (``isolated``, ``pooled``) by seed; empty where variants do not share one."""
+        found: dict[int, float] = {}
+        for variant in self.variants:
+            for seed, value in getattr(variant, name).items():
+                if found.setdefault(seed, value) != value:
+                    return {}
+        return found
 
 
 @dataclass(frozen=True)
@@ -316,7 +291,7 @@ def study(runs: Sequence[Run]) -> Study:
     if not runs:
         raise FedkdError("Expected at least one run to report about, but got none.")
     keys = list(RunConfig().to_mapping())
-    varied = tuple(k for k in keys if k not in _NO_VARIANT and len({run.settings[k] for run in runs}) > 1)
+    varied = tuple(k for k in keys if k not in NO_VARIANT and len({run.settings[k] for run in runs}) > 1)
     scenic = tuple(k for k in SCENARIO_KEYS if len({run.settings[k] for run in runs}) > 1)
     groups: dict[tuple[Scalar, ...], list[Run]] = {}
     for run in runs:
@@ -333,52 +308,28 @@ def study(runs: Sequence[Run]) -> Study:
     return Study(scenarios, tuple(runs), common, varied, tuple(_repeated(runs, scenarios)))
 
 
-def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
-    """Return what sets settings apart, leaving out what has no effect under them.
-
-    >>> settings = {"strategy": "averaged", "divergence": "sed", "temperature": 4.0, "reduction": "mean"}
-    >>> label(settings, ["divergence", "strategy", "temperature", "reduction"])
-    'sed · averaged · temperature 4'
-    """
-    telling = [key for key in keys if has_effect(settings, key)]
-    words = [_word(key, settings[key]) for key in telling if settings[key] is not False]
-    return " · ".join(words or [f"no {key}" for key in telling])
-
-
-def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
-    """Tell whether a setting does anything under the others.
-
-    >>> has_effect({"topology": "ring", "topology-degree": 4}, "topology-degree")
-    False
-    """
-    other, values = _ONLY_WITH.get(key, ("", ()))
-    found = settings.get(other)
-    if other == "strategy" and found not in STRATEGIES:
-        found = "gossip"  # one's own strategy leaves the combining to the peers, as this one does
-    if other and found not in values:
-        return False
-    if settings.get("strategy") != "fedavg":
-        return True
-    return key not in _NOT_AVERAGING and (settings["fedavg-start"] == "distilled" or key not in _NOT_FROM_SCRATCH)
-
-
-def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scalar | None, ...]:
-    """Return the values of some settings, None for those without an effect: equal where the same is run."""
-    return tuple(settings[key] if has_effect(settings, key) else None for key in keys)
-
-
 def differing(variants: Sequence[Variant]) -> list[str]:
     """Return the settings in which variants differ, in the order of the settings."""
     keys = variants[0].settings if variants else ()
-    return [key for key in keys if key not in _NO_VARIANT and len({v.settings[key] for v in variants}) > 1]
+    return [key for key in keys if key not in NO_VARIANT and len({v.settings[key] for v in variants}) > 1]
 
 
-def _word(key: str, value: Scalar) -> str:
-    if isinstance(value, bool):
-        return key
-    if isinstance(value, int | float):
-        return f"{key} {value:g}"
-    return value or f"no {key}"
+def shared_seeds(variants: Iterable[Variant]) -> list[int]:
+    """Return the seeds under which all variants that have results have one: what may be set side by side."""
+    having = [variant.finals().keys() for variant in variants if variant.runs]
+    return sorted(set.intersection(*map(set, having))) if having else []
+
+
+def final_level(variant: Variant, seeds: Sequence[int]) -> float:
+    """Return the mean final accuracy over some seeds; over all that a variant has if none is given."""
+    finals = variant.finals()
+    return fmean([finals[seed] for seed in seeds or finals])
+
+
+def best_first(variants: Sequence[Variant]) -> list[Variant]:
+    """Return the variants that have results, by final accuracy over the seeds that all of them have."""
+    seeds = shared_seeds(variants)
+    return sorted((v for v in variants if v.runs), key=lambda v: final_level(v, seeds), reverse=True)
 
 
 def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str]) -> Scenario:
@@ -386,19 +337,23 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     for run in runs:
         groups.setdefault(effective(run.settings, varied), []).append(run)
     varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
+    isolated, pooled = (_carriers(runs, name) for name in ("isolated", "pooled"))
     variants = []
     for members in groups.values():
         good = {run.seed: run for run in reversed(members) if run.summary and run.curve()}
         good = {run.seed: run for run in members if good.get(run.seed) is run}  # the first of each seed
         missing = tuple(run.seed for run in members if run.seed not in good)
         settings = members[0].settings
-        variants.append(Variant(label(settings, varied) or "this run", settings, good, missing))
-    isolated, pooled = (
-        {run.seed: run.control(name) for run in _carriers(runs, name)} for name in ("isolated", "pooled")
-    )
-    return Scenario(
-        label(runs[0].settings, scenic) or "Results", tuple(variants), isolated, pooled, _isolated_by_peer(runs)
-    )
+        alone, together = (_serving(good, "isolated", isolated), _serving(good, "pooled", pooled))
+        variants.append(
+            Variant(
+                label(settings, varied) or "this run", settings, good, missing,
+                isolated={seed: run.control("isolated") for seed, run in alone.items()},
+                pooled={seed: run.control("pooled") for seed, run in together.items()},
+                isolated_by_peer=_isolated_by_peer(alone.values()),
+            )
+        )  # fmt: skip
+    return Scenario(label(runs[0].settings, scenic) or "Results", tuple(variants))
 
 
 def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[str]:
@@ -408,19 +363,29 @@ def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[st
             yield f"{run.path}: left out, another run has the same settings and seed {run.seed}"
 
 
-def _carriers(runs: Sequence[Run], name: str) -> list[Run]:
-    """Return the runs that ran a control, those of federated averaging first, so that the others prevail."""
+def _carriers(runs: Sequence[Run], name: str) -> dict[tuple[Scalar | None, ...], Run]:
+    """Return the first run of each group that ran a control."""
     having = [run for run in runs if math.isfinite(run.control(name))]
-    return sorted(having, key=lambda run: run.settings["strategy"] != "fedavg")
+    return {control_group(run.settings, name): run for run in reversed(having)}
 
 
-def _isolated_by_peer(runs: Sequence[Run]) -> dict[str, float]:
-    found: dict[str, dict[int, float]] = {}
-    for run in _carriers(runs, "isolated"):
+def _serving(runs: Mapping[int, Run], name: str, carriers: Mapping[tuple[Scalar | None, ...], Run]) -> dict[int, Run]:
+    """Return by seed the run whose control serves a variant's run."""
+    found = {}
+    for seed, run in runs.items():
+        carrier = next((carriers[of] for of in control_groups(run.settings, name) if of in carriers), None)
+        if carrier:
+            found[seed] = carrier
+    return found
+
+
+def _isolated_by_peer(runs: Iterable[Run]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in runs:
         for peer in run.summary["peers"]:
             if peer["isolated"] is not None:
-                found.setdefault(peer["peer"], {})[run.seed] = peer["isolated"]
-    return {name: fmean(by_seed.values()) for name, by_seed in found.items()}
+                found.setdefault(peer["peer"], []).append(peer["isolated"])
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def _brief(text: str) -> str:

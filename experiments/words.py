@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from experiments.statistics import FEWEST_SEEDS, mean, median, price
-from experiments.study import Scenario, Study, differing, has_effect, label
+from experiments.settings import has_effect, label
+from experiments.statistics import FEWEST_SEEDS, median, price
+from experiments.study import Scenario, Study, differing, final_level, shared_seeds
 from strategies.console import size
 
 NEAR_THE_BEST = 0.98
@@ -37,15 +38,20 @@ def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool,
         if best is None:
             lines.append(f"{where}no trial finished.")
             continue
-        end = mean(list(best.finals().values()))
-        text = f"{where}“{best.label}” ended highest, at {share(end.value)} mean accuracy"
-        if scenario.isolated:
-            text += f", {points(end.value - fmean(scenario.isolated.values()))} points against isolated peers"
+        common = shared_seeds(scenario.variants)
+        end = share(final_level(best, common))
+        text = f"{where}“{best.label}” ended highest, at {end} mean accuracy{_of_which_seeds(scenario, common)}"
+        if gained := best.over("isolated"):
+            text += f", {points(fmean(gained.values()))} points against isolated peers"
         if entry["compared"]:
             text += f"; {entry['telling']} of {entry['compared']} differences are larger than seed noise"
         lines.append(text + ".")
         cheapest = min(
-            ((median([p.bytes for p in paid.values()]), name) for name, paid in entry["prices"].items() if paid),
+            (
+                (median([paid[seed].bytes for seed in common or paid]), name)
+                for name, paid in entry["prices"].items()
+                if paid
+            ),
             default=(math.inf, ""),
         )
         origin = ", which is 98 % of the best final accuracy," if chosen else ""
@@ -55,9 +61,20 @@ def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool,
                 f"{size(int(cheapest[0])).strip()} (median over seeds)."
             )
         else:
-            lines.append(f"{where}no variant reached the target of {share(target)}{origin} under half of its seeds.")
+            lines.append(
+                f"{where}no variant reached the target of {share(target)}{origin} under more than half of its seeds."
+            )
         lines += _head_start(scenario, where)
     return lines
+
+
+def _of_which_seeds(scenario: Scenario, common: Sequence[int]) -> str:
+    """Say which seeds variants are compared over, where not all have the same."""
+    if all(len(variant.runs) == len(common) for variant in scenario.variants if variant.runs):
+        return ""
+    if not common:
+        return " (each over seeds of its own: none is common to all variants)"
+    return f" over the {len(common)} seed{'s' * (len(common) > 1)} that all variants have"
 
 
 def _head_start(scenario: Scenario, where: str) -> Iterator[str]:
@@ -84,23 +101,27 @@ def _head_start(scenario: Scenario, where: str) -> Iterator[str]:
 
 def _rounds_saved(cold: float, distilled: float, seeds: int) -> str:
     text = f"to 98 % of a cold start's best accuracy federated averaging needs {cold:g} rounds from that start"
+    medians = f"medians over {seeds} seed{'s' * (seeds > 1)}"
     if math.isinf(distilled):
-        return f"{text}, and does not get there from a distilled one (medians over {seeds} seeds)."
+        return f"{text}, and does not get there from a distilled one ({medians})."
     cut = f", a cut of {1 - distilled / cold:.0%}" if cold else ""
     return (
-        f"{text} and {distilled:g} from a distilled one{cut} (medians over {seeds} seeds; the exchange before a "
-        "distilled start is the first of its rounds)."
+        f"{text} and {distilled:g} from a distilled one{cut} ({medians}; the exchange before a distilled start is the "
+        "first of its rounds)."
     )
 
 
 def how_to_read(scenario: Scenario) -> str:
     """Return what a reader of a scenario's tables needs to know."""
     parts = []
-    for name, values in (("isolated", scenario.isolated), ("pooled", scenario.pooled)):
-        if values:
-            parts.append(f"{name.capitalize()}: {share(fmean(values.values()))}.")
+    for name in ("isolated", "pooled"):
+        if one := scenario.control(name):
+            parts.append(f"{name.capitalize()}: {share(fmean(one.values()))}.")
+        elif any(getattr(variant, name) for variant in scenario.variants):
+            parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
     parts.append(
-        "Means over seeds, at the last measurement. Spread: standard deviation over the peers, in points, before → "
+        "Means over seeds, at the last measurement. Over isolated: final accuracy less that of the same peers without "
+        "exchange, paired by seed, in points. Spread: standard deviation over the peers, in points, before → "
         "after. Own classes: accuracy on the peer's own label mix. Until the target, a mean accuracy of the peers: "
         "medians over seeds, where not reached counts as infinite; seconds are wall time on this machine from the end "
         "of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the peers. Bold: the best of a column."

@@ -3,17 +3,23 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+from runs_on_disk import make_run
 from typer.testing import CliRunner
 
 from experiments import recipe as recipes
 from experiments.cli import app
+from experiments.compare import compare
 from experiments.comparison import Comparison, alone
+from experiments.launch import COMPLETED, Federation, Outcome
 from experiments.project import Project
 from experiments.recipe import FOLDER, plan, read
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
+from fedkd.results import RunFolder
+from strategies.trials import read_trials
 
 SMALL = """
 title = "Two measures"
@@ -87,6 +93,67 @@ def test_a_control_runs_once_for_all_trials_that_share_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("axis", "isolated", "pooled"),
+    [
+        ("distill-epochs = [1, 2]", 1, 1),  # without a say in what a peer does alone
+        ("learning-rate = [0.001, 0.01]", 2, 2),
+        ("participation = [1.0, 0.5]", 2, 1),
+        ('regime = ["vanilla", "dml"]', 2, 1),  # private batches are drawn otherwise beside a teacher in every step
+        ('pooled-model = ["mlp", "cnn-small"]', 1, 2),
+        ('strategy = ["averaged", "fedavg"]\nfedavg-start = ["cold", "distilled"]', 1, 1),
+    ],
+)
+def test_every_control_runs_once_for_all_that_it_depends_on(tmp_path, axis, isolated, pooled):
+    text = SMALL.replace('divergence = ["kl", "js"]\nseed = [0, 1]', f"{axis}\nseed = [0]")
+
+    carried = [str(trial.settings["controls"]) for trial in plan(recipe(tmp_path, text))]
+
+    assert [sum(name in controls for controls in carried) for name in ("isolated", "pooled")] == [isolated, pooled]
+
+
+def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):
+    before = {trial.name: str(trial.settings["controls"]) for trial in plan(recipe(tmp_path))}
+    grown = recipe(tmp_path, SMALL.replace('"kl", "js"', '"td", "kl", "js"'))
+
+    after = {trial.name: str(trial.settings["controls"]) for trial in plan(grown, begun=before)}
+
+    assert {name: after[name] for name in before} == before
+    assert after["divergence=td,seed=0"] == "" and before["divergence=kl,seed=0"] == "isolated,pooled"
+
+
+def test_paths_in_a_recipe_start_in_the_users_folder_and_hold_in_any(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    settings = 'checkpoints = "a.pt,-"\nproxy = "folder:public"\ntopology = "file:edges.txt"\n\n[[grid]]\n'
+    text = SMALL.replace("\n[[grid]]\n", settings + 'dataset = ["digits", "npz:mine-{peer}.npz"]\n')
+    found = recipe(tmp_path, text)
+    monkeypatch.chdir("/")
+
+    trials = plan(found)
+
+    assert {trial.settings.get("dataset", "digits") for trial in trials} == {
+        "digits",
+        f"npz:{tmp_path}/mine-{{peer}}.npz",
+    }
+    for trial in trials:
+        assert trial.settings["checkpoints"] == f"{tmp_path}/a.pt,-"
+        assert trial.settings["proxy"] == f"folder:{tmp_path}/public"
+        assert trial.settings["topology"] == f"file:{tmp_path}/edges.txt"
+        assert f"proxy=folder:{tmp_path}/public" in alone(trial.settings)
+        assert str(tmp_path) not in trial.name
+
+
+def test_data_sources_of_a_recipe_start_in_its_data_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = SMALL.replace("peers = 2", 'peers = 2\ndata-dir = "slices"\ndataset = "npz:a.npz"')
+
+    (trial, *_) = plan(recipe(tmp_path, text))
+
+    assert trial.settings["data-dir"] == f"{tmp_path}/slices"
+    assert trial.settings["dataset"] == f"npz:{tmp_path}/slices/a.npz"
+
+
+@pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
         ('partition = "iid"', 'partitoin = "iid"', "`partitoin`.*partition"),
@@ -144,9 +211,56 @@ def test_the_command_of_a_trial_gives_its_settings(tmp_path):
     assert {key: parsed[key] for key in changed} == changed
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """Replace `flwr run`: every trial that is not finished is run, by name."""
+    names = []
+
+    def launch(app, settings, federation, **options):
+        for trial in read_trials(Path(settings["trials"]), RunConfig()):
+            if not trial.finished():
+                names.append(trial.name)
+                path = make_run(trial.folder, [[0.2, 0.3]] * (1 + trial.config.rounds))
+                RunFolder(path).write_config(trial.config.effective().to_mapping(), {"run": "feed"})
+        return Outcome("1", COMPLETED, "", {"app": 1.0}, ())
+
+    monkeypatch.setattr("experiments.compare.launch", launch)
+    monkeypatch.setattr("experiments.report._save", lambda figure, path, note: "")
+    return names
+
+
+def compared(path, text=SMALL):
+    return compare(recipe(path, text), Federation(peers=1), path / "out", command="", out=lambda line: None)
+
+
+def test_results_under_other_settings_are_refused_and_stay(tmp_path, ran):
+    compared(tmp_path)
+    kept = (tmp_path / "out" / "trials.jsonl").read_text()
+
+    with pytest.raises(FedkdError, match=r"other settings: proxy-size \(60 there, 50 here\).*--out"):
+        compared(tmp_path, SMALL.replace("proxy-size = 60", "proxy-size = 50"))
+
+    assert (tmp_path / "out" / "trials.jsonl").read_text() == kept
+    assert len(ran) == 4 and compared(tmp_path).finished == 4 and len(ran) == 4
+
+
+def test_a_comparison_grows_without_running_anything_anew(tmp_path, ran):
+    compared(tmp_path)
+
+    grown = compared(tmp_path, SMALL.replace('"kl", "js"', '"td", "kl", "js"'))
+
+    assert grown.finished == 6 and ran[4:] == ["divergence=td,seed=0", "divergence=td,seed=1"]
+
+
+def test_what_never_measured_anything_gives_way(tmp_path, ran):
+    RunFolder(tmp_path / "out" / "trials" / "divergence=kl,seed=0").write_config({"rounds": 99}, {"run": "feed"})
+
+    assert compared(tmp_path).finished == 4
+
+
 @pytest.mark.flower
 def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    (tmp_path / "small.toml").write_text(SMALL.replace('"js"', '"telepathy"'))
+    (tmp_path / "small.toml").write_text(SMALL.replace('"js"', '"no.such:telepathy"'))
     monkeypatch.chdir(tmp_path)
 
     def compare():
@@ -167,7 +281,6 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkey
     same = RunConfig.from_mapping({**parsed, "out-dir": settings["out-dir"], "peers": 2}).to_mapping()
     assert same == settings
 
-    (tmp_path / "out" / "trials" / "divergence=telepathy" / "error.txt").unlink()
     (tmp_path / "small.toml").write_text(SMALL)
     second = compare()
 

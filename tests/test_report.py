@@ -10,10 +10,11 @@ import pytest
 from runs_on_disk import make_run
 from typer.testing import CliRunner
 
-from experiments.cli import app
+from experiments.cli import app, main
 from experiments.report import describe, find_runs, write_report
 from experiments.tensorboard import Board
 from fedkd.errors import FedkdError, SettingError
+from fedkd.results import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_a_target_nothing_can_reach_is_refused(folders):
 def test_a_target_that_nothing_reached_is_said(folders, tmp_path):
     page = write_report(folders, tmp_path, describe(folders, command="", target=0.99)).read_text()
 
-    assert "no variant reached the target of 99.0%" in page
+    assert "no variant reached the target of 99.0% under more than half of its seeds" in page
     assert not list((tmp_path / "figures").glob("*-to-target.*"))
 
 
@@ -241,6 +242,68 @@ def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_i
 
     told = re.findall(r"merge-epochs (\d+).*: to 98 % .* needs (\d) rounds from that start and (\d) from", page)
     assert told == [("20", "4", "1"), ("5", "4", "2")]
+
+
+def test_numbers_set_side_by_side_are_of_the_same_seeds(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / f"{divergence}-{seed}", [[0.1], [final]], divergence=divergence, seed=seed, isolated=level)
+        for divergence, seed, final, level in (
+            ("kl", 0, 0.5, 0.3), ("kl", 1, 0.9, 0.8), ("js", 0, 0.6, 0.3)
+        )
+    ]  # fmt: skip
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    assert "“js” ended highest, at 60.0% mean accuracy over the 1 seed that all variants have, +30.0 points" in page
+
+
+def test_controls_that_differ_between_variants_are_told_for_each(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / f"{rate}", [[0.1], [0.6]], learning_rate=rate, isolated=level)
+        for rate, level in ((0.001, 0.4), (0.1, 0.5))
+    ]
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    rows = list(csv.DictReader((tmp_path / "out" / "tables" / "variants.csv").open()))
+    assert [float(row["over_isolated"]) for row in rows] == pytest.approx([0.2, 0.1])
+    assert "Isolated: not one level" in page and "Pooled: 95.0%." in page
+
+
+@pytest.mark.parametrize(
+    ("mode", "promise"), [("sync", "alone, with the same numbers."), ("async", "not with the same")]
+)
+def test_the_same_numbers_are_promised_only_where_rounds_make_them(tmp_path, undrawn, mode, promise):
+    run = make_run(tmp_path / "run", [[0.1], [0.5]], strategy="gossip", mode=mode)
+
+    assert promise in write_report([run], tmp_path / "out", describe([run], command="", target=None)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("facts", "command"),
+    [
+        ({}, "fedkd run rounds=1 seed=3\n"),
+        ({"peers": 4, "simulated": True}, "fedkd run --peers 4 rounds=1 seed=3\n"),
+        ({"peers": 4, "simulated": False}, "fedkd deploy run DIR rounds=1 controls=isolated,pooled seed=3\n"),
+    ],
+)
+def test_the_command_of_a_stopped_run_says_what_is_known_of_its_peers(tmp_path, facts, command):
+    path = make_run(tmp_path / "run", [[0.1], [0.5]], seed=3)
+    (path / "rounds.jsonl").unlink()
+    RunFolder(path).add_facts(facts)
+
+    assert CliRunner().invoke(app, ["show", str(path)], catch_exceptions=False).output.startswith(command)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_status_2(folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["fedkd", "report", str(folders[0]), "--out", str(tmp_path / "file" / "report")])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*Not a directory: .*file.*\n", capsys.readouterr().err)
 
 
 def test_the_commands_report_and_show(folders, tmp_path, monkeypatch):

@@ -47,12 +47,22 @@ def test_a_peer_that_was_not_measured_stands_where_it_stood(tmp_path):
 
 
 def test_what_travelled_between_rounds_is_charged_before_the_first(tmp_path):
-    run = read_run(make_run(tmp_path / "run", [[0.1], [0.5]], bytes_per_round=1000))
+    distilled = {"strategy": "fedavg", "fedavg_start": "distilled"}
+    run = read_run(make_run(tmp_path / "run", [[0.1], [0.5]], bytes_per_round=1000, **distilled))
     totals = {**run.summary["totals"], "bytes_up": run.summary["totals"]["bytes_up"] + 700}
 
     curve = replace(run, summary={**run.summary, "totals": totals}).curve()
 
     assert [point.bytes for point in curve] == [1000, 2700]
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "fedavg", "fedavg_start": "distilled"}])
+def test_the_bytes_of_a_damaged_line_are_not_charged_elsewhere(tmp_path, settings):
+    path = make_run(tmp_path / "run", [[0.1], [0.5], [0.6]], bytes_per_round=1000, **settings)
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    (path / "rounds.jsonl").write_text("\n".join([*lines[:2], '{"round": 2, "pe']) + "\n")
+
+    assert [point.bytes for point in read_run(path).curve()] == [1000, 2000]
 
 
 def test_a_damaged_line_is_named_and_the_rest_is_used(tmp_path):
@@ -263,8 +273,97 @@ def test_floor_and_ceiling_are_checked_by_name(tmp_path):
 
     by_name = {check.name: check for check in checks(found)}
 
-    assert by_name["isolated is the floor"].ok is False and "kl (-10.0)" in by_name["isolated is the floor"].found
-    assert by_name["pooled is the ceiling"].ok is False and "js (+4.0)" in by_name["pooled is the ceiling"].found
+    floor, ceiling = by_name["isolated is the floor"], by_name["pooled is the ceiling"]
+    assert floor.ok is False and floor.found.startswith("isolated 40.0%;") and "kl (-10.0 [" in floor.found
+    assert ceiling.ok is False and ceiling.found.startswith("pooled 95.0%;") and "js (+4.0 [" in ceiling.found
+
+
+@pytest.mark.parametrize(
+    ("finals", "verdict"),
+    [([0.3999, 0.3999], True), ([0.30, 0.49], None), ([0.3], None), ([0.30, 0.31, 0.30], False), ([0.9], True)],
+)
+def test_a_floor_is_broken_only_by_more_than_seeds_do_by_themselves(tmp_path, finals, verdict):
+    found = study(runs_of(tmp_path, kl=({}, finals)))
+
+    assert {check.name: check.ok for check in checks(found)}["isolated is the floor"] is verdict
+
+
+@pytest.mark.parametrize(
+    ("finals", "verdict"),
+    [
+        ([0.504, 0.597], True),  # each within rounding
+        ([0.60, 0.60], None),  # ten points and none: two seeds do not tell
+        ([0.60], None),
+        ([0.60, 0.70, 0.66], False),
+        ([0.51, 0.595, 0.547], True),  # about zero, and the interval is narrow
+    ],
+)
+def test_agreement_is_what_few_seeds_can_show_and_no_more(tmp_path, finals, verdict):
+    kl = [0.50, 0.60, 0.55][: len(finals)]
+    found = study(runs_of(tmp_path, kl=({"divergence": "kl"}, kl), ce=({"divergence": "ce"}, finals)))
+
+    assert {check.name: check.ok for check in checks(found)}["ce and kl agree"] is verdict
+
+
+def with_control(path, isolated, **settings):
+    return read_run(make_run(path, [[0.2, 0.2], [0.5, 0.5]], isolated=isolated, **settings))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"learning_rate": 0.001}, {"learning_rate": 0.1}),
+        ({"rounds": 1}, {"rounds": 2}),
+        ({"batch_size": 16}, {"batch_size": 64}),
+        ({"local_epochs": 1}, {"local_epochs": 3}),
+        ({"regime": "vanilla"}, {"regime": "dml"}),
+        ({"regime": "dml", "distill_epochs": 1}, {"regime": "dml", "distill_epochs": 3}),
+        ({"participation": 1.0}, {"participation": 0.5}),
+        ({"fast": False}, {"fast": True}),
+    ],
+)
+def test_a_variant_is_held_against_the_control_under_its_own_settings(tmp_path, one, other):
+    runs = [with_control(tmp_path / "one", 0.45, **one), with_control(tmp_path / "other", 0.55, **other)]
+
+    found = study(runs)
+
+    (scenario,) = found.scenarios
+    assert [variant.isolated for variant in scenario.variants] == [{0: 0.45}, {0: 0.55}]
+    assert [variant.isolated_by_peer["peer-1"] for variant in scenario.variants] == [0.45, 0.55]
+    assert scenario.control("isolated") == {} and scenario.best.over("isolated") == {0: pytest.approx(0.05)}
+    (floor,) = (check for check in checks(found) if check.name == "isolated is the floor")
+    assert "of each variant its own" in floor.found and "(-5.0)" in floor.found and floor.ok is None
+
+
+def test_a_control_serves_every_variant_that_differs_only_in_the_exchange(tmp_path):
+    runs = [
+        with_control(tmp_path / "carrier", 0.45, divergence="kl", distill_epochs=1),
+        with_control(tmp_path / "other", math.nan, divergence="js", distill_epochs=3),
+    ]
+
+    (scenario,) = study(runs).scenarios
+
+    assert [variant.isolated for variant in scenario.variants] == [{0: 0.45}, {0: 0.45}]
+    assert scenario.control("isolated") == {0: 0.45}
+
+
+def test_averaging_from_scratch_is_held_against_the_peers_own_models_if_they_ran_alone(tmp_path):
+    cold = [
+        with_control(tmp_path / model, level, strategy="fedavg", fedavg_model=model)
+        for model, level in (("cnn-small", 0.2), ("cnn-wide", 0.3))
+    ]
+    exchanged = with_control(tmp_path / "averaged", 0.6)
+
+    among_themselves, beside_exchange = (study(runs).scenarios[0].variants for runs in (cold, [*cold, exchanged]))
+
+    assert [variant.isolated for variant in among_themselves] == [{0: 0.2}, {0: 0.3}]
+    assert [variant.isolated for variant in beside_exchange] == [{0: 0.6}] * 3
+
+
+def test_the_best_variant_is_found_over_seeds_that_all_have(tmp_path):
+    found = study(runs_of(tmp_path, kl=({"divergence": "kl"}, [0.5, 0.9]), js=({"divergence": "js"}, [0.6])))
+
+    assert found.scenarios[0].best.label == "js"
 
 
 def test_pairwise_and_averaged_are_held_together_only_where_algebra_says_so(tmp_path):
@@ -284,13 +383,13 @@ def test_pairwise_and_averaged_are_held_together_only_where_algebra_says_so(tmp_
 def test_plain_and_matched_gradients_stand_side_by_side(tmp_path):
     found = study(runs_of(
         tmp_path,
-        plain=({"divergence": "sed", "optimizer": "sgd"}, [0.5, 0.6]),
+        plain=({"divergence": "sed", "optimizer": "sgd"}, [0.5, 0.6, 0.1]),
         matched=({"divergence": "sed", "optimizer": "sgd", "match_gradients": True}, [0.7, 0.6]),
     ))  # fmt: skip
 
     (row,) = matched_gradients(found.scenarios[0])
 
-    assert row["difference"] == pytest.approx(0.1)
+    assert row["difference"] == pytest.approx(0.1) and row["plain"] == 0.55 and row["seeds"] == 2
 
 
 def test_agreement_is_read_from_the_last_knowledge(tmp_path):

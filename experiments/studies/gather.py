@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.study import Run, effective, read_run
+from experiments.settings import effective
+from experiments.study import Run, read_run
 
 _OUTCOMES = ("round", "accuracy", "worst", "spread", "ece", "bytes")
 _ALWAYS = {"partition", "seed"}

@@ -1,0 +1,119 @@
+"""What settings mean to a comparison: which say what data are there, which do anything, and what controls depend on."""
+
+from collections.abc import Iterable, Mapping
+
+from fedkd.config import STRATEGIES, Scalar
+
+SCENARIO_KEYS = (
+    "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
+    "normalize", "peers", "models", "checkpoints", "pretrain-epochs", "evaluate-on",
+)  # fmt: skip
+"""Settings that say which data and models are there: results under different ones are not compared."""
+
+CONTROL_KEYS = (
+    *SCENARIO_KEYS, "data-dir", "optimizer", "learning-rate", "momentum", "weight-decay", "batch-size", "rounds",
+    "eval-every", "device", "threads", "fast", "compiled", "seed",
+)  # fmt: skip
+"""Settings on which every control depends; :func:`control_group` has what else a control depends on."""
+
+NO_VARIANT = {
+    *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
+    "threads", "round-timeout", "eval-every", "profile",
+}  # fmt: skip
+"""Settings that set no variants apart."""
+
+_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "partition-alpha": ("partition", ("dirichlet",)),
+    "updates": ("mode", ("async",)),
+    "max-seconds": ("mode", ("async",)),
+    "classes-per-peer": ("partition", ("classes",)),
+    "shared-classes": ("partition", ("overlap",)),
+    "topology-degree": ("topology", ("k-regular", "small-world")),
+    "topology-probability": ("topology", ("erdos-renyi", "small-world")),
+    "reduction": ("strategy", ("pairwise", "gossip")),
+    "average": ("strategy", ("averaged", "gossip")),
+    "consensus": ("strategy", ("consensus",)),
+    "fedavg-start": ("strategy", ("fedavg",)),
+    "fedavg-model": ("strategy", ("fedavg",)),
+    "merge-epochs": ("fedavg-start", ("distilled",)),
+    **{f"cakd-{name}": ("divergence", ("cakd", "dkd")) for name in ("alpha", "beta", "mode", "strong", "top-k")},
+    **{f"bdkd-{name}": ("divergence", ("bdkd",)) for name in ("delta", "rule")},
+    **{
+        f"flow-{name}": ("method", ("infoflow",))
+        for name in ("layers", "depth", "dimensions", "weight", "initial", "decay", "variant", "auxiliary")
+    },
+}
+_NOT_AVERAGING = {"distill-epochs", "schedule", "regime", "topology", "combine", "method"}
+"""Settings that say nothing about federated averaging."""
+
+_NOT_FROM_SCRATCH = {"divergence", "temperature", "kd-weight", "t2-scaling", "match-gradients", "codec"}
+"""Settings that say nothing about it unless it starts from distilled knowledge."""
+
+
+def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
+    """Return what sets settings apart, leaving out what has no effect under them.
+
+    >>> settings = {"strategy": "averaged", "divergence": "sed", "temperature": 4.0, "reduction": "mean"}
+    >>> label(settings, ["divergence", "strategy", "temperature", "reduction"])
+    'sed · averaged · temperature 4'
+    """
+    telling = [key for key in keys if has_effect(settings, key)]
+    words = [_word(key, settings[key]) for key in telling if settings[key] is not False]
+    return " · ".join(words or [f"no {key}" for key in telling])
+
+
+def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
+    """Tell whether a setting does anything under the others.
+
+    >>> has_effect({"topology": "ring", "topology-degree": 4}, "topology-degree")
+    False
+    """
+    other, values = _ONLY_WITH.get(key, ("", ()))
+    found = settings.get(other)
+    if other == "strategy" and found not in STRATEGIES:
+        found = "gossip"  # one's own strategy leaves the combining to the peers, as this one does
+    if other and found not in values:
+        return False
+    if settings.get("strategy") != "fedavg":
+        return True
+    return key not in _NOT_AVERAGING and (settings["fedavg-start"] == "distilled" or key not in _NOT_FROM_SCRATCH)
+
+
+def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scalar | None, ...]:
+    """Return the values of some settings, None for those without an effect: equal where the same is run."""
+    return tuple(settings[key] if has_effect(settings, key) else None for key in keys)
+
+
+def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:
+    """Return what a trial's run of a control depends on: equal for two trials whose runs of it would be the same."""
+    common = effective(settings, CONTROL_KEYS)
+    held_out = settings["validation-share"] if settings["evaluate-on"] == "validation" else None
+    if name == "pooled":
+        return (*common, held_out, settings["pooled-model"], settings["local-epochs"])
+    joint = settings["schedule"] == "mixed" or settings["regime"] == "dml"
+    steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
+    present = effective(settings, ("participation", "mode", "updates", "max-seconds"))
+    scratch = settings["fedavg-model"] if _from_scratch(settings) else None
+    return (*common, held_out, *present, joint, *steps, scratch)
+
+
+def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scalar | None, ...]]:
+    """Return the groups whose control serves a trial, the best first.
+
+    Federated averaging from scratch is measured against what the peers' own models reach by themselves, which is what a
+    site would have without it; only where nobody ran that, against its own architecture alone.
+    """
+    own = control_group(settings, name)
+    return [(*own[:-1], None), own] if name == "isolated" and _from_scratch(settings) else [own]
+
+
+def _from_scratch(settings: Mapping[str, Scalar]) -> bool:
+    return settings["strategy"] == "fedavg" and settings["fedavg-start"] == "cold"
+
+
+def _word(key: str, value: Scalar) -> str:
+    if isinstance(value, bool):
+        return key
+    if isinstance(value, int | float):
+        return f"{key} {value:g}"
+    return value or f"no {key}"
