@@ -1,7 +1,6 @@
 """A peer's key pair and its use: sealing what it knows for the others, and opening what they sealed for it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from clients.learner import Memo
+from clients.store import write_whole
 from fedkd.codec import BadKnowledge
 from fedkd.identity import Credential, Identity, check_trusted, read_trusted
 from fedkd.protocol import Arrays, Letter
@@ -75,9 +75,10 @@ class Secrets:
         Raises:
             BadKnowledge: a peer's key is not the one that came at the start, or nobody vouches for it whom this peer
                 trusts: the relay would read along.
+            SealError: the file with the keys of the start cannot be read.
         """
         path = self._folder / "peers.json"
-        known = _read_json(path)
+        known = _read(path, "run", "keys")
         try:
             given = {name: Credential.parse(key) for name, key in keys.items()}
             if self._trusted is not None:
@@ -92,7 +93,7 @@ class Secrets:
         if changed := sorted({name for name, _ in before.items() ^ public.items()}):
             raise BadKnowledge(f"the relay gives another public key for {', '.join(changed)} than before")
         if known.get("run") != self._run:
-            _write_json(path, {"run": self._run, "keys": public, "fingerprints": fingerprints})
+            _write(path, {"run": self._run, "keys": public, "fingerprints": fingerprints})
         self._keys = {name: credential.public for name, credential in given.items()}
 
     def open(self, letter: Letter, memo: Memo, *, oldest: int, newest: int | None) -> Arrays:
@@ -136,26 +137,32 @@ def _bytes(arrays: Arrays, name: str) -> bytes:
 
 def _own_keys(path: Path, run: str) -> Keys:
     """Return the pair that was made for this run, or make it."""
-    content = _read_json(path)
+    content = _read(path, "run", "private")
     if content.get("run") == run:
         return Keys.from_bytes(bytes.fromhex(content["private"]))
     keys = Keys.generate()
-    _write_json(path, {"run": run, "private": keys.private_bytes.hex()})
+    _write(path, {"run": run, "private": keys.private_bytes.hex()})
     return keys
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, *names: str) -> dict[str, Any]:
+    """Return what a file holds; nothing if there is none.
+
+    Raises:
+        SealError: it is there and cannot be read: taken for none, the relay could give other keys.
+    """
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text())
+        return {name: content[name] for name in names}
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise SealError(
+            f"cannot read {path} ({found}); once no run that it belongs to is to go on, remove it"
+        ) from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that its owner alone can read, whole or not at all."""
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(content, file)
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_text(json.dumps(content)))

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from federation import federate, local_grid
 from flwr.app import ConfigRecord
 
+from clients.secrets import Secrets
 from experiments.deploy.keys import node_key, write_secret
 from fedkd.errors import SettingError
 from fedkd.identity import Credential, Identity, check_trusted, fingerprint, read_trusted
@@ -228,6 +229,27 @@ def test_a_relay_that_gives_a_peer_another_key_as_its_own_is_refused(tmp_path):
     run = federate(tmp_path, 3, grid=grid, sealed=True, rounds=1)
 
     assert "another public key for peer-0" in row_of(run, "peer-0", 0)["error"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"run": "r"}', None])
+def test_pinned_keys_that_cannot_be_read_are_not_taken_for_none(tmp_path, content):
+    """A relay that can spoil the file, or waits until it is spoilt, could else give other keys from then on."""
+    one, other = (Keys.generate().public_bytes.hex() for _ in range(2))
+    mine = Secrets(tmp_path, "me", "run")
+    mine.pin({"me": mine.public, "ada": one})
+    file = tmp_path / "peers.json"
+    file.unlink()
+    file.write_text(content) if content else file.mkdir()
+
+    with pytest.raises(SealError, match=r"cannot read .*peers\.json"):
+        Secrets(tmp_path, "me", "run").pin({"me": mine.public, "ada": other})
+
+
+def test_a_key_that_cannot_be_read_is_not_made_anew(tmp_path):
+    Secrets(tmp_path, "me", "run")
+    (tmp_path / "key.json").write_text("{")
+    with pytest.raises(SealError, match=r"cannot read .*key\.json"):
+        Secrets(tmp_path, "me", "run")
 
 
 def test_signed_keys_outlive_a_relay_that_is_resumed(tmp_path, trusting):
