@@ -1,8 +1,10 @@
 """From a mail's content to an answer's content, whatever happens on the way. Imports no torch at the top."""
 
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from clients.peer import Peer
 
 OpenPeer = Callable[[Place, RunConfig, str], "Peer"]
+Tell = Callable[[BaseException], str]
+"""Says of an error what the relay is to know of it, and the rest to the peer's own log."""
 
 
 def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict:
@@ -35,9 +39,11 @@ def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict
         began = time.perf_counter()
         peer = open_peer(here, config, mail.run)
         peer.watch.add("start-up", time.perf_counter() - began)
-        return pack_answer(peer.answer(mail))
+        # Once it trains, an error's text may say what its data are.
+        tell = by_kind if place.withholds and mail.kind != "introduce" else telling(place)
+        return always(lambda: pack_answer(peer.answer(mail)), place.name, mail.round, tell)
 
-    return always(work, place.name, round_of(content))
+    return always(work, place.name, round_of(content), telling(place))
 
 
 def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
@@ -55,16 +61,41 @@ def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
     return mail, place.settings(config)
 
 
-def always(work: Callable[[], RecordDict], name: str, round: int) -> RecordDict:
+def always(work: Callable[[], RecordDict], name: str, round: int, tell: Tell) -> RecordDict:
     """Do what makes an answer; an error is an answer too, because a handler that raises poisons Flower."""
     try:
         return work()
-    except FedkdError as error:
-        said = str(error)
-    except Exception as error:
-        traceback.print_exc()
-        said = f"{type(error).__name__}: {error}"
-    return pack_answer(Answer(name, round, error=said))
+    except (Exception, SystemExit) as error:  # a user's own code may well exit
+        return pack_answer(Answer(name, round, error=tell(error)))
+
+
+def telling(place: Place) -> Tell:
+    """Return how much of an error at a peer leaves it."""
+    return frankly if place.simulated else partial(discreetly, conceal=place.conceal)
+
+
+def frankly(error: BaseException) -> str:
+    """Tell all: a simulation's relay and peers are one user's."""
+    if isinstance(error, FedkdError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def discreetly(error: BaseException, *, conceal: Callable[[str], str]) -> str:
+    """Tell what the library says, without the peer's paths; of another error, whose text can hold all, the kind."""
+    if not isinstance(error, FedkdError):
+        return by_kind(error)
+    said = conceal(str(error))
+    if said != str(error):
+        print(error, file=sys.stderr, flush=True)
+    return said
+
+
+def by_kind(error: BaseException) -> str:
+    """Tell the kind of an error alone."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: the peer's log says more"
 
 
 def round_of(content: RecordDict) -> int:

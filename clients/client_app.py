@@ -5,14 +5,15 @@ everything and always answers, because one that raises, exits or returns nothing
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.answering import always, answer, check, round_of
-from clients.place import Own, Place, own_settings
+from clients.answering import always, answer, check, discreetly, frankly, round_of, telling
+from clients.place import Own, Place, own_settings, without_paths
 from fedkd.config import RunConfig
 
 if TYPE_CHECKING:
@@ -24,20 +25,26 @@ app = ClientApp()
 @app.train("mail")
 def on_mail(message: Message, context: Context) -> Message:
     """Answer one mail."""
-    content = message.content
-    reply = always(lambda: _reply(content, context, message.metadata.ttl), fallback_name(context), round_of(content))
+    content, simulated = message.content, _in_simulation() or bool(context.node_config.get("simulated", False))
+    tell = frankly if simulated else partial(discreetly, conceal=partial(without_paths, own=context.node_config))
+    reply = always(
+        lambda: _reply(content, context, message.metadata.ttl, simulated=simulated),
+        fallback_name(context),
+        round_of(content),
+        tell,
+    )
     return Message(reply, reply_to=message)
 
 
-def _reply(content: RecordDict, context: Context, time_to_live: float) -> RecordDict:
+def _reply(content: RecordDict, context: Context, time_to_live: float, *, simulated: bool) -> RecordDict:
     own = own_settings(context.node_config)
-    simulated = _in_simulation() or bool(own.get("simulated", False))
     place = Place.of_own(
         own, name=peer_name(own, context.node_id), root=_state_root(content, simulated), simulated=simulated
     )
     if simulated or not place.worker:
         return answer(content, place, _peer)
-    return always(lambda: _ask_worker(content, place, own, time_to_live), place.name, round_of(content))
+    work = partial(_ask_worker, content, place, own, time_to_live)
+    return always(work, place.name, round_of(content), telling(place))
 
 
 def _ask_worker(content: RecordDict, place: Place, own: Own, time_to_live: float) -> RecordDict:

@@ -134,7 +134,7 @@ class Peer:
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
                 "source": source_hash(),
-                "source-root": str(source_root()),
+                "source-root": str(source_root()) if self.place.simulated else "",
                 "peers": self.place.of,
                 "index": self.place.index,
                 "simulated": int(self.place.simulated and not self.place.dataset),  # own data are real data

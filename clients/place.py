@@ -6,6 +6,7 @@ deployed peer opens nothing that the server names: its data, proxy set, model, c
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,8 @@ _RULES = {
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }
+_PATHS = ("peer-config", "state-dir", "data-dir", "checkpoint", "dataset", "proxy", "identity", "trusted-keys")
+_WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,24 @@ class Place:
         """Read a peer's own configuration, as :func:`own_settings` returns it.
 
         Args:
-            own: by key.
+            own: by key. ``trusted-keys`` imply ``require-sealed``, since a server would else ask for plain mail and no
+                key would matter; an owner who says ``require-sealed = false`` beside them takes part in both.
             name: the peer's.
             root: the folder of its state unless it names one itself.
             simulated: whether it is a stand-in.
+
+        Raises:
+            SettingError: a setting of the resident process where there is none.
         """
+        if not simulated and not own.get("worker", True):
+            for key in ("max-seconds", "idle-seconds"):
+                if key in own:
+                    raise SettingError(key, own[key], "left out with `worker = false`: the worker is what it ends")
         root = Path(str(own.get("state-dir", root)))
         given = {"allowed-strategies": "strategies", "require-sealed": "sealed", "max-epochs": "epochs"}
         given |= {"max-payload": "payload", "max-seconds": "seconds", "max-epsilon": "epsilon", "max-delta": "delta"}
         limits = {field_: own[key] for key, field_ in given.items() if key in own}
+        limits.setdefault("sealed", bool(own.get("trusted-keys")))
         if "strategies" in limits:
             limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
         texts = {key.replace("-", "_"): str(own.get(key, "")) for key in _TEXTS}
@@ -241,6 +253,11 @@ class Place:
         own["device"] = self.device or "auto"
         return replace(config, download=False, **own)  # type: ignore[arg-type]
 
+    def conceal(self, text: str) -> str:
+        """Return a text for others to read, with this peer's own paths replaced by the settings that hold them."""
+        own = {key: str(getattr(self, key.replace("-", "_"))) for key in _TEXTS}
+        return without_paths(text, {**own, "state-dir": str(self.cache_dir)})
+
     def _own_dataset(self, dataset: str) -> str:
         """Return this peer's own data: what it brings, or its share of a simulation whose peers all have their own."""
         if self.dataset or not self.simulated or PEER not in dataset:
@@ -275,6 +292,19 @@ def own_settings(node_config: Own) -> dict[str, Scalar]:
     for key in _KEYS.keys() & own.keys():
         own[key] = _checked(key, own[key])
     return own
+
+
+def without_paths(text: str, own: Own) -> str:
+    """Replace a peer's own paths, and what lies below them, by the names of the settings that hold them.
+
+    >>> without_paths("no file '/data/ada/scans.npz'", {"dataset": "npz:/data/ada/scans.npz"})
+    "no file '<dataset>'"
+    """
+    paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
+    paths |= {str(own[key]).removeprefix("npz:").removeprefix("folder:"): key for key in _PATHS if own.get(key)}
+    for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
+        text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
+    return text
 
 
 def _read(path: Path) -> dict[str, Scalar]:

@@ -53,7 +53,8 @@ def ask(content: RecordDict, place: Place, own: Own, *, seconds: float) -> Recor
                 _end(place)
                 raise WorkerError(f"no answer within {seconds:g} s: the worker was ended") from error
             except (OSError, frame.BadFrame) as error:
-                raise WorkerError(f"the worker ended while it worked{_last_words(place)}") from error
+                _pass_on_last_words(place)
+                raise WorkerError("the worker ended while it worked; the peer's log says more") from error
         if not said.get("stale"):
             return reply
 
@@ -76,7 +77,8 @@ def _connected(place: Place) -> socket.socket:
         if started is None:
             started = _start(place)
         if started.poll() or time.monotonic() > deadline:
-            raise WorkerError(f"the worker did not start{_last_words(place)}")
+            _pass_on_last_words(place)
+            raise WorkerError("the worker did not start; the peer's log says more")
         time.sleep(0.02)
 
 
@@ -116,8 +118,8 @@ def _end(place: Place) -> None:
         worker.wait(_END_SECONDS)  # until then its socket still takes connections
 
 
-def _last_words(place: Place) -> str:
+def _pass_on_last_words(place: Place) -> None:
+    """Print the end of the worker's log into this process's, before another worker starts the file anew."""
     with contextlib.suppress(OSError):
-        if text := (place.state_dir / LOG).read_text(errors="replace").strip():
-            return f"; its log ends with: {text[-_LAST_WORDS:]}"
-    return "; it left nothing in its log"
+        last_words = (place.state_dir / LOG).read_text(errors="replace").strip()[-_LAST_WORDS:]
+        print(f"{place.name}'s worker ended with: {last_words or 'nothing'}", file=sys.stderr, flush=True)

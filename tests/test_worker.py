@@ -50,7 +50,8 @@ def end_workers(tmp_path):
 def deployed(own, **changes):
     """Return the peers' own configuration as deployed ones, with changes written with underscores."""
     changed = {key.replace("_", "-"): value for key, value in changes.items()}
-    return {i: {**site, "simulated": False, "idle-seconds": 60, **changed} for i, site in enumerate(own)}
+    idle = {"idle-seconds": 60} if changes.get("worker", True) else {}
+    return {i: {**site, "simulated": False, **idle, **changed} for i, site in enumerate(own)}
 
 
 def place_of(own, root, **changes):
@@ -123,14 +124,15 @@ def test_a_worker_that_dies_is_an_error_answer_and_the_same_mail_again_gives_the
     np.testing.assert_array_equal(again.arrays["logits"], learned.arrays["logits"])
 
 
-def test_a_worker_that_crashes_says_why(tmp_path, sites, end_workers, monkeypatch):
+def test_a_worker_that_crashes_says_why_to_its_owner_alone(tmp_path, sites, end_workers, monkeypatch, capsys):
     own = {**sites[0], "model": "crashing:model", "idle-seconds": 60}
     (tmp_path / "crashing.py").write_text(
         "import os, sys\n\ndef model(**shape):\n    os.write(2, b'out of luck')\n    os._exit(3)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(WorkerError, match="ended while it worked; its log ends with: out of luck"):
+    with pytest.raises(WorkerError, match=r"ended while it worked; the peer's log says more$"):
         ask(mail(), place_of(own, tmp_path), own_settings(own), seconds=60)
+    assert "site-0's worker ended with: out of luck" in capsys.readouterr().err
 
 
 def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_path, sites, end_workers):
@@ -145,7 +147,8 @@ def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_p
     psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     again = unpack_answer(ask(mail("learn", 1), place, own, seconds=60))
 
-    assert refused.error.startswith(f"cannot write the state of round 1 to {place.state_dir}")
+    assert refused.error.startswith("cannot write the state of round 1 to <state-dir>: ")
+    assert str(tmp_path) not in refused.error
     assert state.read_bytes() == before
     assert not list(place.state_dir.glob("*.partial"))
     assert again.error == ""
@@ -256,6 +259,9 @@ def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path,
         ({"strategy": "fedavg"}, {}, "`strategy` .*this peer's `allowed-strategies`.* 'fedavg'"),
         ({"strategy": "gossip"}, {"allowed-strategies": "averaged"}, "`strategy` .* averaged .*'gossip'"),
         ({}, {"require-sealed": True}, "`sealed` .*`require-sealed`"),
+        ({}, {"trusted-keys": "keys"}, "`sealed` .*`trusted-keys`"),
+        ({}, {"max-seconds": 5.0}, "`max-seconds` to be left out with `worker = false`"),
+        ({}, {"idle-seconds": 5.0}, "`idle-seconds` to be left out with `worker = false`"),
         ({"pretrain-epochs": 5}, {"max-epochs": 4}, "`pretrain-epochs` .*at most 4 .* got 5"),
         ({"threads": 4096}, {}, "`threads` .*the CPUs of this peer"),
     ],
@@ -267,6 +273,16 @@ def test_a_peer_keeps_its_own_limits(tmp_path, sites, settings, own, message):
         federate(tmp_path, grid=grid, **settings)
 
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_trusted_keys_are_asked_for_in_every_run_unless_their_owner_says_otherwise():
+    def sealed(**own):
+        return Place.of_own(own, name="north", root=Path("state"), simulated=False).limits.sealed
+
+    assert not sealed()
+    assert sealed(**{"trusted-keys": "keys"})
+    assert sealed(**{"trusted-keys": "keys", "require-sealed": True})
+    assert not sealed(**{"trusted-keys": "keys", "require-sealed": False})
 
 
 def test_a_mail_larger_than_a_peer_allows_is_refused(tmp_path, sites):
