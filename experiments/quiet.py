@@ -10,6 +10,7 @@ _NOISE = re.compile(
             "Using SuperLink: ",
             "Starting logstream for run_id ",
             "Starting Flower Simulation$",
+            "Start `flwr-serverapp` process$",
             r"Since flwr 1\.32, default simulated SuperNodes changed",
             r"Federation `.*` \(\d+ simulated SuperNodes\)",
             "To change federation size, use the following command:",

@@ -22,7 +22,7 @@ def init(
     node_port: Annotated[int, typer.Option(help="A SuperNode's local port; in a trial, the first of them.")] = 9400,
     demo: Annotated[bool, typer.Option("--demo", help="Fill in models and data (digits), ready for a trial.")] = False,
 ) -> None:
-    """Make certificates, keys, a configuration for every peer, unit files, and a README with the exact commands."""
+    """Make for every party a folder with its keys, its configuration, unit files, and a README with its commands."""
     from experiments.deploy.create import create
     from experiments.deploy.layout import Deployment
 
@@ -39,6 +39,18 @@ def up(folder: Folder) -> None:
     from experiments.deploy.layout import Deployment
 
     trial.up(Deployment.read(folder), out=typer.echo)
+
+
+@app.command()
+def register(folder: Folder) -> None:
+    """Make the peers' keys known to the SuperLink on this machine; those that it knows stay as they are."""
+    from experiments.deploy import trial
+    from experiments.deploy.layout import Deployment
+
+    deployment = Deployment.read(folder)
+    with trial.flower(deployment) as flwr:
+        new = trial.register(deployment, flwr)
+    typer.echo(f"registered: {', '.join(new) or 'none, the SuperLink knows all keys'}")
 
 
 @app.command()

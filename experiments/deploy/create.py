@@ -1,4 +1,8 @@
-"""`fedkd deploy init`: writes everything a federation needs, one folder per party."""
+"""`fedkd deploy init`: writes everything a federation needs, one folder per party.
+
+A party's folder holds all that it needs, its own commands included, and no secret of another: it is handed over as it
+is, and may lie anywhere.
+"""
 
 import json
 
@@ -28,28 +32,30 @@ def create(deployment: Deployment, *, demo: bool) -> None:
         raise SettingError("DIR", str(folder), "a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write_keys(deployment)
-    (folder / "deployment.toml").write_text(deployment.to_toml(), encoding="utf-8")
-    deployment.operator.mkdir(mode=0o700)
-    (deployment.operator / "config.toml").write_text(deployment.flower_config(), encoding="utf-8")
+    deployment.write()
     for index, name in enumerate(deployment.names):
         write_secret(deployment.peer(name) / "peer.toml", _peer_toml(deployment, index, demo=demo).encode())
     if demo:
         write_demo_data([deployment.peer(name) for name in deployment.names])
     units.write(deployment)
     (folder / "README.md").write_text(_readme(deployment), encoding="utf-8")
+    (deployment.superlink / "README.md").write_text(_superlink_readme(deployment), encoding="utf-8")
+    for name in deployment.names:
+        (deployment.peer(name) / "README.md").write_text(_peer_readme(deployment, name), encoding="utf-8")
 
 
 def _write_keys(deployment: Deployment) -> None:
     authority = Authority.new()
     certificate = authority.certificate.public_bytes(Encoding.PEM)
     write_secret(deployment.folder / "ca.key", private_pem(authority.key))
-    write_secret(deployment.authority, certificate)
+    write_secret(deployment.folder / "ca.crt", certificate)
     server, key = authority.server(tuple(dict.fromkeys((*deployment.hosts, *_LOCAL))))
     for name, content in (("server.pem", server), ("server.key", key), ("ca.crt", certificate)):
         write_secret(deployment.superlink / name, content)
     pairs = {name: node_key() for name in deployment.names}
     trusted = b"".join(f"{name} ".encode() + public for name, (_, public) in pairs.items())
     for name, (private, public) in pairs.items():
+        write_secret(deployment.public_key(name), public)
         for file, content in (
             ("node.key", private),
             ("node.pub", public),
@@ -92,67 +98,119 @@ max-seconds = 86400.0       # for one message
 
 
 def _readme(deployment: Deployment) -> str:
-    lines = [
-        "# A fedkd deployment",
-        "",
-        f"A SuperLink ({', '.join(deployment.hosts)}) and {deployment.peers} peers. `docs/deploy.md` explains it.",
-        "",
-        "- `superlink/` goes to the SuperLink's machine, `peers/NAME/` to that peer's machine and nowhere else.",
-        "- `ca.key` makes certificates that every peer believes: keep it offline.",
-        "- Each peer's owner fills in `peers/NAME/peer.toml`.",
-        "",
-        "## SuperLink, in `superlink/`",
-        "",
-        "```sh",
-        _environment(),
-        shell(deployment.superlink_command()),
-        "```",
-        "",
-        "## Once: make the peers' keys known, on the SuperLink's machine",
-        "",
-        "```sh",
-        f"export FLWR_HOME={deployment.operator}",
-        *(" ".join(deployment.register_command(name)) for name in deployment.names),
-        "```",
-        "",
-    ]
-    lines += [
-        "## At every peer: pin the code",
-        "",
-        "A run brings its code along; a peer that installed its own runs that or nothing. In its folder,",
-        "with FEDKD the folder of the Flower app (`fedkd doctor` names it) as its owner has checked it, and again with",
-        "every new version:",
-        "",
-        "```sh",
-        "flwr build --app FEDKD",
-        'FLWR_HOME="$PWD/home" flwr install fedkd.fedkd.*.fab',
-        "chmod -R a-w home/apps",
-        "```",
-        "",
-    ]
-    for name in deployment.names:
-        lines += [
-            f"## {name}, in `peers/{name}/`", "", "```sh", _environment(),
-            shell(deployment.supernode_command(name)), "```", "",
-        ]  # fmt: skip
-    lines += [
-        "## A run, on the SuperLink's machine",
-        "",
-        "```sh",
-        f"fedkd deploy run {deployment.folder} rounds=10 strategy=gossip sealed=true",
-        "```",
-        "",
-        "or with Flower alone, from the fedkd repository (its exit status is 0 even when the run failed):",
-        "",
-        "```sh",
-        f"FLWR_HOME={deployment.operator} flwr run . fedkd --stream --run-config "
-        f"""'peers={deployment.peers} controls="isolated" out-dir="/absolute/path"'""",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"""\
+# A fedkd deployment
+
+A SuperLink ({", ".join(deployment.hosts)}) and {deployment.peers} peers. `docs/deploy.md` explains it.
+
+- `superlink/` goes to the SuperLink's machine. It holds its own secrets, and of the peers what is public.
+- `peers/NAME/` goes to that peer's machine and nowhere else: its `node.key` proves who the peer is. Keep no copy here.
+- `ca.key`, with `ca.crt`, makes certificates that every peer believes: keep it offline.
+
+The README.md in each of these folders has its commands. They hold wherever the folder lies.
+
+## A trial, with all of them on this machine
+
+In this folder, once every `peer.toml` names a model and data (`init --demo` has done that):
+
+```sh
+fedkd deploy up .
+fedkd deploy run . rounds=3 strategy=gossip sealed=true
+fedkd deploy down .
+```
+"""
+
+
+def _superlink_readme(deployment: Deployment) -> str:
+    return f"""\
+# The SuperLink of a fedkd deployment
+
+{deployment.peers} peers reach it as {deployment.hosts[0]}, port {deployment.fleet_port}.
+All commands are run in this folder, by its owner.
+
+## Start it
+
+```sh
+{_environment()}
+{shell(deployment.superlink_command())}
+```
+
+`fedkd-superlink.service` does the same under systemd. In a container, and then with `docker compose exec superlink`
+ahead of each command below:
+
+{_container()}
+
+## Once: make the peers' keys known
+
+```sh
+fedkd deploy register .
+```
+
+They are the files of `nodes/`. A peer that makes a key of its own, now or later, sends the public one: put it in the
+place of its `nodes/NAME.pub`, and register again.
+
+## A run
+
+```sh
+fedkd deploy status .
+fedkd deploy run . rounds=10 strategy=gossip sealed=true
+```
+
+The results go to `runs/` here; an `out-dir` elsewhere has to be open to the SuperLink, which writes them. With Flower
+alone, once a command above has run, and with FEDKD the folder of the Flower app (`fedkd doctor` names it); its exit
+status is 0 even when the run failed:
+
+```sh
+FLWR_HOME="$PWD/operator" flwr run FEDKD fedkd --stream --run-config \\
+    "peers={deployment.peers} controls='isolated' out-dir='$PWD/runs/first'"
+```
+"""
+
+
+def _peer_readme(deployment: Deployment, name: str) -> str:
+    return f"""\
+# {name}, a peer of a fedkd deployment
+
+Fill in `peer.toml`. All commands are run in this folder, by its owner, and in one shell:
+
+```sh
+{_environment()}
+```
+
+## Pin the code
+
+A run brings its code along; a peer that installed its own runs that or nothing. With FEDKD the folder of the Flower app
+(`fedkd doctor` names it) as you have checked it:
+
+```sh
+flwr build --app FEDKD
+flwr install fedkd.fedkd.*.fab
+rm fedkd.fedkd.*.fab
+chmod -R a-w home/apps
+```
+
+Every new version has to be installed, too, after `chmod -R u+w home/apps`.
+
+## Start the SuperNode
+
+```sh
+{shell(deployment.supernode_command(name))}
+```
+
+`fedkd-supernode.service` does the same under systemd, and starts it again when it ends. In a container:
+
+{_container()}
+"""
 
 
 def _environment() -> str:
     settings = {**units.ENVIRONMENT, "FLWR_HOME": '"$PWD/home"'}
-    return "\n".join(f"export {key}={value}" for key, value in settings.items())
+    return "\n".join(["umask 077", *(f"export {key}={value}" for key, value in settings.items())])
+
+
+def _container() -> str:
+    return """\
+```sh
+echo "FEDKD_USER=$(id -u):$(id -g)" > .env     # who owns this folder
+docker compose up -d
+```"""

@@ -3,13 +3,15 @@
 import contextlib
 import json
 import os
+import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -20,6 +22,7 @@ from fedkd.errors import FedkdError
 
 _READY_SECONDS, _CONNECT_SECONDS = 180.0, 240.0
 _GRACE = 5.0
+_KNOWN = "Public key already in use"
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ def up(deployment: Deployment, *, out: Callable[[str], None] = print) -> None:
     """Start the SuperLink and all SuperNodes, and wait until they are connected.
 
     Raises:
-        FedkdError: it is up already.
+        FedkdError: it is up already, or the peers are elsewhere.
         LaunchError: a party does not start or does not connect in time; all that were started are ended.
     """
+    if deployment.alone:
+        raise FedkdError(f"{deployment.folder} is the SuperLink's part: `up` starts all parties, on one machine.")
     if any(process.lives() for process in processes(deployment)):
-        raise FedkdError(f"{deployment.folder} is up already: `fedkd deploy down {deployment.folder}` first.")
+        command = shlex.join(["fedkd", "deploy", "down", str(deployment.folder)])
+        raise FedkdError(f"{deployment.folder} is up already: `{command}` first.")
     deployment.trial.mkdir(mode=0o700, exist_ok=True)
     try:
         start_superlink(deployment)
@@ -85,13 +91,16 @@ def processes(deployment: Deployment) -> list[Started]:
 
 def status(deployment: Deployment) -> list[str]:
     """Return a line per party: whether its process runs, and what the SuperLink knows of it."""
-    lines = [f"{p.name}: {'running' if p.lives() else 'ended'} (process {p.pid})" for p in processes(deployment)]
-    if not lines:
+    started = processes(deployment)
+    lines = [f"{p.name}: {'running' if p.lives() else 'ended'} (process {p.pid})" for p in started]
+    if not deployment.alone and not started:
         return ["not up"]
-    if processes(deployment)[0].lives():
+    if deployment.alone or started[0].lives():
         with flower(deployment) as flwr:
-            nodes = supernodes(flwr)
-        lines.append(f"SuperLink: {sum(s == 'online' for s in nodes)} of {len(nodes)} registered peers are online")
+            answer = flwr.json("supernode", "ls", CONNECTION)
+        nodes = [node["status"] for node in answer.get("nodes", [])]
+        known = f"{nodes.count('online')} of {len(nodes)} registered peers are online"
+        lines.append(f"SuperLink: {known if 'nodes' in answer else 'no answer: ' + _problem(answer)}")
     return lines
 
 
@@ -137,18 +146,29 @@ def start(deployment: Deployment, name: str, command: list[str], folder: Path) -
 @contextlib.contextmanager
 def flower(deployment: Deployment) -> Iterator[FlowerCommand]:
     """Give Flower's command line, as the operator of this deployment."""
-    environment = process_environment(os.environ, deployment.operator, ray_address=None)
-    with FlowerCommand(deployment.operator, environment) as flwr:
+    home, config = deployment.operator, deployment.flower_config()
+    home.mkdir(mode=0o700, exist_ok=True)
+    path = home / "config.toml"
+    if not path.exists() or path.read_text(encoding="utf-8") != config:  # the folder may have moved
+        path.write_text(config, encoding="utf-8")
+    with FlowerCommand(home, process_environment(os.environ, home, ray_address=None)) as flwr:
         yield flwr
 
 
-def register(deployment: Deployment, flwr: FlowerCommand) -> None:
-    """Make the peers' keys known to the SuperLink, unless its database knows them already."""
-    missing = deployment.peers - len(supernodes(flwr))
-    for name in deployment.names if missing else []:
-        answer = flwr.json("supernode", "register", str(deployment.peer(name) / "node.pub"), CONNECTION)
-        if not answer.get("success"):
-            raise LaunchError(f"Flower refused the key of {name}: {answer.get('error-message', answer)}")
+def register(deployment: Deployment, flwr: FlowerCommand) -> list[str]:
+    """Make the peers' keys known to the SuperLink; return the names of those that it did not know.
+
+    Raises:
+        LaunchError: it is not there, or refused a key for another reason than that it knows it.
+    """
+    new = []
+    for name in deployment.names:
+        answer = flwr.json("supernode", "register", str(deployment.public_key(name)), CONNECTION)
+        if answer.get("success"):
+            new.append(name)
+        elif _KNOWN not in str(answer):
+            raise LaunchError(f"Flower refused the key of {name}: {_problem(answer)}")
+    return new
 
 
 def supernodes(flwr: FlowerCommand) -> list[str]:
@@ -172,6 +192,11 @@ def wait_until_connected(deployment: Deployment, flwr: FlowerCommand, count: int
         if online >= count:
             return
         time.sleep(0.2)
+
+
+def _problem(answer: Mapping[str, Any]) -> str:
+    lines = str(answer.get("error-message", answer)).strip().splitlines()
+    return lines[-1] if lines else "no reason given"
 
 
 def _listens(port: int) -> bool:

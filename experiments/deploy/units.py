@@ -1,4 +1,4 @@
-"""systemd units and a compose file for a deployment's parties."""
+"""A systemd unit and a compose file for each of a deployment's parties."""
 
 from experiments.deploy.layout import Deployment
 
@@ -52,15 +52,50 @@ _PINNED = f"""\
 ReadOnlyPaths={_FOLDER}/home/apps
 """
 
+_SERVICE = """\
+# Expects an image with Python and fedkd, e.g. `FROM python:3.12-slim` and `RUN pip install fedkd`. README.md says how
+# to start it. A container reaches no other one as 127.0.0.1: on one machine, too, the first `--host` of `fedkd deploy
+# init` has to be a name or an address of that machine.
+services:
+  {name}:
+    image: fedkd
+    restart: always
+    init: true
+    user: '${{FEDKD_USER:?is not set, see README.md}}'
+    working_dir: /site
+    read_only: true
+    tmpfs: [/tmp]
+    cap_drop: [ALL]
+    security_opt: ['no-new-privileges:true']
+    environment:
+{environment}
+    command:
+{command}
+    volumes:
+      - .:/site
+{more}"""
+
+_PINNED_VOLUME = """\
+      - type: bind  # only code that is installed here can run; without this, whatever the SuperLink sends
+        source: ./home/apps
+        target: /site/home/apps
+        read_only: true
+        bind: {create_host_path: false}
+"""
+
 
 def write(deployment: Deployment) -> None:
-    """Write `fedkd-superlink.service` and `fedkd-supernode.service` for every peer, and `compose.yaml`."""
+    """Write a unit and a `compose.yaml` into every party's folder."""
     unit = _unit("SuperLink", deployment.superlink_command())
     (deployment.superlink / "fedkd-superlink.service").write_text(unit, encoding="utf-8")
+    # Docker brings what arrives at the machine's port, by whichever protocol, to this one of the container.
+    service = _compose("superlink", deployment.superlink_command(bind="0.0.0.0"), _published(deployment.fleet_port))
+    (deployment.superlink / "compose.yaml").write_text(service, encoding="utf-8")
     for name in deployment.names:
-        unit = _unit(f"SuperNode of {name}", deployment.supernode_command(name), more=_PINNED)
+        command = deployment.supernode_command(name)
+        unit = _unit(f"SuperNode of {name}", command, more=_PINNED)
         (deployment.peer(name) / "fedkd-supernode.service").write_text(unit, encoding="utf-8")
-    (deployment.folder / "compose.yaml").write_text(_compose(deployment), encoding="utf-8")
+        (deployment.peer(name) / "compose.yaml").write_text(_compose(name, command, _PINNED_VOLUME), encoding="utf-8")
 
 
 def _unit(what: str, command: list[str], *, more: str = "") -> str:
@@ -79,43 +114,16 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if '"' in word else word
 
 
-def _compose(deployment: Deployment) -> str:
-    """Return a compose file with all parties on one machine; a real site keeps its own service of it."""
-    services = [
-        _service("superlink", "./superlink", deployment.superlink_command(), ports=[deployment.fleet_port]),
-        *(
-            _service(name, f"./peers/{name}", deployment.supernode_command(name, host="superlink"), pinned=True)
-            for name in deployment.names
-        ),
-    ]
-    head = (
-        "# The image needs Python with fedkd installed, e.g. `FROM python:3.12-slim` and `RUN pip install fedkd`.\n"
-        "# On one machine add `superlink` to the certificate: `fedkd deploy init --host superlink`.\n"
+def _compose(name: str, command: list[str], more: str) -> str:
+    """Return a compose file with one party, for its folder."""
+    environment = {**ENVIRONMENT, "FLWR_HOME": "/site/home"}
+    return _SERVICE.format(
+        name=name,
+        more=more,
+        environment="\n".join(f"      {key}: '{value}'" for key, value in environment.items()),
+        command="\n".join("      - '" + word.replace("'", "''") + "'" for word in command),
     )
-    return head + "services:\n" + "".join(services)
 
 
-def _service(
-    name: str, folder: str, command: list[str], *, ports: list[int] | None = None, pinned: bool = False
-) -> str:
-    volumes = [f"{folder}:/site", *([f"{folder}/home/apps:/site/home/apps:ro"] if pinned else [])]
-    lines = [
-        f"  {name}:",
-        "    image: fedkd",
-        "    restart: always",
-        "    init: true",
-        "    user: '${UID:-1000}:${GID:-1000}'  # whoever owns the folders",
-        "    working_dir: /site",
-        "    read_only: true",
-        "    tmpfs: [/tmp]",
-        f"    volumes: {volumes}",
-        "    cap_drop: [ALL]",
-        "    security_opt: ['no-new-privileges:true']",
-        "    environment:",
-        *(f"      {key}: '{value}'" for key, value in {**ENVIRONMENT, "FLWR_HOME": "/site/home"}.items()),
-        "    command:",
-        *("      - '" + word.replace("'", "''") + "'" for word in command),
-    ]
-    if ports:
-        lines += ["    ports:", *(f"      - '{port}:{port}'" for port in ports)]
-    return "\n".join(lines) + "\n"
+def _published(port: int) -> str:
+    return f"    ports:\n      - '{port}:{port}'\n"
