@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.project import with_absolute_paths
-from experiments.settings import control_group, control_groups, effective, has_effect
+from experiments.settings import control_group, control_groups, effective, from_scratch, has_effect
 from fedkd.config import RunConfig, Scalar, split_list
 from fedkd.errors import FedkdError, SettingError
 
@@ -235,11 +235,15 @@ def _wanted(settings: Mapping[str, Scalar]) -> str:
 
 
 def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[str, str]) -> None:
-    """Give each control to the first trial of those that it serves, federated averaging last.
+    """Give each control to the first trial of those that it serves, federated averaging last, from scratch last of all.
 
     What was begun keeps what it had: another trial that comes first now would make it run anew.
     """
-    order = sorted(trials, key=lambda name: (trials[name]["strategy"] == "fedavg", name in begun))
+
+    def late(name: str) -> tuple[bool, ...]:
+        return from_scratch(trials[name]), trials[name]["strategy"] == "fedavg", name in begun
+
+    order = sorted(trials, key=late)
     chosen = {name: list(split_list(begun.get(name, ""))) for name in order}
     for control in split_list(wanted):
         carried = {control_group(trials[name], control) for name in order if control in chosen[name]}

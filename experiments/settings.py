@@ -93,7 +93,7 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     joint = settings["schedule"] == "mixed" or settings["regime"] == "dml"
     steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
     present = effective(settings, ("participation", "mode", "updates", "max-seconds"))
-    scratch = settings["fedavg-model"] if _from_scratch(settings) else None
+    scratch = settings["fedavg-model"] if from_scratch(settings) else None
     return (*common, held_out, *present, joint, *steps, scratch)
 
 
@@ -104,10 +104,11 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
     site would have without it; only where nobody ran that, against its own architecture alone.
     """
     own = control_group(settings, name)
-    return [(*own[:-1], None), own] if name == "isolated" and _from_scratch(settings) else [own]
+    return [(*own[:-1], None), own] if name == "isolated" and from_scratch(settings) else [own]
 
 
-def _from_scratch(settings: Mapping[str, Scalar]) -> bool:
+def from_scratch(settings: Mapping[str, Scalar]) -> bool:
+    """Tell whether a trial leaves the peers' own models behind, and averages one that knows nothing yet."""
     return settings["strategy"] == "fedavg" and settings["fedavg-start"] == "cold"
 
 

@@ -84,12 +84,13 @@ def shown(rows: Sequence[Numbers], target: float) -> list[Shown]:
         target: accuracy whose price they tell.
     """
     name = _Column("variant", lambda row: row["variant"])
+    over = [_Column("over isolated", lambda row: points(row["over_isolated"]), "over_isolated", 1)]
     tables = {
         "Accuracy": [
             _Column("final accuracy", lambda row: share(row["accuracy"]), "accuracy", 1),
             _Column("95 % interval", _interval),
             _Column("gain", lambda row: points(row["gain"]), "gain", 1),
-            _Column("over isolated", lambda row: points(row["over_isolated"]), "over_isolated", 1),
+            *(over if any(math.isfinite(row["over_isolated"]) for row in rows) else ()),
             _Column("worst peer", lambda row: share(row["worst"]), "worst", 1),
             _Column("spread across peers", lambda row: _change(row, "spread", 100, 1), "spread", -1),
             _Column("own classes", lambda row: share(row["own_accuracy"]), "own_accuracy", 1),

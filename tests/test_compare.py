@@ -101,6 +101,8 @@ def test_a_control_runs_once_for_all_trials_that_share_it(tmp_path):
         ('regime = ["vanilla", "dml"]', 2, 1),  # private batches are drawn otherwise beside a teacher in every step
         ('pooled-model = ["mlp", "cnn-small"]', 1, 2),
         ('strategy = ["averaged", "fedavg"]\nfedavg-start = ["cold", "distilled"]', 1, 1),
+        ('strategy = ["fedavg"]\nfedavg-start = ["cold", "distilled"]', 1, 1),
+        ('strategy = ["fedavg"]\nfedavg-model = ["cnn-small", "cnn-wide"]', 2, 1),
     ],
 )
 def test_every_control_runs_once_for_all_that_it_depends_on(tmp_path, axis, isolated, pooled):
