@@ -115,10 +115,10 @@ class SuperLink:
         """
         folder = self._home / "bin"
         folder.mkdir()
-        real = shutil.which(_SIMULATION, path=self._environment["PATH"]) or _SIMULATION
-        command = folder / _SIMULATION
-        command.write_text(f'#!/bin/sh\nexec {shlex.quote(real)} "$@" 2>>{shlex.quote(str(self._words))}\n')
-        command.chmod(0o700)
+        if real := shutil.which(_SIMULATION, path=self._environment["PATH"]):
+            command = folder / _SIMULATION
+            command.write_text(f'#!/bin/sh\nexec {shlex.quote(real)} "$@" 2>>{shlex.quote(str(self._words))}\n')
+            command.chmod(0o700)
         return folder
 
     def simulation_has_gone(self) -> bool:
