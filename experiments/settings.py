@@ -1,8 +1,10 @@
 """What settings mean to a comparison: which say what data are there, which do anything, and what controls depend on."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from fedkd.config import STRATEGIES, Scalar
+from fedkd.config import RunConfig, Scalar
+from fedkd.effect import idle
 
 SCENARIO_KEYS = (
     "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
@@ -22,33 +24,6 @@ NO_VARIANT = {
 }  # fmt: skip
 """Settings that set no variants apart."""
 
-_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "partition-alpha": ("partition", ("dirichlet",)),
-    "updates": ("mode", ("async",)),
-    "max-seconds": ("mode", ("async",)),
-    "classes-per-peer": ("partition", ("classes",)),
-    "shared-classes": ("partition", ("overlap",)),
-    "topology-degree": ("topology", ("k-regular", "small-world")),
-    "topology-probability": ("topology", ("erdos-renyi", "small-world")),
-    "reduction": ("strategy", ("pairwise", "gossip")),
-    "average": ("strategy", ("averaged", "gossip")),
-    "consensus": ("strategy", ("consensus",)),
-    "fedavg-start": ("strategy", ("fedavg",)),
-    "fedavg-model": ("strategy", ("fedavg",)),
-    "merge-epochs": ("fedavg-start", ("distilled",)),
-    **{f"cakd-{name}": ("divergence", ("cakd", "dkd")) for name in ("alpha", "beta", "mode", "strong", "top-k")},
-    **{f"bdkd-{name}": ("divergence", ("bdkd",)) for name in ("delta", "rule")},
-    **{
-        f"flow-{name}": ("method", ("infoflow",))
-        for name in ("layers", "depth", "dimensions", "weight", "initial", "decay", "variant", "auxiliary")
-    },
-}
-_NOT_AVERAGING = {"distill-epochs", "schedule", "regime", "topology", "combine", "method"}
-"""Settings that say nothing about federated averaging."""
-
-_NOT_FROM_SCRATCH = {"divergence", "temperature", "kd-weight", "t2-scaling", "match-gradients", "codec"}
-"""Settings that say nothing about it unless it starts from distilled knowledge."""
-
 
 def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
     """Return what sets settings apart, leaving out what has no effect under them.
@@ -57,7 +32,8 @@ def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
     >>> label(settings, ["divergence", "strategy", "temperature", "reduction"])
     'sed · averaged · temperature 4'
     """
-    telling = [key for key in keys if has_effect(settings, key)]
+    without = _idle(settings)
+    telling = [key for key in keys if key not in without]
     words = [_word(key, settings[key]) for key in telling if settings[key] is not False]
     return " · ".join(words or [f"no {key}" for key in telling])
 
@@ -68,20 +44,17 @@ def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
     >>> has_effect({"topology": "ring", "topology-degree": 4}, "topology-degree")
     False
     """
-    other, values = _ONLY_WITH.get(key, ("", ()))
-    found = settings.get(other)
-    if other == "strategy" and found not in STRATEGIES:
-        found = "gossip"  # one's own strategy leaves the combining to the peers, as this one does
-    if other and found not in values:
-        return False
-    if settings.get("strategy") != "fedavg":
-        return True
-    return key not in _NOT_AVERAGING and (settings["fedavg-start"] == "distilled" or key not in _NOT_FROM_SCRATCH)
+    return key not in _idle(settings)
 
 
 def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scalar | None, ...]:
     """Return the values of some settings, None for those without an effect: equal where the same is run."""
-    return tuple(settings[key] if has_effect(settings, key) else None for key in keys)
+    without = _idle(settings)
+    return tuple(None if key in without else settings[key] for key in keys)
+
+
+def _idle(settings: Mapping[str, Scalar]) -> dict[str, str]:
+    return idle(replace(RunConfig(), **{key.replace("-", "_"): value for key, value in settings.items()}))
 
 
 def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:

@@ -148,9 +148,7 @@ class RunConfig:
     download: bool = _setting(False, ANY, "let torchvision download a missing data set")
     partition: str = _setting("dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers")
     partition_alpha: float = _setting(0.3, above(0), "concentration of `dirichlet`: small is skewed")
-    classes_per_peer: int = _setting(
-        2, at_least(1), "classes a peer holds under `classes`, own classes under `overlap`"
-    )
+    classes_per_peer: int = _setting(2, at_least(1), "classes a peer holds under `classes`")
     shared_classes: int = _setting(2, at_least(1), "classes every peer holds under `overlap`")
     proxy: str = _setting(
         "split",

@@ -5,21 +5,25 @@ from collections.abc import Iterator
 from fedkd.config import STRATEGIES, RunConfig, key
 
 
+def idle(config: RunConfig) -> dict[str, str]:
+    """Return the keys of the settings that do nothing beside the others, and what each of them takes to do something.
+
+    >>> idle(RunConfig(strategy="gossip"))["topology-degree"]
+    'topology k-regular or small-world'
+    """
+    return {key(name): needs for names, needs, used in _conditions(config) if not used for name in names}
+
+
 def without_effect(config: RunConfig) -> list[tuple[str, str]]:
-    """Return the settings that differ from their defaults and do nothing: their keys, and what they would need.
+    """Return the settings that differ from their defaults and do nothing: their keys, and what they take.
 
     They are no error, for a comparison gives its settings to all trials alike.
 
     >>> without_effect(RunConfig(fanout=3, temperature=2.0))
     [('fanout', 'strategy gossip')]
     """
-    default = RunConfig()
-    return [
-        (key(name), needs)
-        for names, needs, used in _conditions(config)
-        for name in names
-        if not used and getattr(config, name) != getattr(default, name)
-    ]
+    values, defaults = config.to_mapping(), RunConfig().to_mapping()
+    return [(name, needs) for name, needs in idle(config).items() if values[name] != defaults[name]]
 
 
 def _conditions(c: RunConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
@@ -29,7 +33,7 @@ def _conditions(c: RunConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
     logits = not fedavg or c.fedavg_start == "distilled"
     peers_combine = not fedavg and c.strategy != "consensus"
     yield ("partition_alpha",), "partition dirichlet", c.partition == "dirichlet"
-    yield ("classes_per_peer",), "partition classes or overlap", c.partition in ("classes", "overlap")
+    yield ("classes_per_peer",), "partition classes", c.partition == "classes"
     yield ("shared_classes",), "partition overlap", c.partition == "overlap"
     yield ("momentum",), "optimizer sgd", c.optimizer == "sgd"
     yield ("topology_degree",), "topology k-regular or small-world", c.topology in ("k-regular", "small-world")
@@ -56,16 +60,12 @@ def _conditions(c: RunConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
     flow = "flow_layers", "flow_depth", "flow_dimensions", "flow_weight", "flow_initial", "flow_decay", "flow_variant"
     yield (*flow, "flow_auxiliary"), "method infoflow", c.method == "infoflow"
     yield ("flow_auxiliary_epochs",), "flow-auxiliary true", c.method == "infoflow" and c.flow_auxiliary
-    pooled = "pooled" in c.controls
-    turns = fedavg or not c.joint or pooled
-    yield (
-        ("local_epochs",),
-        "losses that take turns (schedule alternate, and not regime dml) or a pooled control",
-        turns,
-    )
-    yield ("distill_epochs", "kd_warm_up"), "knowledge that peers distil: not strategy fedavg", not fedavg
-    yield ("proxy_per_round",), "knowledge that travels: not a cold strategy fedavg", logits
+    turns = fedavg or not c.joint or "pooled" in c.controls
+    yield ("local_epochs",), "losses that take turns (schedule alternate, not regime dml), or a pooled control", turns
+    rounds = "distill_epochs", "kd_warm_up", "schedule", "regime", "method", "topology"
+    yield rounds, "rounds of distillation: not strategy fedavg", not fedavg
+    objective = "divergence", "temperature", "kd_weight", "t2_scaling", "match_gradients"
+    yield (*objective, "codec", "proxy_per_round"), "knowledge that travels: not a cold strategy fedavg", logits
     yield ("attackers",), "an attack", c.attack != "none"
     yield ("privacy_delta", "privacy_clip"), "privacy-epsilon above 0", c.privacy_epsilon > 0
     yield ("staleness_decay",), "max-staleness above 0", c.max_staleness > 0
-    yield ("pooled_model",), "pooled among the controls", pooled
