@@ -82,7 +82,8 @@ def test_a_failed_trial_says_why_and_stops_nothing(tmp_path, capsys):
     grid = local_grid(tmp_path, PEERS)
     grid.fault = fails("td")
 
-    run_trials(tmp_path, {"bad": {"divergence": "td"}, "typo": {"divergence": "no_module:telepathy"}, "good": {}}, grid=grid)
+    trials = {"bad": {"divergence": "td"}, "typo": {"divergence": "no_module:telepathy"}, "good": {}}
+    run_trials(tmp_path, trials, grid=grid)
 
     assert "out of memory" in (tmp_path / "bad" / "error.txt").read_text()
     assert "telepathy" in (tmp_path / "typo" / "error.txt").read_text()
