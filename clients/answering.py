@@ -36,14 +36,18 @@ def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict
         here = place.among(config.peers, str(mail.settings.get("dataset", "")))
         if mail.kind == "introduce" and here.index >= here.of:
             return pack_answer(Answer(here.name, mail.round, {"spare": 1}))
-        began = time.perf_counter()
-        peer = open_peer(here, config, mail.run)
-        peer.watch.add("start-up", time.perf_counter() - began)
-        # Once it trains, an error's text may say what its data are.
+        # Once a peer trains, the text of an error may say what its data are.
         tell = by_kind if place.withholds and mail.kind != "introduce" else telling(place)
-        return always(lambda: pack_answer(peer.answer(mail)), place.name, mail.round, tell)
+        return always(lambda: _opened(here, config, mail, open_peer), place.name, mail.round, tell)
 
     return always(work, place.name, round_of(content), telling(place))
+
+
+def _opened(place: Place, config: RunConfig, mail: Mail, open_peer: OpenPeer) -> RecordDict:
+    began = time.perf_counter()
+    peer = open_peer(place, config, mail.run)
+    peer.watch.add("start-up", time.perf_counter() - began)
+    return pack_answer(peer.answer(mail))
 
 
 def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:

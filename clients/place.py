@@ -192,7 +192,7 @@ class Place:
         if not simulated and not own.get("worker", True):
             for key in ("max-seconds", "idle-seconds"):
                 if key in own:
-                    raise SettingError(key, own[key], "left out with `worker = false`: the worker is what it ends")
+                    raise SettingError(key, own[key], "left out with `worker = false`: it ends the worker")
         root = Path(str(own.get("state-dir", root)))
         given = {"allowed-strategies": "strategies", "require-sealed": "sealed", "max-epochs": "epochs"}
         given |= {"max-payload": "payload", "max-seconds": "seconds", "max-epsilon": "epsilon", "max-delta": "delta"}

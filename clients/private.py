@@ -22,6 +22,7 @@ from fedkd.privacy import Logits, Mechanism, reproducible_normal, secret_normal,
 from fedkd.seeding import derive
 
 _BUDGET, _LOCK, _RELEASES, _MEASURED = "privacy.json", "privacy.lock", "releases", "measured.jsonl"
+_KEEP = 2  # releases, as many as rounds whose states are kept: of those alone can one be asked for again
 _ROUNDING = 1e-6  # of ε: the accountant finds a z for an ε, and an ε for a z, by search
 
 
@@ -131,9 +132,8 @@ class Private:
         write_whole(path, lambda partial: _save(partial, release))
         charged = _Ledger(total, self._run, (*ledger.made(self._run), round))
         _write(self._path, charged)
-        if ledger.run != self._run:
-            for old in set(path.parent.iterdir()) - {path}:
-                old.unlink(missing_ok=True)
+        for old in set(path.parent.iterdir()) - {self._kept(made) for made in charged.rounds[-_KEEP:]}:
+            old.unlink(missing_ok=True)
         return charged
 
     def _kept(self, round: int) -> Path:

@@ -1,6 +1,7 @@
 """What one site holds: its private data, the common test set and the public proxy set, on its device."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -147,8 +148,9 @@ def _version(path: Path) -> str:
     """Return a hash of names, times and sizes; an error about a file that is not there is its reader's."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        found = file.stat() if file.exists() else None
-        digest.update(repr((str(file), found and (found.st_mtime_ns, found.st_size, found.st_ino))).encode())
+        with suppress(OSError):
+            found = file.stat()
+            digest.update(repr((str(file), found.st_mtime_ns, found.st_size, found.st_ino)).encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkd.errors import FedkdError
 
-_FILE = re.compile(r"round-(\d{6})\.safetensors")
+_FILE = re.compile(r"round-(\d{6,})\.safetensors")
 _KEEP = 2  # the state a round starts from outlives it, so that a round can be repeated after a crash
 
 
@@ -104,7 +104,9 @@ class Store:
             write_whole(self._path(round), lambda partial: save_model(model, str(partial), metadata=head))
         except Exception as error:  # safetensors reports a full disk with an error type of its own
             raise StateError(f"cannot write the state of round {round} to {self.folder}: {error}") from error
-        for old in [r for r in self.rounds() if 0 < r < round][: -(_KEEP - 1) or None]:
+        others = [other for other in self.rounds() if other not in (0, round)]
+        kept = [other for other in others if other < round][1 - _KEEP :]
+        for old in set(others) - set(kept):  # later ones too: nothing goes on from a round that was done over
             self._path(old).unlink(missing_ok=True)
 
     def load(self, round: int, model: nn.Module) -> dict[str, float]:

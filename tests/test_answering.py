@@ -71,6 +71,17 @@ def test_under_a_budget_an_error_of_training_is_told_by_its_kind_alone(site, tmp
     assert said(FedkdError("few classes"), site, tmp_path, kind="introduce", max_epsilon=2.0) == "few classes"
 
 
+def test_under_a_budget_an_error_of_reading_the_data_again_is_told_by_its_kind_alone(site, tmp_path):
+    (tmp_path / "data.npz").write_bytes(SECRET.encode())
+    broken = {**site, "dataset": f"npz:{tmp_path / 'data.npz'}", "max-epsilon": 2.0}
+    place = Place.of_own(own_settings(broken), name="north", root=tmp_path, simulated=False)
+    settings = RunConfig.from_mapping({**SMALL, "privacy-epsilon": 1.0}).to_mapping()
+
+    told = unpack_answer(answer(pack_mail(Mail("learn", 1, settings, "run")), place, Peer)).error
+
+    assert told == "SettingError: the peer's log says more"
+
+
 def test_code_that_exits_is_an_error_answer_and_a_keyboard_that_interrupts_is_not(site, tmp_path):
     assert said(SystemExit(3), site, tmp_path, simulated=True) == "SystemExit: 3"
     with pytest.raises(KeyboardInterrupt):

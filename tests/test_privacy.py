@@ -287,18 +287,26 @@ def test_releases_made_side_by_side_are_all_charged(tmp_path):
         settings = {"rounds": len(rounds) - 1}
         list(pool.map(lambda round: private(tmp_path, **settings).publish(LOGITS, round=round), rounds))
 
-    last = private(tmp_path, **settings)
-    last.publish(LOGITS, round=0)
-    assert last.epsilon == pytest.approx(3.0)
+    with pytest.raises(SettingError, match="the 3 that are spent already"):
+        private(tmp_path, run="b").check_budget()
     files = [path for path in (tmp_path / "north").rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     assert {path.suffix for path in files} == {".json", ".lock", ".npy"}
 
 
-def test_releases_of_an_earlier_run_are_not_kept(tmp_path):
-    for run in ("a", "b"):
-        private(tmp_path, run=run).publish(LOGITS, round=0)
-    assert len(list((tmp_path / "north" / "releases").iterdir())) == 1
+def test_two_releases_are_kept_and_none_of_an_earlier_run(tmp_path):
+    def kept():
+        return len(list((tmp_path / "north" / "releases").iterdir()))
+
+    for round in range(5):
+        private(tmp_path, rounds=9).publish(LOGITS, round=round)
+    assert kept() == 2
+    private(tmp_path, run="b", rounds=9).publish(LOGITS, round=0)
+    assert kept() == 1
+    with pytest.raises(BudgetError, match="read a release"):
+        private(tmp_path, run="b", rounds=9).publish(LOGITS, round=1)
+        private(tmp_path, run="b", rounds=9).publish(LOGITS, round=2)
+        private(tmp_path, run="b", rounds=9).publish(LOGITS, round=0)
 
 
 def test_nothing_is_published_that_could_not_be_written_down(tmp_path):

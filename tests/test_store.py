@@ -43,6 +43,19 @@ def test_round_0_and_the_newest_two_are_kept(tmp_path):
     assert store.rounds() == []
 
 
+@pytest.mark.parametrize("rounds", [[9, 8, 7, 6], [10**9, 10**8, 3], [5, 10**7, 6]])
+def test_rounds_in_any_order_leave_no_more_than_three_states(tmp_path, rounds):
+    store = Store(tmp_path, "run")
+    store.begin()
+    for round in [0, *rounds]:
+        store.save(round, model(round))
+
+    assert len(list(tmp_path.iterdir())) <= 3
+    assert {0, rounds[-1]} <= set(store.rounds())
+    store.begin()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_a_foreign_and_a_damaged_state_are_refused(tmp_path):
     store = Store(tmp_path, "run")
     store.begin()
