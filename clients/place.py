@@ -112,7 +112,7 @@ class Limits:
     def _check_epochs(self, epochs: Mapping[str, int]) -> None:
         if (total := sum(epochs.values())) > self.epochs:
             setting = max(epochs, key=lambda name: epochs[name])
-            allowed = f"such that a mail costs at most {self.epochs} epochs (this peer's `max-epochs`), not {total}"
+            allowed = f"at most {self.epochs} epochs in a mail with all else (this peer's `max-epochs`), not {total}"
             raise SettingError(setting, epochs[setting], allowed)
 
     def _check_privacy(self, config: RunConfig, kind: Kind) -> None:

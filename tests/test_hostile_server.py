@@ -134,7 +134,7 @@ def limited(epochs, kind, **settings):
 def test_all_that_a_mail_costs_is_counted_together(kind, settings, cost):
     """The default search tries five temperatures."""
     limited(cost, kind, **settings)
-    with pytest.raises(SettingError, match=rf"at most {cost - 1} epochs \(this peer's `max-epochs`\), not {cost}"):
+    with pytest.raises(SettingError, match=rf"at most {cost - 1} epochs in a mail .*`max-epochs`\), not {cost}"):
         limited(cost - 1, kind, **settings)
 
 
