@@ -68,8 +68,9 @@ def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
     facts = answer.facts
     try:
         if facts["source"] != source_hash():
+            where = facts["source-root"] and f" from {facts['source-root']}"  # real peers keep that to themselves
             raise RosterError(
-                f"{answer.peer} runs other code than the relay: {facts['source']} from {facts['source-root']}, "
+                f"{answer.peer} runs other code than the relay: {facts['source']}{where}, "
                 f"here {source_hash()} from {source_root()}. Stop the SuperLink that was started elsewhere, or use "
                 "`fedkd run`, which starts one of its own."
             )

@@ -88,10 +88,12 @@ trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peer
 
 # What the server may ask for. A run that asks for more is refused with the limit's name.
 allowed-strategies = "averaged,pairwise,gossip"
-require-sealed = false      # true: only runs whose knowledge the SuperLink cannot read
-max-epochs = 200            # in one message
+# Plain runs too, in which no key matters. With true, or without this line, only sealed runs: there the trusted keys
+# prove who sent what, and the SuperLink reads nothing.
+require-sealed = false
+max-epochs = 200            # in one message, of all it asks for together
 max-payload = {256 * 2**20}     # bytes in one message
-max-seconds = 86400.0       # for one message
+max-seconds = 86400.0       # for one message; to be taken out with `worker = false`, where nothing could hold it
 # max-epsilon = 8.0         # demands differential privacy: the most that all it ever publishes may amount to, with
 # max-delta = 1e-5          # this; what it measures then stays in its own measured.jsonl (docs/security.md)
 """
