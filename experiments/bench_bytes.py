@@ -45,7 +45,7 @@ SETTINGS: dict[str, Scalar] = {
     "rounds": 15,
     "controls": "",
 }
-FEDAVG_EPOCHS = (2, 5)
+FEDAVG_EPOCHS, FEDAVG_ROUNDS = (2, 5), 30
 QUICK: dict[str, Scalar] = {
     "dataset": "digits", "peers": 2, "proxy-size": 100, "proxy-per-round": 50, "pretrain-epochs": 1, "rounds": 2,
 }  # fmt: skip
@@ -73,9 +73,13 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         folder = Path(name)
         settings = {**SETTINGS, **QUICK} if quick else {**SETTINGS, "dataset": _slice(folder / "slice.npz")}
         codecs, seeds = (CODECS[:2], SEEDS[:1]) if quick else (CODECS, SEEDS)
-        averaging: dict[str, list[Scalar]] = {"strategy": ["fedavg"], "local-epochs": list(FEDAVG_EPOCHS)}
         grids = (
-            {**averaging, "seed": list(seeds)},
+            {
+                "strategy": ["fedavg"],
+                "local-epochs": list(FEDAVG_EPOCHS),
+                "rounds": [4 if quick else FEDAVG_ROUNDS],
+                "seed": list(seeds),
+            },
             {"strategy": ["gossip"], "codec": list(codecs), "seed": list(seeds)},
         )
         recipe = Recipe("bytes", "Bytes to a target", "", (), None, settings, grids, text="", cwd=folder)

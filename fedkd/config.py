@@ -317,7 +317,7 @@ class RunConfig:
         1, at_least(1), "torch CPU threads of a peer; results depend on it, not on the number of actors"
     )
     fast: bool = _setting(
-        False, ANY, "compute in bfloat16 where that is faster, channels last, with fused steps; not bit by bit the same"
+        False, ANY, "compute in bfloat16 where that is faster, with fused steps, channels last; not bit by bit the same"
     )
     compiled: bool = _setting(
         False, ANY, "compile models, on a GPU into CUDA graphs: minutes for each architecture in each actor"

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-NEAR, FAR = "10.213.87.1", "10.213.87.2"  # this machine as the namespace sees it, and the other way round
+_NET = f"10.213.{os.getpid() % 256}"  # of this process: other tests may run on this machine
+NEAR, FAR = f"{_NET}.1", f"{_NET}.2"  # this machine as the namespace sees it, and the other way round
 
 
 class Cable:

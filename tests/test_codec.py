@@ -279,7 +279,7 @@ def test_logits_that_overflow_in_a_softmax_are_refused(spec: str, name: str) -> 
     carrier = codec(spec)
     arrays = carrier.encode(random_logits(6, 5))
     arrays[name].flat[2] = 3e38
-    refused(carrier, arrays, "`logits`", "1e+30", "3e+38")
+    refused(carrier, arrays, "`logits`", "1e+30", "e+38 for sample")
 
 
 def test_classes_out_of_range_or_named_twice_are_refused() -> None:
@@ -327,7 +327,7 @@ ANY_ARRAY = hnp.arrays(
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_nothing_that_arrives_raises_anything_else(spec: str, data: st.DataObject) -> None:
     carrier = codec(spec)

@@ -103,7 +103,7 @@ def test_the_readme_begins_with_how_to_run_and_how_to_test():
     run, test, *_ = [text for kind, text in code_blocks(ROOT / "README.md") if kind == "sh"]
 
     assert run.splitlines()[-1] == "fedkd run"
-    assert test.splitlines()[-1] == "pytest"
+    assert test.splitlines()[-1] == "pytest -n 2 --dist loadgroup"
 
 
 def test_every_page_is_in_the_sites_contents():

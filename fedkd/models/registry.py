@@ -110,6 +110,15 @@ def build(
         return _call(_find(spec, key), spec, input_shape, num_classes, width, key)
 
 
+def is_ours(spec: str) -> bool:
+    """Tell whether a spec names one of the library's own models, torchvision's included.
+
+    >>> is_ours("resnet8"), is_ours("resnet18@IMAGENET1K_V1"), is_ours("my.module:net")
+    (True, True, False)
+    """
+    return isinstance(_factories.get(spec.partition("@")[0]), str)
+
+
 def parameters_count(model: "nn.Module") -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
