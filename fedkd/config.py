@@ -392,7 +392,7 @@ class RunConfig:
         fedavg = self.strategy == "fedavg"
         yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
-        below_1 = "less than 1 under schedule mixed: 1 would leave the labels out"
+        below_1 = "less than 1 under schedule mixed, as in `schedule=mixed kd-weight=0.5`: 1 would leave the labels out"
         yield "kd-weight", below_1, self.schedule == "mixed" and self.regime != "dml" and self.kd_weight >= 1
         private = self.privacy_epsilon > 0
         yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
@@ -404,7 +404,7 @@ class RunConfig:
         yield "match-gradients", "false under regime tuned, which chooses the weight", tuned and self.match_gradients
         # Adam's step does not change when its loss is scaled: alone in a phase, a weight would do nothing.
         needs = "under schedule alternate with optimizer adam or adamw, whose steps ignore a loss's scale: "
-        needs += "take schedule mixed or optimizer sgd"
+        needs += "take `schedule=mixed kd-weight=0.5`, or `optimizer=sgd`"
         blind = not self.joint and self.optimizer != "sgd" and not fedavg and self.method == "logits"
         yield "kd-weight", f"1 {needs}", blind and self.kd_weight != 1 and not tuned
         yield "match-gradients", f"false {needs}", blind and self.match_gradients

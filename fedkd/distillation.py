@@ -1,6 +1,8 @@
 """The objective that a peer minimises on the proxy set: divergence, teachers, weight, temperature and regime."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +138,28 @@ def _make_known(name: str) -> None:
     if not is_callable_spec(name):
         known = ", ".join(divergences.names())
         raise SettingError("divergence", name, f"one of {known}, or package.module:function")
-    divergences.register(name)(load_callable(name, key="divergence"))
+    found = load_callable(name, key="divergence")
+    _try(found, name)
+    divergences.register(name)(found)
+
+
+def _try(divergence: Callable[..., Any], name: str) -> None:
+    """Call a user's divergence once: what it cannot do is an error before any training.
+
+    Raises:
+        SettingError: it does not take what it is given, or returns something else than [B], differentiable.
+    """
+    allowed = "a function (student_logits [B, C], teacher_logits [B, C], *, temperature) -> [B]"
+    student, teacher = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]], requires_grad=True), torch.eye(2, 3)
+    try:
+        values = divergence(student, teacher, temperature=2.0)
+    except (Exception, SystemExit) as error:  # one's own function may fail in any way
+        raise SettingError("divergence", name, f"{allowed} ({type(error).__name__}: {error})") from error
+    if not isinstance(values, Tensor) or values.shape != (2,):
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise SettingError("divergence", name, f"{allowed} (for B = 2 it returned {found})")
+    if not values.requires_grad:
+        raise SettingError("divergence", name, f"{allowed}, differentiable in the student's logits")
 
 
 def _options(config: RunConfig) -> dict[str, float | int | str]:

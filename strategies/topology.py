@@ -175,12 +175,13 @@ def _random(spec: str, peers: int, *, degree: int, probability: float, seed: int
 
     if spec == "k-regular":
         if not 1 <= degree < peers or degree * peers % 2:
-            allowed = f"from 1 to {peers - 1} for {peers} peers, with degree × peers even"
+            allowed = f"from 1 to {peers - 1} for {peers} peers, with degree × peers even (k-regular)"
             raise SettingError("topology-degree", degree, allowed)
     elif not 0 <= probability <= 1:
         raise SettingError("topology-probability", probability, "from 0 to 1")
     if spec == "small-world" and (not 2 <= degree < peers or degree % 2):
-        raise SettingError("topology-degree", degree, f"even, from 2 to {peers - 1} for {peers} peers")
+        most = (peers - 1) // 2 * 2
+        raise SettingError("topology-degree", degree, f"even, from 2 to {most}, for {peers} peers (small-world)")
 
     for draw in range(_DRAWS):
         stream = derive(seed, "topology", draw)

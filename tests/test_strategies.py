@@ -1,6 +1,7 @@
 """Every strategy, end to end in one process."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -329,3 +330,27 @@ def test_ones_own_divergence_works_by_name(tmp_path, monkeypatch):
     assert all(0 < row["kd_loss"] < 1 for row in rows if row["round"])
     with pytest.raises(RelayError, match=r"`divergence`.*my_losses:missing"):
         federate(tmp_path / "b", 3, divergence="my_losses:missing")
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("def loss(student, teacher):\n    return (student - teacher).sum(-1)", "TypeError.*temperature"),
+        ("def loss(student, teacher, *, temperature):\n    return (student - teacher).sum()", r"it returned \[\]"),
+        (
+            "def loss(student, teacher, *, temperature):\n    return (student - teacher).detach().sum(-1)",
+            "differentiable",
+        ),
+        ("def loss(student, teacher, *, temperature):\n    raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_what_ones_own_divergence_cannot_do_is_said_before_training(body, complaint, tmp_path, monkeypatch):
+    (tmp_path / "odd_losses.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_losses", raising=False)
+    grid = local_grid(tmp_path, 2)
+
+    with pytest.raises(RelayError, match=f"`divergence`.*{complaint}"):
+        federate(tmp_path, 2, grid=grid, divergence="odd_losses:loss")
+
+    assert {message.content["mail"]["kind"] for message in grid.sent} == {"introduce"}
