@@ -210,6 +210,27 @@ def _flow(frame: pd.DataFrame) -> str:
     return _markdown(["", "accuracy", "less logits alone", "worst peer", "bytes"], rows)
 
 
+def _turns(frame: pd.DataFrame) -> str:
+    """Set peers that distil and then train against peers whose every step does both."""
+    rows = []
+    for partition, divergence in itertools.product(("dirichlet", "iid"), ("kl", "js")):
+        found = _last(frame, partition=partition, divergence=divergence)
+        mixed, alternate = (_where(found, schedule=schedule) for schedule in ("mixed", "alternate"))
+        gain = statistics.compare("mixed", _by_seed(mixed, "accuracy"), "alternate", _by_seed(alternate, "accuracy"))
+        of_both = [_percent(part, what) for what in ("accuracy", "worst") for part in (alternate, mixed)]
+        rows.append([partition, f"`{divergence}`", of_both[0], of_both[1], _points(gain), *of_both[2:]])
+    head = [
+        "partition",
+        "divergence",
+        "taking turns",
+        "sharing steps",
+        "gain",
+        "worst peer, turns",
+        "worst peer, sharing",
+    ]
+    return _markdown(head, rows)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
     "measures-iid": ("divergences", lambda frame: _measures(frame, "iid")),
     "measures-dirichlet": ("divergences", lambda frame: _measures(frame, "dirichlet")),
@@ -222,6 +243,7 @@ TABLES: Mapping[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
     "balance": ("balanced", _balance),
     "map": ("decoupled", _map),
     "flow": ("flow", _flow),
+    "turns": ("schedule", _turns),
 }
 """The tables by name: the study that each is made from, and how."""
 
