@@ -81,7 +81,7 @@ def small_panels(
     grid = canvas.subplots(
         rows, columns, squeeze=False, sharex=sharex, sharey=sharey,
         gridspec_kw={
-            "left": left / _WIDTH, "right": 0.98, "bottom": bottom / total, "top": 1 - above / total,
+            "left": left / _WIDTH, "right": 0.96, "bottom": bottom / total, "top": 1 - above / total,
             "hspace": above / height, "wspace": 0.18,
         },
     )  # fmt: skip

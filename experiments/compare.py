@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.comparison import Comparison, alone, comparison_runs
 from experiments.launch import Federation, Outcome, launch
@@ -76,12 +76,15 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     file = _write_trials(folder, planned)
     commands = {trial.name: alone(trial.settings, federation) for trial in planned}
-    Comparison(recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands).write(folder)
+    about = Comparison(
+        recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands, quick=recipe.quick
+    )
+    about.write(folder)
     peers = replace(federation, peers=max(trial.peers for trial in planned))
     outcome = _run(trials, file, peers, out=out, verbose=verbose)
     done = [trial.name for trial in trials if trial.finished()]
     failed = tuple(trial.name for trial in planned if trial.name not in done)
-    report = write_report(comparison_runs(folder), folder, Comparison.read(folder)) if done else None
+    report = write_report(comparison_runs(folder), folder, about) if done else None
     exit_code = outcome.exit_code if outcome and outcome.signal else int(bool(failed))
     if outcome and not outcome.completed and not outcome.signal:
         out(f"error: {outcome.reason or outcome.status}")
@@ -131,15 +134,15 @@ def _write_trials(folder: Path, planned: Sequence[Planned]) -> Path:
 def _run(
     known: Sequence[Trial], file: Path, federation: Federation, *, out: Callable[[str], None], verbose: bool
 ) -> Outcome | None:
-    """Run what is not finished, with a bar that tells the time left; None if there is nothing to do."""
+    """Run what is not finished, with a bar; every trial's line tells the time left. None if there is nothing to do."""
     done = sum(trial.finished() for trial in known)
     out(f"{len(known)} trials" + (f", {done} of them finished already" if done else ""))
     if done == len(known):
         return None
     console = Console(stderr=True)
     with Progress(
-        TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
+        TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
     ) as bar:  # fmt: skip
         task = bar.add_task("trials", total=len(known), completed=done)
 

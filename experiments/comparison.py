@@ -26,6 +26,7 @@ class Comparison:
         command: what the user typed.
         recipe: the recipe's text.
         trials: by name, the command that runs the trial alone.
+        quick: whether it is a recipe's quick size.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Comparison:
     command: str
     recipe: str
     trials: Mapping[str, str]
+    quick: bool = False
 
     def write(self, folder: Path) -> None:
         """Write ``comparison.json``."""

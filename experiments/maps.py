@@ -26,6 +26,7 @@ def differences(scenario: Scenario, pairs: Sequence[Comparison]) -> Figure:
         matrix[i, j], matrix[j, i] = 100 * pair.difference, -100 * pair.difference
     top = float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 1.0
     image = axes.imshow(matrix, cmap="RdBu", vmin=-(top or 1.0), vmax=top or 1.0, aspect="auto")
+    size = min(8.0, 60 / len(names))
     telling = {(p.first, p.second) for p in pairs if p.larger_than_noise}
     for i, a in enumerate(names):
         for j, b in enumerate(names):
@@ -33,13 +34,16 @@ def differences(scenario: Scenario, pairs: Sequence[Comparison]) -> Figure:
             if len(names) <= _MOST_WRITTEN and np.isfinite(matrix[i, j]):
                 light = abs(matrix[i, j]) > 0.6 * top
                 weight = "bold" if marked else "normal"
-                axes.text(j, i, f"{matrix[i, j]:+.1f}", ha="center", va="center", fontsize=8, weight=weight,
+                digits = 1 if abs(matrix[i, j]) < 9.95 else 0
+                axes.text(j, i, f"{matrix[i, j]:+.{digits}f}", ha="center", va="center", fontsize=size, weight=weight,
                           color="white" if light else "black")  # fmt: skip
             if marked:
                 axes.add_patch(_frame(j, i))
     axes.set_xticks(range(len(names)), [str(i + 1) for i in range(len(names))], fontsize=8 if len(names) <= 12 else 5)
     axes.set_yticks(range(len(names)), [f"{folded(name)}  {i + 1}" for i, name in enumerate(names)])
-    canvas.colorbar(image, ax=axes, label="row minus column, points", shrink=0.9)
+    bar = canvas.colorbar(image, ax=axes, shrink=0.9)
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("row minus column, points", size=8)
     table = [{**vars(pair), "verdict": pair.verdict} for pair in pairs]
     caption = (
         "Final accuracy of the row minus that of the column, in points, paired by seed. Framed: larger than seed noise "

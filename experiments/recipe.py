@@ -60,6 +60,7 @@ class Recipe:
         settings: common to all trials.
         grids: blocks of axes; the trials are the union of their products.
         text: the file as it was read.
+        quick: whether it is the quick size.
         cwd: the user's folder, where relative paths start; those of data sources in `data-dir`, if that is given.
     """
 
@@ -71,6 +72,7 @@ class Recipe:
     settings: Mapping[str, Scalar]
     grids: tuple[Axes, ...]
     text: str
+    quick: bool
     cwd: Path
 
 
@@ -142,6 +144,7 @@ def read(path: Path, *, quick: bool = False, changes: Mapping[str, Scalar] | Non
         settings=settings,
         grids=tuple(grids),
         text=text,
+        quick=quick,
         cwd=Path.cwd(),
     )
 

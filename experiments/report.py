@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from experiments.ranks import Ranking, rank
 from experiments.statistics import MEASURES, all_pairs, price
 from experiments.study import Run, Scenario, Study, final_level, read_run, shared_seeds, study
 from experiments.tables import ends, numbers, shown
-from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share
+from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share, what_came_out
 from fedkd.errors import FedkdError, SettingError
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
 _MOST_PAIRS = 12
 _MOST_CHOSEN = 4
-_BRIEFLY = ("fedkd", "python", "flwr", "ray", "torch")
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,28 @@ class _Place:
         _write_table(self.folder / "tables" / f"{name}.csv", rows)
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
+def find_runs(paths: Sequence[Path], *, out: Callable[[str], None] = print) -> list[Path]:
     """Return the folders of runs that paths stand for; a comparison's folder stands for its trials.
 
+    Args:
+        paths: may hold others, as ``runs/*`` does; those are skipped.
+        out: takes a line about each that is skipped.
+
     Raises:
-        FedkdError: a path is neither.
+        FedkdError: a path that does not exist, or none that holds a run.
     """
     found: list[Path] = []
     for path in paths:
-        found += comparison_runs(path) if (path / "comparison.json").exists() else [path]
+        if _is_comparison(path):
+            found += comparison_runs(path)
+        elif _is_run(path):
+            found.append(path)
+        elif path.exists():
+            out(f"skipped: {path} holds no run")
+        else:
+            raise FedkdError(f"Expected the folder of a run or of a comparison, but there is no {path}.")
+    if not found:
+        raise FedkdError("Expected at least one folder of a run or of a comparison, but none of those given holds one.")
     return list({path.resolve(): path for path in found}.values())
 
 
@@ -71,11 +83,20 @@ def describe(paths: Sequence[Path], *, command: str, target: float | None) -> Co
     """
     if target is not None and not 0 < target <= 1:
         raise SettingError("--target", target, "an accuracy in (0, 1]")
-    if len(paths) == 1 and (paths[0] / "comparison.json").exists():
+    if len(paths) == 1 and _is_comparison(paths[0]):
         about = Comparison.read(paths[0])
         return about if target is None else replace(about, target=target, command=f"{about.command}\n{command}")
-    names = ", ".join(path.resolve().name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
-    return Comparison(f"Runs {names}", "", (), target, command, "", {})
+    names = [path.resolve().name for path in paths if _is_run(path) or _is_comparison(path)]
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return Comparison(f"Runs {', '.join(names[:2])}{more}", "", (), target, command, "", {})
+
+
+def _is_comparison(folder: Path) -> bool:
+    return (folder / "comparison.json").exists()
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
@@ -93,7 +114,8 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
 
     found = study([read_run(path) for path in runs])
     if len(found.failed) == len(found.runs):
-        raise FedkdError(f"Expected at least one finished run, but all failed; the first: {found.runs[0].error}")
+        why = (found.runs[0].error or "nothing was measured").splitlines()[-1]
+        raise FedkdError(f"Expected at least one finished run, but all failed; the first: {why}")
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     versions, common = _versions(found), _common(found)
@@ -103,6 +125,8 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         _scenario(scenario, f"{number}-" if several else "", about.target, place)
         for number, scenario in enumerate(found.scenarios, 1)
     ]
+    for entry in scenarios:
+        entry["short"] = what_came_out(entry, chosen=about.target is None)
     overall = _overall(found, place) if several else []
     controls = checks(found)
     place.tabulate("controls", [vars(check) for check in controls])
@@ -114,7 +138,7 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         title=about.title,
         paper=about.paper,
         claims=about.claims,
-        short=in_short(found, scenarios, chosen=about.target is None, waiting=len(waiting)),
+        short=in_short(found, quick=about.quick, waiting=len(waiting)),
         failed=found.failed,
         waiting=waiting,
         problems=found.problems,
@@ -125,7 +149,6 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         same_numbers=all(run.settings["mode"] == "sync" for run in found.runs),
         command=about.command,
         versions=versions,
-        brief_versions=_versions(found, _BRIEFLY),
         machine=_machine(found),
         recipe=about.recipe,
         common=common,
@@ -255,11 +278,10 @@ def _write_table(path: Path, rows: Table | Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(rows)
 
 
-def _versions(found: Study, names: Sequence[str] = ()) -> str:
+def _versions(found: Study) -> str:
     known = [run.environment for run in found.runs if run.environment.get("versions")]
     several = len({str(e["versions"]) + str(e.get("commit")) for e in known}) > 1
-    shown = {n: v for n, v in known[0]["versions"].items() if not names or n in names} if known else {}
-    versions = " · ".join(f"{name} {value}" for name, value in shown.items()) if known else "unknown"
+    versions = " · ".join(f"{name} {value}" for name, value in known[0]["versions"].items()) if known else "unknown"
     commit = known[0].get("commit") if known else ""
     text = versions + (f" · commit {commit[:12]}{'+' * commit.endswith('+')}" if commit else "")
     return text + (" · NOT ALL RUNS: versions differ, see their config.json" if several else "")

@@ -90,4 +90,4 @@ def _word(key: str, value: Scalar) -> str:
         return key
     if isinstance(value, int | float):
         return f"{key} {value:g}"
-    return value or f"no {key}"
+    return value.replace(",", ", ") or f"no {key}"

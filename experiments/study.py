@@ -86,6 +86,11 @@ class Run:
         """Return the peers' names."""
         return tuple(dict.fromkeys(row.peer for row in self.rows))
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return what the peers' models are called, sorted."""
+        return tuple(sorted({row.peer: row.model for row in self.rows}.values()))
+
     def curve(self) -> list[Point]:
         """Return where it stood after every round in which peers were measured.
 
@@ -293,9 +298,10 @@ def study(runs: Sequence[Run]) -> Study:
     keys = list(RunConfig().to_mapping())
     varied = tuple(k for k in keys if k not in NO_VARIANT and len({run.settings[k] for run in runs}) > 1)
     scenic = tuple(k for k in SCENARIO_KEYS if len({run.settings[k] for run in runs}) > 1)
-    groups: dict[tuple[Scalar, ...], list[Run]] = {}
+    groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.settings[k] for k in scenic), []).append(run)
+        brought = () if run.simulated else ("deployed", run.models)
+        groups.setdefault((*(run.settings[k] for k in scenic), brought), []).append(run)
     defaults = RunConfig().to_mapping()
     common = {
         key: runs[0].settings[key]
@@ -347,13 +353,32 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
         alone, together = (_serving(good, "isolated", isolated), _serving(good, "pooled", pooled))
         variants.append(
             Variant(
-                label(settings, varied) or "this run", settings, good, missing,
+                label(settings, _telling(settings, varied, runs)) or "this run", settings, good, missing,
                 isolated={seed: run.control("isolated") for seed, run in alone.items()},
                 pooled={seed: run.control("pooled") for seed, run in together.items()},
                 isolated_by_peer=_isolated_by_peer(alone.values()),
             )
         )  # fmt: skip
-    return Scenario(label(runs[0].settings, scenic) or "Results", tuple(variants))
+    return Scenario(_data_label(runs[0], scenic), tuple(variants))
+
+
+def _data_label(run: Run, scenic: Sequence[str]) -> str:
+    """Return what a scenario is called; the peers of a deployment bring data of their own, which no setting tells."""
+    if not run.simulated:
+        return " · ".join(["deployed", f"peers {run.settings['peers']}", ", ".join(dict.fromkeys(run.models))])
+    return label(run.settings, scenic) or "Results"
+
+
+def _telling(settings: Mapping[str, Scalar], varied: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """Return the keys whose values name a variant.
+
+    Of FedAvg only those in which its own variants differ: what else varies is about logits, which travel there once or
+    not at all.
+    """
+    if settings["strategy"] != "fedavg":
+        return list(varied)
+    like = [run.settings for run in runs if run.settings["strategy"] == "fedavg"]
+    return [key for key in varied if key == "strategy" or len({of[key] for of in like}) > 1]
 
 
 def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[str]:

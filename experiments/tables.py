@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from experiments.settings import from_scratch
 from experiments.statistics import Price, mean, median
 from experiments.study import Run, Scenario, Variant
 from experiments.words import points, share
@@ -45,6 +46,7 @@ def numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
     """Return a variant's row: means over seeds, medians where something may never have been reached."""
     accuracy = mean(list(variant.finals().values()))
     starts = [run.curve()[0] for run in variant.runs.values()]
+    one_model = variant.settings["strategy"] == "fedavg"
 
     def start(what: str) -> float:
         return fmean(getattr(point, what) for point in starts) if starts else math.nan
@@ -57,9 +59,10 @@ def numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
         "accuracy": accuracy.value,
         "low": accuracy.low,
         "high": accuracy.high,
-        "gain": accuracy.value - start("accuracy"),
+        "gain": math.nan if from_scratch(variant.settings) else accuracy.value - start("accuracy"),
         **{f"over_{name}": mean(list(variant.over(name).values())).value for name in ("isolated", "pooled")},
-        **{what: end(what) for what in ("worst", "spread")},
+        "worst": end("worst"),
+        "spread": math.nan if one_model else end("spread"),
         "spread_before": start("spread"),
         "own_accuracy": end("own_accuracy"),
         **{f"{what}_before": start(what) for what in ("ece", "nll", "brier")},
@@ -68,6 +71,7 @@ def numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
         "reached": sum(math.isfinite(p.rounds) for p in prices),
         "seeds": len(variant.runs),
         "failed": len(variant.missing),
+        "one_model": one_model,
     }
 
 
@@ -92,7 +96,7 @@ def shown(rows: Sequence[Numbers], target: float) -> list[Shown]:
             _Column("gain", lambda row: points(row["gain"]), "gain", 1),
             *(over if any(math.isfinite(row["over_isolated"]) for row in rows) else ()),
             _Column("worst peer", lambda row: share(row["worst"]), "worst", 1),
-            _Column("spread across peers", lambda row: _change(row, "spread", 100, 1), "spread", -1),
+            _Column("spread across peers", _spread, "spread", -1),
             _Column("own classes", lambda row: share(row["own_accuracy"]), "own_accuracy", 1),
             _Column("seeds", _seeds),
         ],
@@ -146,6 +150,10 @@ def _seeds(row: Numbers) -> str:
 def _change(row: Numbers, what: str, scale: float, digits: int) -> str:
     before, after = (scale * row[key] for key in (f"{what}_before", what))
     return f"{before:.{digits}f} → {after:.{digits}f}" if math.isfinite(after) else "–"
+
+
+def _spread(row: Numbers) -> str:
+    return "one model" if row["one_model"] else _change(row, "spread", 100, 1)
 
 
 def _price(row: Numbers, what: str, text: Callable[[float], str]) -> str:

@@ -18,54 +18,69 @@ _MEASURES = {
 }  # fmt: skip
 
 
-def in_short(found: Study, scenarios: Sequence[dict[str, Any]], *, chosen: bool, waiting: int) -> list[str]:
-    """Say what came out, one sentence each.
+def in_short(found: Study, *, quick: bool, waiting: int) -> list[str]:
+    """Say what all of a report stands on, one sentence each.
 
     Args:
         found: all runs.
-        scenarios: as the page shows them.
-        chosen: nobody asked for a target, so one was chosen.
+        quick: they are a recipe's quick size.
         waiting: how many trials have not begun.
     """
-    seeds = sorted({run.seed for run in found.runs})
-    begun = f"{len(found.runs)} trials with {len(seeds)} seed{'s' * (len(seeds) > 1)}; {len(found.failed)} failed"
-    lines = [begun + (f", {waiting} more have not begun." if waiting else ".")]
-    for entry in scenarios:
-        scenario: Scenario = entry["source"]
-        target: float = entry["target"]
-        best = scenario.best
-        where = f"{scenario.label}: " if len(scenarios) > 1 else ""
-        if best is None:
-            lines.append(f"{where}no trial finished.")
-            continue
-        common = shared_seeds(scenario.variants)
-        end = share(final_level(best, common))
-        text = f"{where}“{best.label}” ended highest, at {end} mean accuracy{_of_which_seeds(scenario, common)}"
-        if gained := best.over("isolated"):
-            text += f", {points(fmean(gained.values()))} points against isolated peers"
-        if entry["compared"]:
-            text += f"; {entry['telling']} of {entry['compared']} differences are larger than seed noise"
-        lines.append(text + ".")
-        cheapest = min(
-            (
-                (median([paid[seed].bytes for seed in common or paid]), name)
-                for name, paid in entry["prices"].items()
-                if paid
-            ),
-            default=(math.inf, ""),
-        )
-        origin = ", which is 98 % of the best final accuracy," if chosen else ""
-        if math.isfinite(cheapest[0]):
-            lines.append(
-                f"{where}the target of {share(target)}{origin} came cheapest with “{cheapest[1]}”: "
-                f"{size(int(cheapest[0])).strip()} (median over seeds)."
-            )
-        else:
-            lines.append(
-                f"{where}no variant reached the target of {share(target)}{origin} under more than half of its seeds."
-            )
-        lines += _head_start(scenario, where)
-    return lines
+    seeds = len({run.seed for run in found.runs})
+    begun = f"{counted(len(found.runs), 'trial')} with {counted(seeds, 'seed')}; {len(found.failed)} failed"
+    lines = ["This is the quick size: it shows the form of the result and decides nothing."] if quick else []
+    return [*lines, begun + (f", {waiting} more have not begun." if waiting else ".")]
+
+
+def what_came_out(entry: Mapping[str, Any], *, chosen: bool) -> list[str]:
+    """Say what came out of one scenario, one sentence each.
+
+    Args:
+        entry: the scenario as the page shows it.
+        chosen: nobody asked for a target, so one was chosen.
+    """
+    scenario: Scenario = entry["source"]
+    best = scenario.best
+    if best is None:
+        return ["No trial finished."]
+    common = shared_seeds(scenario.variants)
+    several = len(scenario.variants) > 1
+    end = f"at {share(final_level(best, common))} mean accuracy{_of_which_seeds(scenario, common)}"
+    text = f"“{best.label}” ended highest, {end}" if several else f"It ended {end}"
+    if gained := best.over("isolated"):
+        text += f", {points(fmean(gained.values()))} points against isolated peers{_range(list(gained.values()))}"
+    if entry["compared"]:
+        text += f"; {_told_apart(scenario, entry['telling'], entry['compared'])}"
+    return [f"{text}.", _cheapest(entry, common, chosen=chosen), *_head_start(scenario)]
+
+
+def _range(differences: Sequence[float]) -> str:
+    if len(differences) == 1:
+        return ""
+    return f" ({points(min(differences))} to {points(max(differences))} by seed)"
+
+
+def _told_apart(scenario: Scenario, telling: int, compared: int) -> str:
+    seeds = _most_seeds(scenario)
+    if seeds < FEWEST_SEEDS:
+        return f"{counted(seeds, 'seed')} cannot tell a difference from noise"
+    return f"{telling} of {compared} differences between variants are larger than seed noise"
+
+
+def _cheapest(entry: Mapping[str, Any], common: Sequence[int], *, chosen: bool) -> str:
+    """Say with which variant the target cost the fewest bytes."""
+    several = len(entry["source"].variants) > 1
+    target = f"the target of {share(entry['target'])}"
+    if chosen:
+        target += f", which is 98 % of the {'best ' * several}final accuracy,"
+    paid = {name: [of[seed].bytes for seed in common or of] for name, of in entry["prices"].items() if of}
+    name = min(paid, key=lambda name: median(paid[name]))
+    cost = median(paid[name])
+    if math.isinf(cost):
+        return f"No variant reached {target} under more than half of its seeds."
+    which = f"came cheapest with “{name}”:" if several else "was reached after"
+    over = " (median over seeds)" if len(paid[name]) > 1 else ""
+    return f"{target.capitalize()} {which} {size(int(cost)).strip()}{over}."
 
 
 def _of_which_seeds(scenario: Scenario, common: Sequence[int]) -> str:
@@ -74,10 +89,10 @@ def _of_which_seeds(scenario: Scenario, common: Sequence[int]) -> str:
         return ""
     if not common:
         return " (each over seeds of its own: none is common to all variants)"
-    return f" over the {len(common)} seed{'s' * (len(common) > 1)} that all variants have"
+    return f" over the {counted(len(common), 'seed')} that all variants have"
 
 
-def _head_start(scenario: Scenario, where: str) -> Iterator[str]:
+def _head_start(scenario: Scenario) -> Iterator[str]:
     """Say by how much a distilled start cuts the rounds of federated averaging, for every two that differ in that."""
     averaging = [v for v in scenario.variants if v.runs and v.settings["strategy"] == "fedavg"]
     keys = [key for key in differing(averaging) if key != "fedavg-start"]
@@ -96,18 +111,18 @@ def _head_start(scenario: Scenario, where: str) -> Iterator[str]:
         )
         if seeds:
             which = f"{label(distilled.settings, keys)}: " if len(pairs) > 1 else ""
-            yield f"{where}{which}{_rounds_saved(theirs, ours, len(seeds))}"
+            yield f"{which}{_rounds_saved(theirs, ours, len(seeds))}"
 
 
 def _rounds_saved(cold: float, distilled: float, seeds: int) -> str:
-    text = f"to 98 % of a cold start's best accuracy federated averaging needs {cold:g} rounds from that start"
-    medians = f"medians over {seeds} seed{'s' * (seeds > 1)}"
+    medians = f"medians over {counted(seeds, 'seed')}"
+    text = f"From a cold start FedAvg reaches 98 % of its own best accuracy in {counted(cold, 'round')}"
     if math.isinf(distilled):
-        return f"{text}, and does not get there from a distilled one ({medians})."
+        return f"{text}; from a distilled start it does not get there ({medians})."
     cut = f", a cut of {1 - distilled / cold:.0%}" if cold else ""
     return (
-        f"{text} and {distilled:g} from a distilled one{cut} ({medians}; the exchange before a distilled start is the "
-        "first of its rounds)."
+        f"{text}; from a distilled start it gets there in {counted(distilled, 'round')}{cut} ({medians}; the exchange "
+        "before a distilled start is the first of its rounds)."
     )
 
 
@@ -120,11 +135,12 @@ def how_to_read(scenario: Scenario) -> str:
         elif any(getattr(variant, name) for variant in scenario.variants):
             parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
     parts.append(
-        "Means over seeds, at the last measurement. Over isolated: final accuracy less that of the same peers without "
-        "exchange, paired by seed, in points. Spread: standard deviation over the peers, in points, before → "
-        "after. Own classes: accuracy on the peer's own label mix. Until the target, a mean accuracy of the peers: "
-        "medians over seeds, where not reached counts as infinite; seconds are wall time on this machine from the end "
-        "of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the peers. Bold: the best of a column."
+        "Means over seeds, at the last measurement. Gain: over the models that the peers came with. Over isolated: "
+        "final accuracy less that of the same peers without exchange, paired by seed, in points. Spread: standard "
+        "deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own label mix. Until "
+        "the target, a mean accuracy of the peers: medians over seeds, where not reached counts as infinite; seconds "
+        "are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the "
+        "peers. Bold: the best of a column."
     )
     return " ".join(parts)
 
@@ -137,11 +153,11 @@ def about_noise(scenario: Scenario, telling: Mapping[str, int], compared: int) -
         telling: by measure, how many differences are larger than noise.
         compared: of how many.
     """
-    seeds = max((len(v.runs) for v in scenario.variants), default=0)
+    seeds = _most_seeds(scenario)
     if not compared:
         return ""
     if seeds < FEWEST_SEEDS:
-        return f"{seeds} seed{'s' * (seeds > 1)} cannot tell a difference from noise: run at least {FEWEST_SEEDS}."
+        return f"{counted(seeds, 'seed')} cannot tell a difference from noise: run at least {FEWEST_SEEDS}."
     others = ", ".join(f"{_MEASURES[what]} {count}" for what, count in telling.items() if what != "accuracy")
     text = (
         f"{telling['accuracy']} of {compared} differences in final accuracy are larger than seed noise (paired t-test, "
@@ -153,6 +169,19 @@ def about_noise(scenario: Scenario, telling: Mapping[str, int], compared: int) -
             f"not, could reach no p below {2 / 2**seeds:.3g}."
         )
     return text
+
+
+def counted(number: float, what: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "seed"), counted(2.5, "round")
+    ('1 seed', '2.5 rounds')
+    """
+    return f"{number:g} {what}{'s' * (number != 1)}"
+
+
+def _most_seeds(scenario: Scenario) -> int:
+    return max((len(variant.runs) for variant in scenario.variants), default=0)
 
 
 def share(value: float) -> str:

@@ -170,8 +170,9 @@ def test_failed_runs_and_damaged_lines_are_named(folders, tmp_path, undrawn):
 def test_nothing_to_report_about_is_said(tmp_path):
     bad = make_run(tmp_path / "bad", [[0.1], [0.2]])
     (bad / "summary.json").unlink()
+    (bad / "error.txt").write_text("Traceback (most recent call last):\n  ...\nValueError: too small\n")
 
-    with pytest.raises(FedkdError, match="all failed"):
+    with pytest.raises(FedkdError, match="all failed; the first: ValueError: too small"):
         write_report([bad], tmp_path / "out", describe([bad], command="", target=None))
 
 
@@ -183,7 +184,7 @@ def test_a_target_nothing_can_reach_is_refused(folders):
 def test_a_target_that_nothing_reached_is_said(folders, tmp_path):
     page = write_report(folders, tmp_path, describe(folders, command="", target=0.99)).read_text()
 
-    assert "no variant reached the target of 99.0% under more than half of its seeds" in page
+    assert "No variant reached the target of 99.0% under more than half of its seeds" in page
     assert not list((tmp_path / "figures").glob("*-to-target.*"))
 
 
@@ -228,7 +229,7 @@ def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_star
     page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
 
     # Round 0 of a distilled start is the peers' own models, not the averaged one; the exchange is the first round.
-    assert "needs 4 rounds from that start and 2 from a distilled one, a cut of 50%" in page
+    assert "in 4 rounds; from a distilled start it gets there in 2 rounds, a cut of 50%" in page
 
 
 def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_it_in_all_else(tmp_path, undrawn):
@@ -240,7 +241,7 @@ def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_i
 
     page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
 
-    told = re.findall(r"merge-epochs (\d+).*: to 98 % .* needs (\d) rounds from that start and (\d) from", page)
+    told = re.findall(r"merge-epochs (\d+).*: From a cold .* in (\d) rounds; .* in (\d) round", page)
     assert told == [("20", "4", "1"), ("5", "4", "2")]
 
 
@@ -362,6 +363,56 @@ def test_the_trials_of_a_comparison_are_written_as_they_end(tmp_path):
         take("trial 2/2  seed=1  FAILED: before it began")
 
     assert [path.name for path in (tmp_path / "board").iterdir()] == ["seed=0"]
+
+
+def test_a_single_run_is_compared_with_nothing(tmp_path, undrawn):
+    run = make_run(tmp_path / "run", [[0.1], [0.5], [0.6]])
+
+    page = write_report([run], tmp_path / "out", describe([run], command="", target=0.5)).read_text()
+
+    assert "It ended at 60.0% mean accuracy, +20.0 points against isolated peers." in page
+    assert "The target of 50.0% was reached after 2.0 kB." in page
+
+
+def test_two_seeds_are_said_to_tell_nothing_where_the_result_stands(folders, tmp_path, undrawn):
+    two = [folder for folder in folders if folder.name.startswith("iid") and not folder.name.endswith("2")]
+    about = replace(describe(two, command="", target=None), quick=True)
+
+    short = write_report(two, tmp_path, about).read_text().split("</section>")[0]
+
+    assert "This is the quick size" in short and "; 2 seeds cannot tell a difference from noise." in short
+
+
+def test_a_deployed_run_is_named_after_the_models_that_came(tmp_path, undrawn):
+    runs = [make_run(tmp_path / name, [[0.1, 0.2], [0.5, 0.6]]) for name in ("deployed", "simulated")]
+    RunFolder(runs[0]).add_facts({"peers": 2, "simulated": False})
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    assert re.findall(r"<h2>(.*)</h2>", page)[1:3] == ["deployed · peers 2 · mlp", "Results"]
+
+
+def test_one_model_for_all_peers_is_no_even_spread(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / strategy, [[0.1, 0.2], [0.5, last]], strategy=strategy)
+        for strategy, last in (("fedavg", 0.5), ("gossip", 0.6), ("averaged", 0.7))
+    ]
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    assert "<td>one model</td>" in page and "<b>5.0 → 5.0</b>" in page
+
+
+def test_folders_without_runs_are_skipped_and_said(folders, tmp_path):
+    (tmp_path / "report").mkdir()
+    said = []
+
+    assert find_runs([tmp_path / "report", folders[0]], out=said.append) == [folders[0]]
+    assert said == [f"skipped: {tmp_path / 'report'} holds no run"]
+    with pytest.raises(FedkdError, match="at least one folder of a run"):
+        find_runs([tmp_path / "report"])
+    with pytest.raises(FedkdError, match="there is no"):
+        find_runs([folders[0], tmp_path / "typo"])
 
 
 def test_a_comparisons_folder_stands_for_its_trials(folders, tmp_path):
