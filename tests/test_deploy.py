@@ -472,6 +472,23 @@ def test_init_overwrites_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_where_nothing_listens_says_how_to_start_it(tmp_path):
+    deployment = Deployment(tmp_path / "trial", ("127.0.0.1",), 2, free_port(), free_port(), 9400)
+    create(deployment, demo=False)
+
+    with pytest.raises(FedkdError, match=f"not up, .*: `fedkd deploy up {deployment.folder}`"):
+        trial.require_up(deployment)
+
+
+def test_no_key_of_a_deployment_is_committed_by_accident(tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    create(Deployment(tmp_path / "trial", ("127.0.0.1",), 2, 9092, 9093, 9400), demo=False)
+
+    found = subprocess.run(["git", "status", "--short"], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert found.stdout == ""
+
+
 def test_down_ends_only_what_up_started(tmp_path):
     deployment = new_deployment(tmp_path / "d")
     with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["sleep", "60"]) as own:

@@ -31,6 +31,7 @@ def create(deployment: Deployment, *, demo: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SettingError("DIR", str(folder), "a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # keys in somebody's clone
     _write_keys(deployment)
     deployment.write()
     for index, name in enumerate(deployment.names):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from experiments.deploy.layout import CONNECTION, Deployment
-from experiments.deploy.trial import flower
+from experiments.deploy.trial import flower, require_up
 from experiments.launch import COMPLETED, Setting, run_config
 from experiments.quiet import QuietLog
 from experiments.superlink import FlowerCommand, LaunchError
@@ -29,11 +29,13 @@ def run(
         why the run did not complete; empty if it did.
 
     Raises:
+        FedkdError: nothing listens where the SuperLink should.
         LaunchError: Flower refused the app or its settings, or the SuperLink is not there.
     """
     if not settings.get("resume"):  # else the settings are those of the run that is resumed
         settings = {**settings_of(deployment), **settings}
     RunConfig.from_mapping(settings)
+    require_up(deployment)
     with flower(deployment) as flwr:
         answer = flwr.json("run", str(app), CONNECTION, "--run-config", run_config(settings))
         if not answer.get("success"):

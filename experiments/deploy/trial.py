@@ -104,6 +104,19 @@ def status(deployment: Deployment) -> list[str]:
     return lines
 
 
+def require_up(deployment: Deployment) -> None:
+    """Refuse to go on where nothing listens at the SuperLink's control port.
+
+    Raises:
+        FedkdError: says how to start it.
+    """
+    if _listens(deployment.control_port):
+        return
+    command = shlex.join(["fedkd", "deploy", "up", str(deployment.folder)])
+    how = f"{deployment.folder / 'README.md'} has its command" if deployment.alone else f"`{command}`"
+    raise FedkdError(f"not up, nothing listens on 127.0.0.1:{deployment.control_port}: {how}")
+
+
 def start_superlink(deployment: Deployment) -> Started:
     """Start the SuperLink of a trial and wait until it listens."""
     command = deployment.superlink_command(bind="127.0.0.1")
