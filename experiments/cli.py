@@ -1,19 +1,28 @@
 """`fedkd`: the command line. Heavy imports happen inside the commands, so that `fedkd --help` is immediate."""
 
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from experiments.bench import BENCHES
+from experiments.command import WithSettings
 from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError
 
+if TYPE_CHECKING:
+    from fedkd.config import RunConfig
+
 _PEERS = 6
+_RECIPES = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+
+typer.core.HAS_RICH = False  # with it, plain help has the backslashes of rich's markup
 
 app = typer.Typer(
     help="Sites with different, already trained models learn from one another's logits on a public proxy set.",
@@ -53,13 +62,47 @@ def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]
         yield board.follow
 
 
-def _peers_before(resumed: str) -> int:
-    """Return how many peers the run in a folder had; 0 without a folder, or if that was not known yet."""
-    if not resumed:
-        return 0
+def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
+    """Return how many peers a run has: as an option says, a setting, or the run that is resumed."""
+    from fedkd.errors import SettingError
+
+    word = int(settings.get("peers", 0))
+    if option is not None and word not in (0, option):
+        raise SettingError("peers", word, f"left out beside --peers {option}")
+    before = 0
+    if resumed := str(settings.get("resume", "")):
+        from experiments.study import read_run
+
+        earlier = read_run(Path(resumed))
+        before = int(earlier.settings["peers"])
+        if option is not None and len(earlier.peers) not in (0, option):  # no row: nobody has begun to learn
+            raise SettingError("--peers", option, f"{before} as in the run that is resumed")
+    return option if option is not None else word or before or _PEERS
+
+
+def _finished(run: Path) -> bool:
+    """Tell that a run is complete, with its table, if it is."""
+    if not (run / "summary.json").exists():
+        return False
+    from experiments.show import show as show_run
     from experiments.study import read_run
 
-    return int(read_run(Path(resumed)).settings["peers"])
+    found = read_run(run)
+    done = f"{found.summary.get('totals', {}).get('rounds', 0):.0f}"
+    typer.echo(f"already complete ({done} of {found.settings['rounds']} rounds)")
+    show_run(run)
+    return True
+
+
+def _say_how_to_go_on(config: "RunConfig") -> None:
+    """Give the command that resumes a run, if a round of it has closed."""
+    from strategies.trials import resumable
+
+    folder = Path(config.resume or config.out_dir)
+    if config.trials or not resumable(config) or not (folder / "relay.safetensors").exists():
+        return
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    typer.echo(f"go on: {shlex.join(['fedkd', 'run', f'resume={near}'])}", err=True)
 
 
 @app.callback()
@@ -71,7 +114,7 @@ def _common(
     """Keep `run` a subcommand, and hold what belongs to none."""
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def run(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
@@ -95,33 +138,40 @@ def run(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
 ) -> None:
-    """Run a federation in simulation, through `flwr run` on a SuperLink of its own.
+    """Run a federation in simulation.
 
-    The settings are those of [tool.flwr.app.config] in the app's pyproject.toml: `fedkd run rounds=3 divergence=td`.
-    The exit status is 0 if the run completed, 1 if it failed, 2 for a mistake found before it began.
+    It goes through `flwr run`, on a SuperLink of its own. Settings are words, `fedkd run rounds=3 divergence=td`: the
+    README explains the most important ones, docs/settings.md lists all. The exit status is 0 if the run completed, 1 if
+    it failed, 2 for a mistake found before it began.
     """
     from experiments.launch import Federation, launch
     from experiments.project import OWN_FOLDER, Project
 
     project = Project.read(app_folder)
     settings = project.settings([*(pairs or []), *(["profile=true"] if profile else [])], cwd=Path.cwd())
-    if project.folder == OWN_FOLDER:
-        from fedkd.config import RunConfig
-
-        RunConfig.from_mapping({**project.defaults, **settings})
-    if peers is None:
-        peers = _peers_before(str(settings.get("resume", ""))) or _PEERS
+    own = project.folder == OWN_FOLDER
     federation = Federation(
-        peers=peers,
+        peers=_how_many(peers, settings if own else {}),
         cpus_per_peer=cpus_per_peer,
         gpus_per_peer=gpus_per_peer,
         actors=actors,
         gpus=gpus,
         ray_address=None if ray_address in ("", "local") else ray_address,
     )
+    config = None
+    if own:
+        from experiments import preflight
+        from fedkd.config import RunConfig
+
+        config = preflight.check(
+            RunConfig.from_mapping({**project.defaults, **settings}), federation.peers,
+            app=OWN_FOLDER, cwd=Path.cwd(), files=not federation.ray_address,
+        )  # fmt: skip
+        if config.resume and _finished(Path(config.resume)):
+            return
     scratch = None
     if federation.ray_address:  # the cluster's machines share the results' folder, so they can find the app there
-        scratch = Path(str(settings.get("out-dir", Path.cwd())))
+        scratch = Path(str(settings.get("out-dir") or settings.get("resume") or Path.cwd()))
         scratch.mkdir(parents=True, exist_ok=True)
     with _board(tensorboard) as follow:
         out = follow(typer.echo)
@@ -130,6 +180,8 @@ def run(
         typer.echo(f"completed in {outcome.seconds:.1f} s, Flower's start and end {outcome.flower_seconds:.1f} s of it")
     else:
         typer.echo(f"error: {outcome.reason or outcome.status}", err=True)
+        if config:
+            _say_how_to_go_on(config)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -145,7 +197,7 @@ def bench(
     run_bench(name, json_path, quick=quick)
 
 
-@app.command()
+@app.command(cls=WithSettings, epilog=f"Recipes that come with fedkd: {', '.join(_RECIPES)}.")
 def compare(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that comes with fedkd.")],
     pairs: Annotated[
@@ -164,13 +216,11 @@ def compare(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
 ) -> None:
-    """Run a recipe's grid of trials in one `flwr run`, and write one report about them.
+    """Run a recipe's trials, and write one report about them.
 
-    Started again with the same folder, it goes on where it stopped. The exit status is 0 if all trials have results,
-    1 if some failed (the report names them), 2 for a mistake found before anything ran.
+    They share one `flwr run`. Started again with the same folder, it goes on where it stopped. The exit status is 0 if
+    all trials have results, 1 if some failed (the report names them), 2 for a mistake found before anything ran.
     """
-    import shlex
-
     from experiments.compare import compare as run_comparison
     from experiments.launch import Federation
     from experiments.project import Project
@@ -201,9 +251,10 @@ def report(
     ] = None,
     target: Annotated[float | None, typer.Option(help="Accuracy whose price in rounds and bytes is asked for.")] = None,
 ) -> None:
-    """Write one self-contained HTML report about finished runs, with its figures and tables as files."""
-    import shlex
+    """Write a self-contained HTML report about finished runs.
 
+    Its figures and tables are files beside it, too.
+    """
     from experiments.report import describe, find_runs, write_report
 
     command = shlex.join(["fedkd", *sys.argv[1:]])
@@ -213,7 +264,7 @@ def report(
     typer.echo(f"report: {write_report(find_runs(runs), place, about)}")
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def tune(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of every trial.")
@@ -227,8 +278,9 @@ def tune(
     gpus_per_peer: Annotated[float, typer.Option(help="GPUs of a peer's actor; 0.25: four actors on one GPU.")] = 0.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's and Ray's own lines too.")] = False,
 ) -> None:
-    """Search temperature, weight and distillation epochs with Optuna; started again, the search goes on.
+    """Search temperature, weight and epochs with Optuna.
 
+    Started again, the search goes on. `schedule=mixed` unless another is given, so that the weight matters.
     Settings are chosen by accuracy on a part of the training set that no peer holds, never by the test set.
     """
     from experiments.launch import Federation
@@ -254,7 +306,7 @@ def tune(
 def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Start a Ray of its own for a moment, too.")] = False,
 ) -> None:
-    """Show versions, devices and where things lie, and test every loss against known answers.
+    """Show versions, devices, folders, and test every loss.
 
     The exit status is 1 if something is wrong.
     """
@@ -270,7 +322,10 @@ def show(
         Path | None, typer.Option(help="Write the curves for `tensorboard --logdir` there instead.")
     ] = None,
 ) -> None:
-    """Print one run's table and curves in the terminal, or write them for TensorBoard."""
+    """Print one run's table and curves in the terminal.
+
+    With --tensorboard they are written there instead.
+    """
     if tensorboard is None:
         from experiments.show import show as show_run
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from experiments.preflight import with_own_code
 from experiments.quiet import QuietLog
 from experiments.superlink import FlowerCommand, LaunchError, SuperLink, process_environment
 from fedkd.errors import SettingError
@@ -147,10 +148,12 @@ def launch(
         LaunchError: the SuperLink did not start, or Flower refused the app or its settings.
     """
     out(f"$ {command_line(app, settings, federation)}")
+    out("starting Flower and Ray ...")
     log, clock = _Log(out, quiet=not verbose), _Clock()
     run_id, status, details, last_words = "", STOPPED, "", ""
     with _Interrupts() as interrupts, _temporary_home(scratch) as home:
         environment = process_environment(os.environ if env is None else env, home, ray_address=federation.ray_address)
+        environment["PYTHONPATH"] = with_own_code(environment.get("PYTHONPATH", ""), app=app, cwd=Path.cwd())
         environment.setdefault("FEDKD_COMMIT", git_commit(app))  # Flower runs a copy of the app, outside of git
         with (
             SuperLink(home, environment, hurry=interrupts.repeated) as superlink,
@@ -185,6 +188,7 @@ def launch(
     clock.mark("teardown")
     signum = interrupts.received[0] if status == STOPPED and interrupts.received else None
     reason = f"stopped by {signal.Signals(signum).name}" if signum else _reason(status, details, log.tail, last_words)
+    log.end(f"error: {reason}")
     return Outcome(run_id, status, reason, clock.laps(), tuple(log.tail), signum)
 
 
@@ -279,13 +283,17 @@ def _stopped_if_gone(
 
 
 class _Log:
-    """Passes the log on and remembers its end, and when the app first and last spoke."""
+    """Passes the log on and remembers its end, and when the app first and last spoke.
+
+    The last line is held back if it is an error: whoever launched the run tells why it failed.
+    """
 
     def __init__(self, out: Callable[[str], None], *, quiet: bool) -> None:
         self._out, self._quiet, self._filter = out, quiet, QuietLog()
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self.first: float | None = None
         self.last: float | None = None
+        self._held = ""
 
     def add(self, line: str) -> None:
         told = self._filter.line(line)
@@ -294,8 +302,19 @@ class _Log:
             self.first = self.first or self.last
             self.tail.append(told)
         shown = told if self._quiet else line
-        if shown is not None:
+        if shown is None:
+            return
+        self.end("")
+        if self._quiet and shown.startswith("error: "):
+            self._held = shown
+        else:
             self._out(shown)
+
+    def end(self, said_elsewhere: str) -> None:
+        """Pass on what is held back, unless it is what will be said anyway."""
+        if self._held and self._held != said_elsewhere:
+            self._out(self._held)
+        self._held = ""
 
 
 class _Clock:

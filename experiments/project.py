@@ -50,7 +50,7 @@ class Project:
     def settings(self, pairs: Iterable[str], *, cwd: Path) -> dict[str, Setting]:
         """Return the settings that a user's KEY=VALUE pairs stand for, ready to leave the user's folder.
 
-        Paths become absolute, and the results get a folder below `cwd` if the user names none.
+        Paths become absolute, and the results of a new run get a folder below `cwd` if the user names none.
 
         Raises:
             SettingError: a pair without "=", an unknown key, or a value of another type than the default's.
@@ -58,7 +58,7 @@ class Project:
         given = dict(self._parse(pair) for pair in pairs)
         usual = {key: self.defaults[key] for key in _PATH_KEYS if self.defaults.get(key) and not given.get(key)}
         given = with_absolute_paths({**given, **usual}, cwd=cwd)
-        if "out-dir" in self.defaults and not given.get("out-dir"):
+        if "out-dir" in self.defaults and not given.get("out-dir") and not given.get("resume"):
             name = given.get("run-name") or self.defaults.get("run-name") or self.name
             given["out-dir"] = str(cwd / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
         return given

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.comparison import again
 from experiments.study import Run, read_run
+from fedkd.errors import FedkdError
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -17,6 +18,8 @@ def show(path: Path) -> None:
     Raises:
         FedkdError: it is not the folder of a run.
     """
+    if (path / "comparison.json").exists():
+        raise FedkdError(f"{path} is a comparison: show one of {path / 'trials'}/*, or open {path / 'report.html'}.")
     from rich.console import Console
 
     console = Console(highlight=False)

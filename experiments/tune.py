@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments import preflight
 from experiments.comparison import alone
 from experiments.launch import Federation, launch
 from experiments.project import OWN_FOLDER
@@ -85,8 +86,11 @@ def tune(
         if base.get(key, usual) != usual:
             raise SettingError(key, base[key], f"{usual} in a search over temperature and weight")
     config = RunConfig.from_mapping({**base, "kd-weight": 0.5} if base["schedule"] == "mixed" else base)
+    preflight.check(config, federation.peers, app=OWN_FOLDER, cwd=Path.cwd())
     folder = folder.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    if "schedule" not in settings:
+        out("schedule=mixed, in which the weight of the teachers matters; `schedule=alternate` searches without it")
     study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed, seeds)
     while (missing := trials - _finished(study)) > 0:
         proposed = [study.ask() for _ in range(min(batch, missing))]
@@ -101,10 +105,14 @@ def tune(
             raise Stopped(outcome.reason, outcome.exit_code)
         if not any(told):
             raise FedkdError(outcome.reason or f"no trial finished; see the error.txt below {folder / 'trials'}")
-        out(f"{_finished(study)} of {trials} trials, best {study.best_value:.1%} with {study.best_params}")
+        out(f"{_finished(study)} of {trials} trials, best {study.best_value:.1%} with {_rounded(study.best_params)}")
     best = {**base, **study.best_params}
     command = alone({**{k: v for k, v in best.items() if k not in ("evaluate-on", "controls")}}, federation)
     return Tuned(best, study.best_value, _finished(study), command)
+
+
+def _rounded(params: Mapping[str, Scalar]) -> str:
+    return " ".join(f"{key}={value:.3g}" for key, value in params.items())
 
 
 def _suggest(trial: "optuna.Trial", config: RunConfig) -> dict[str, Scalar]:

@@ -12,10 +12,11 @@ MOST_SHOWN = 40
 
 _SHOWN = 500  # characters of what went wrong at a peer; the whole text is in its row
 _NAME = 60  # characters of a name in the table
+_WIDTH = 80  # columns of the table
 
 
 def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence[float], *, unit: str = "round") -> str:
-    """Return the progress line of a closed round.
+    """Return the progress line of a closed round: accuracy, bytes up and down together, seconds.
 
     Args:
         round: the round that closed; 0 is the start.
@@ -25,12 +26,12 @@ def round_line(round: int, rounds: int, rows: Sequence[Row], durations: Sequence
         unit: what is counted.
     """
     accuracies = [row.test_accuracy for row in rows if 0 <= row.test_accuracy <= 1]
-    found = "accuracy not measured".ljust(43)
+    found = "accuracy not measured".ljust(38)
     if accuracies:
         mean = sum(accuracies) / len(accuracies)
-        found = f"accuracy mean {mean:6.1%}  min {min(accuracies):6.1%}  max {max(accuracies):6.1%}"
-    up, down = sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)
-    line = f"{unit} {round:>3}/{rounds}  {found}  up {size(up)}  down {size(down)}  {durations[-1]:5.1f} s"
+        found = f"accuracy {mean:5.1%} (min {min(accuracies):5.1%}, max {max(accuracies):5.1%})"
+    carried = sum(row.bytes_up + row.bytes_down for row in rows)
+    line = f"{unit} {round:>3}/{rounds}  {found}  {size(carried)}  {durations[-1]:.1f} s"
     if 0 < round < rounds:
         ours = durations[1:]
         line += f"  ~{sum(ours) / len(ours) * (rounds - round):.0f} s left"
@@ -58,39 +59,35 @@ def summary_table(summary: Summary) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="test accuracy", title_justify="left")
-    for name in ("peer", "model"):
-        table.add_column(name)
-    for name in ("parameters", "samples", "before", "after", "gain", "own classes", "isolated"):
+    table = Table("peer", "model", title="test accuracy", title_justify="left", box=None)
+    for name in ("before", "after", "gain", "own classes", "isolated"):
         table.add_column(name, justify="right")
     for p in summary.peers[:MOST_SHOWN]:
         table.add_row(
-            one_line(p.peer, _NAME), one_line(p.model, _NAME), f"{p.parameters:,}", f"{p.samples:,}",
-            _share(p.before), _share(p.after), _points(p.gain), f"{_share(p.own_before)} → {_share(p.own_after)}",
-            _share(p.isolated),
+            one_line(p.peer, _NAME), one_line(p.model, _NAME), _share(p.before), _share(p.after), _points(p.gain),
+            _share(p.own_after), _share(p.isolated),
         )  # fmt: skip
     if (more := len(summary.peers) - MOST_SHOWN) > 0:
         table.add_row(f"and {more:,} more")
-    table.add_section()
     mean = summary.mean
+    table.add_row()
     table.add_row(
-        "mean", "", "", "", _share(mean("before")), _share(mean("after")), _points(mean("gain")),
-        f"{_share(mean('own_before'))} → {_share(mean('own_after'))}", _share(summary.isolated), style="bold",
+        "mean", "", _share(mean("before")), _share(mean("after")), _points(mean("gain")), _share(mean("own_after")),
+        _share(summary.isolated),
     )  # fmt: skip
-    table.add_section()
     before = mean("before")
     for name, model, after in (
         ("isolated", "local training only", summary.isolated),
         ("pooled", f"{summary.pooled_model} on all data", summary.pooled),
     ):
         if math.isfinite(after):
-            table.add_row(name, model, "", "", _share(before) if name == "isolated" else "", _share(after),
+            table.add_row(name, model, _share(before) if name == "isolated" else "", _share(after),
                           _points(after - before) if name == "isolated" else "")  # fmt: skip
     # Names are the peers' own choice: what looks like markup in them is text.
-    console = Console(width=120, force_terminal=False, no_color=True, markup=False, emoji=False)
+    console = Console(width=_WIDTH, force_terminal=False, no_color=True, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
-    return captured.get().rstrip()
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
 
 def topology_line(topology: Topology) -> str:
@@ -105,15 +102,22 @@ def topology_line(topology: Topology) -> str:
     )
 
 
-def closing_line(summary: Summary) -> str:
-    """Return the one sentence that answers the user's question."""
+def closing_line(summary: Summary, *, controls: float = 0.0) -> str:
+    """Return the one sentence that answers the user's question.
+
+    Args:
+        summary: of the run; its seconds are those until the last round closed.
+        controls: seconds of the controls after it; 0: there were none.
+    """
     totals = summary.totals
     line = f"mean accuracy {_share(summary.mean('before'))} → {_share(summary.mean('after'))}"
     if math.isfinite(summary.isolated):
-        line += f", {_points(summary.gain_over_isolated)} points over isolated"
+        gain = summary.gain_over_isolated
+        line += f", {abs(100 * gain):.1f} points {'below' if gain < 0 else 'above'} isolated"
+    rounds = f"{totals['rounds']:.0f} round{'' if totals['rounds'] == 1 else 's'} in {totals['seconds']:.1f} s"
     return (
-        f"{line}; {totals['rounds']:.0f} rounds, {size(int(totals['bytes_up'])).strip()} up, "
-        f"{size(int(totals['bytes_down'])).strip()} down, {totals['seconds']:.1f} s"
+        f"{line}; {rounds}{f', controls in {controls:.1f} s' if controls else ''}; "
+        f"{size(int(totals['bytes_up'])).strip()} up, {size(int(totals['bytes_down'])).strip()} down"
     )
 
 

@@ -3,16 +3,15 @@
 import logging
 import secrets
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.config import RunConfig
+from fedkd.config import RunConfig, split_list
 from fedkd.effect import without_effect
-from fedkd.errors import FedkdError, SettingError
+from fedkd.errors import FedkdError
 from fedkd.plots import accuracy_png, profile_png, topology_png
 from fedkd.privacy import Mechanism
 from fedkd.profile import profile_table
@@ -26,7 +25,8 @@ from strategies.introductions import introduce
 from strategies.post import Post
 from strategies.registry import strategy_class
 from strategies.relay import Relay
-from strategies.trials import Say, read_trials, resumable, run_trials
+from strategies.resuming import resumed
+from strategies.trials import Say, read_trials, run_trials
 
 app = ServerApp()
 
@@ -57,6 +57,7 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
     if mechanism := Mechanism.from_config(config):
         say(mechanism.line())
     post = Post(grid, time_to_live=2 * config.round_timeout)
+    say("peers introduce themselves ...")
     members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))
     for m in members[:MOST_SHOWN]:
         key = f", key {m.key_fingerprint()}" if config.sealed else ""
@@ -68,14 +69,19 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
         say(topology_line(strategy.topology))
     relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume), began=began)
     folder.add_facts({"peers": len(members), "simulated": post.simulated})
+    if relay.ledger.round < 0:
+        say(f"peers {'train' if config.pretrain_epochs else 'measure'} their models ...")
     relay.run()
     if config.mode == "async":
         Asynchronous(relay, say=say).run()
+    if config.controls:
+        say(f"controls {', '.join(split_list(config.controls))} ...")
+    closed = time.monotonic()
     summary = conclude(relay, config, say=say)
-    _leave(relay, config, folder, summary, say=say)
+    _leave(relay, config, folder, summary, controls=time.monotonic() - closed, say=say)
 
 
-def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary, *, say: Say) -> None:
+def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary, *, controls: float, say: Say) -> None:
     """Write what a finished run leaves, and say what came of it."""
     folder.write_summary(summary)
     title = f"{config.run_name}: {config.strategy}, {config.divergence}, {config.dataset}, {config.partition}"
@@ -89,7 +95,7 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary,
     if lines := folder.read_profile():
         profile_png(folder.path / "profile.png", lines, title=title)
         say(profile_table(lines))
-    say(closing_line(summary))
+    say(closing_line(summary, controls=controls if config.controls else 0.0))
     say(f"results: {folder.path}")
 
 
@@ -98,14 +104,7 @@ def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
     if not config.resume:
         return config.effective(), RunFolder(_out_dir(config))
     path = _absolute(config.resume)
-    if not path.is_dir():
-        raise SettingError("resume", config.resume, "the folder of a run")
-    folder = RunFolder(path)
-    earlier = replace(RunConfig.from_mapping(folder.read_config()["settings"]), resume="")
-    if not resumable(earlier):
-        raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
-    _refuse_changes(config, earlier)
-    return replace(earlier, resume=config.resume, out_dir=str(path)), folder
+    return resumed(config, path), RunFolder(path)
 
 
 def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
@@ -124,14 +123,6 @@ def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
         if key not in overruled
     }
     return [*overruled.values(), *idle.values()]
-
-
-def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:
-    """Refuse settings that are neither the default nor those of the run that is resumed: they could not hold."""
-    defaults, before = RunConfig().to_mapping(), earlier.to_mapping()
-    for key, value in given.to_mapping().items():
-        if value not in (defaults[key], before[key]) and key not in ("resume", "out-dir"):
-            raise SettingError(key, value, f"{before[key]!r} as in the run that is resumed")
 
 
 def _out_dir(config: RunConfig) -> Path:

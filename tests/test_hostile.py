@@ -201,7 +201,7 @@ def test_nothing_that_a_peer_says_stops_the_printing_and_drawing(tmp_path, name,
     summary = Summary(peers, value, [value] * 3, value, name, totals)
 
     lines = round_line(1, 2, rows[:1] + rows[3:4], [1.0, 1.0]).splitlines()
-    assert "max  25.0%" in lines[0] or value == 0.5
+    assert "max 25.0%" in lines[0] or value == 0.5
     assert lines[1].startswith(f"{name[:400]}: ") or len(name) > 400
     assert len(lines) == 2 and len(lines[1]) <= 500
     table = summary_table(summary)

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import cli, processes
-from experiments.launch import Federation, Outcome, command_line, launch, run_config
+from experiments.launch import Federation, Outcome, _Log, command_line, launch, run_config
 from experiments.project import Project
 from experiments.quiet import QuietLog, said_at_the_end
 from experiments.superlink import LaunchError, SuperLink, process_environment
@@ -152,6 +152,12 @@ def test_results_go_below_the_users_folder_by_default(toy, tmp_path):
     assert "data-dir" not in settings
 
 
+def test_a_run_that_goes_on_has_its_folder_already(toy, tmp_path):
+    (toy / "pyproject.toml").write_text(PYPROJECT + 'resume = ""\n')
+
+    assert Project.read(toy).settings(["resume=runs/a"], cwd=tmp_path) == {"resume": str(tmp_path / "runs/a")}
+
+
 def test_a_folder_without_an_app_is_refused(tmp_path):
     with pytest.raises(FedkdError, match=r"--app.*no pyproject.toml"):
         Project.read(tmp_path)
@@ -266,6 +272,17 @@ def test_the_last_words_are_those_before_the_stack():
         "[2025-01-01 12:00:00,000 C 7 7] core_worker.cc:9:  Check failed: no memory",
         "Fatal Python error: Aborted",
     ]
+
+
+def test_the_error_that_ends_a_run_is_left_to_whoever_tells_its_outcome():
+    lines: list[str] = []
+    log = _Log(lines.append, quiet=True)
+    for text in ("peer-2 broke", "round 1", "no peers"):
+        log.add(text if text == "round 1" else f"\x1b[91mERROR \x1b[0m:   {text}")
+
+    log.end("error: no peers")
+
+    assert lines == ["error: peer-2 broke", "round 1"]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +416,8 @@ def test_a_run_uses_its_own_code_and_leaves_nothing_behind(toy, tmp_path, marked
 
     assert outcome.completed and outcome.exit_code == 0, lines
     assert list(outcome.tail) == [f"toy heard {text}"] * 3
-    assert lines == [command_line(toy, {"text": text}, Federation(peers=3, actors=2)).join(["$ ", ""]), *outcome.tail]
+    command = command_line(toy, {"text": text}, Federation(peers=3, actors=2))
+    assert lines == [f"$ {command}", "starting Flower and Ray ...", *outcome.tail]
     assert 0 < outcome.flower_seconds < outcome.seconds
     assert survivors(marked) == [] and list(scratch.iterdir()) == []
 

@@ -34,7 +34,7 @@ def launched(monkeypatch):
 
 
 def search(folder, trials, settings=None, **options):
-    return tuning.tune(settings or {}, Federation(peers=1), folder, trials=trials, out=lambda line: None, **options)
+    return tuning.tune(settings or {}, Federation(peers=2), folder, trials=trials, out=lambda line: None, **options)
 
 
 def test_the_best_is_found_and_told_with_a_command_for_the_test_set(tmp_path, launched):

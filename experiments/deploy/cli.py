@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Run a real federation: SuperLink and SuperNodes over gRPC, TLS and node keys.")
+from experiments.command import WithSettings
+
+app = typer.Typer(help="Run a real federation. SuperLink and SuperNodes talk over gRPC, with TLS and node keys.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
 
@@ -22,7 +24,10 @@ def init(
     node_port: Annotated[int, typer.Option(help="A SuperNode's local port; in a trial, the first of them.")] = 9400,
     demo: Annotated[bool, typer.Option("--demo", help="Fill in models and data (digits), ready for a trial.")] = False,
 ) -> None:
-    """Make for every party a folder with its keys, its configuration, unit files, and a README with its commands."""
+    """Make a folder for every party.
+
+    It holds the party's keys, its configuration, unit files, and a README with its commands.
+    """
     from experiments.deploy.create import create
     from experiments.deploy.layout import Deployment
 
@@ -34,7 +39,10 @@ def init(
 
 @app.command()
 def up(folder: Folder) -> None:
-    """Start the SuperLink and all peers on this machine, and wait until they are connected."""
+    """Start the SuperLink and all peers on this machine.
+
+    Returns once they are connected.
+    """
     from experiments.deploy import trial
     from experiments.deploy.layout import Deployment
 
@@ -43,7 +51,10 @@ def up(folder: Folder) -> None:
 
 @app.command()
 def register(folder: Folder) -> None:
-    """Make the peers' keys known to the SuperLink on this machine; those that it knows stay as they are."""
+    """Make the peers' keys known to the SuperLink on this machine.
+
+    Those that it knows stay as they are.
+    """
     from experiments.deploy import trial
     from experiments.deploy.layout import Deployment
 
@@ -73,14 +84,17 @@ def status(folder: Folder) -> None:
         typer.echo(line)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def run(
     folder: Folder,
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
     ] = None,
 ) -> None:
-    """Run a federation on the deployment's SuperLink; exit with 0 only if it completed."""
+    """Run a federation on the deployment's SuperLink.
+
+    The exit status is 0 only if it completed. docs/settings.md lists the settings.
+    """
     from experiments.deploy.layout import Deployment
     from experiments.deploy.run import run as run_on
     from experiments.project import Project

@@ -1,0 +1,36 @@
+"""Going on with a run that was stopped: it keeps its settings."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedkd.config import RunConfig
+from fedkd.errors import SettingError
+from fedkd.results import RunFolder
+from strategies.trials import resumable
+
+
+def resumed(config: RunConfig, path: Path) -> RunConfig:
+    """Return the settings under which the run in a folder goes on: its own.
+
+    Args:
+        config: what is given now; ``resume`` names the folder.
+        path: the folder, absolute.
+
+    Raises:
+        SettingError: there is no run that can be resumed, or it was begun under other settings.
+    """
+    if not path.is_dir():
+        raise SettingError("resume", config.resume, "the folder of a run")
+    earlier = replace(RunConfig.from_mapping(RunFolder(path).read_config()["settings"]), resume="")
+    if not resumable(earlier):
+        raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
+    _refuse_changes(config, earlier)
+    return replace(earlier, resume=config.resume, out_dir=str(path))
+
+
+def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:
+    """Refuse settings that are neither the default nor those of the run that is resumed: they could not hold."""
+    defaults, before = RunConfig().to_mapping(), earlier.to_mapping()
+    for key, value in given.to_mapping().items():
+        if value not in (defaults[key], before[key]) and key not in ("resume", "out-dir"):
+            raise SettingError(key, value, f"{before[key]!r} as in the run that is resumed")
