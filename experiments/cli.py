@@ -77,6 +77,9 @@ def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
         before = int(earlier.settings["peers"])
         if option is not None and len(earlier.peers) not in (0, option):  # no row: nobody has begun to learn
             raise SettingError("--peers", option, f"{before} as in the run that is resumed")
+        if option is None and not before:
+            allowed = "a run that was stopped after its peers had introduced themselves: start this one anew"
+            raise SettingError("resume", resumed, allowed)
     return option if option is not None else word or before or _PEERS
 
 
@@ -141,8 +144,8 @@ def run(
     """Run a federation in simulation.
 
     It goes through `flwr run`, on a SuperLink of its own. Settings are words, `fedkd run rounds=3 divergence=td`: the
-    README explains the most important ones, docs/settings.md lists all. The exit status is 0 if the run completed, 1 if
-    it failed, 2 for a mistake found before it began.
+    README has the table of all. The exit status is 0 if the run completed, 1 if it failed, 2 for a mistake found before
+    it began.
     """
     from experiments.launch import Federation, launch
     from experiments.project import OWN_FOLDER, Project
