@@ -248,12 +248,14 @@ def tilt(probs: Tensor, score: Tensor) -> Tensor:
     return weighted.addcmul_(probs, weighted.sum(dim=-1, keepdim=True), value=-1)
 
 
-def log1p_(x: Tensor) -> Tensor:
+def log1p_(x: Tensor, spare: Tensor | None = None) -> Tensor:
     """Return log(1 + x), for x > −1, written over ``x``: log u, and what rounding to u = 1 + x has lost.
+
+    ``spare``, if given, is memory like that of ``x``, to be written over.
 
     Ten times as fast as PyTorch's own on processors for which MKL has no fast one (AMD's), and as precise.
     """
-    u = x + 1
+    u = torch.add(x, 1, out=spare)
     return x.sub_(u - 1).div_(u).add_(u.log_())
 
 
@@ -374,7 +376,8 @@ def _skewed_js(student: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor
     floor = p.clamp_min(tiny)
     log_m_over_p = log1p_(torch.div(gap, floor, out=floor).mul_(-share))
     of_teacher = log_m_over_p.mul_(p).sum(dim=-1)
-    log_m_over_q = log1p_(gap.div_(torch.clamp_min(q, tiny, out=into(floor, q))).mul_(1 - share))
+    floor_q = torch.clamp_min(q, tiny, out=into(floor, q))
+    log_m_over_q = log1p_(gap.div_(floor_q).mul_(1 - share), into(floor_q, gap))
     weighted = log_m_over_q.mul_(q)
     of_student = weighted.sum(dim=-1)
     value = of_teacher.mul_(share - 1).sub_(of_student, alpha=share).clamp_min_(0)
@@ -413,7 +416,7 @@ def _prepare_msed(
     first, gaps = probs[:1], torch.sub(probs, probs[:1], out=scaled)
     mean = first + gaps.mul_(shares).sum(dim=0, keepdim=True)
     floor = probs.clamp_min(torch.finfo(probs.dtype).tiny)
-    log_mean_over_p = log1p_(torch.sub(mean, probs, out=gaps).div_(floor))
+    log_mean_over_p = log1p_(torch.sub(mean, probs, out=gaps).div_(floor), floor)
     apart = log_mean_over_p.mul_(probs).sum(dim=-1, keepdim=True)
     spread = apart.mul_(shares).sum(dim=0, keepdim=True).squeeze(-1).neg_().clamp_min_(0)
     compare = partial(compare_msed, teachers=teachers)
