@@ -232,7 +232,8 @@ def predict(model: nn.Module, inputs: Tensor, *, fast: bool = False) -> Tensor:
     """Return the model's logits ``[N, C]`` in float32, in evaluation mode; ``fast`` as in :mod:`fedkd.fast`."""
     model.eval()
     size = PREDICTED_AT_ONCE[inputs.device.type == "cuda"]
-    return torch.cat([forward(model, chunk, fast=fast) for chunk in torch.split(inputs, size)])
+    # Copies, for a CUDA graph writes its next output over the last one.
+    return torch.cat([forward(model, chunk, fast=fast).clone() for chunk in torch.split(inputs, size)])
 
 
 def _descend(
