@@ -82,7 +82,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
             },
             {"strategy": ["gossip"], "codec": list(codecs), "seed": list(seeds)},
         )
-        recipe = Recipe("bytes", "Bytes to a target", "", (), None, settings, grids, text="", cwd=folder)
+        recipe = Recipe("bytes", "Bytes to a target", "", (), None, settings, grids, text="", cwd=folder, quick=quick)
         place = folder / "trials"
         compared = compare(recipe, Federation(peers=1), place, command="fedkd bench bytes", out=lambda _: None)
         if compared.failed:
