@@ -23,6 +23,7 @@ Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 FP16_MAX = 65504.0
 GREATEST = 1e30
 """Logits larger than that, which no model means, would overflow in a softmax at a low temperature."""
+_RECEIVED = 2 * GREATEST  # a codec's rounding carries what is sent a little further
 ALLOWED = 'one of "fp32", "fp16", "int8" or "topk:K" with K >= 1, each with or without "+zstd"'
 
 _F32, _F16, _U8, _U16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("u1"), np.dtype("<u2")
@@ -64,7 +65,7 @@ class Codec(ABC):
         return self._encode(logits)
 
     def decode(self, arrays: Mapping[str, Array], *, shape: tuple[int, int]) -> Logits:
-        """Named arrays, from anyone -> logits ``[P, C]`` float32 of ``shape``, within ±1e30, in memory of their own.
+        """Named arrays, from anyone -> logits ``[P, C]`` float32 of ``shape``, within ±2e30, in memory of their own.
 
         Raises:
             BadKnowledge: a name, dtype, shape or value that :meth:`encode` can't have produced for ``shape``.
@@ -74,8 +75,7 @@ class Codec(ABC):
         # What a hostile sender can make overflow is tested for below; a warning would only flood the log.
         with np.errstate(all="ignore"):
             logits = self._decode(arrays, shape)
-        if not _within(logits):
-            raise _refusal("logits", f"finite and within ±{GREATEST:g}", _worst(logits))
+        _check_size(logits, _RECEIVED)
         return logits
 
     @abstractmethod
@@ -399,19 +399,15 @@ def _check_logits(logits: Logits) -> None:
     """Refuse what no codec can carry, on the sender's side."""
     if not isinstance(logits, np.ndarray) or logits.dtype != _F32 or logits.ndim != 2 or logits.size == 0:
         raise _refusal("logits", "float32 [P, C], not empty", _kind(logits))
-    if not _within(logits):
-        raise _refusal("logits", f"finite and within ±{GREATEST:g}", _worst(logits))
+    _check_size(logits, GREATEST)
 
 
-def _within(logits: Logits) -> bool:
+def _check_size(logits: Logits, most: float) -> None:
     # The extremes propagate NaN, and cost a tenth of looking at each entry.
-    return bool(logits.min() >= -GREATEST and logits.max() <= GREATEST)
-
-
-def _worst(logits: Logits) -> str:
-    """Describe the first logit that is out of bounds."""
-    sample, label = np.argwhere(~(np.abs(logits) <= GREATEST))[0]
-    return f"{logits[sample, label]} for sample {sample}, class {label}"
+    if not (logits.min() >= -most and logits.max() <= most):
+        sample, label = np.argwhere(~(np.abs(logits) <= most))[0]
+        found = f"{logits[sample, label]} for sample {sample}, class {label}"
+        raise _refusal("logits", f"finite and within ±{most:g}", found)
 
 
 def _check_arrays(arrays: Mapping[str, Array], layout: Layout) -> None:

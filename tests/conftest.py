@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "flower"))):
             item.add_marker(pytest.mark.quick)
-        elif "federation" in item.fixturenames:
+        if "federation" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("federation"))  # it is one, and takes long to start
-        else:
+        elif item.get_closest_marker("flower"):
             item.add_marker(pytest.mark.xdist_group("simulation"))  # each has a Ray that takes all cores
 
 

@@ -23,6 +23,7 @@ def figures(path: Path) -> dict[str, object]:
     return content
 
 
+@pytest.mark.slow
 def test_the_plain_loop_learns_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDKD_DATA", raising=False)
     arrays, origin = bench_loop.images({"proxy": 100, "peers": 2, "private": 100, "test": 100})

@@ -148,6 +148,7 @@ def test_a_fast_run_repeats_itself(tmp_path: Path, method: str) -> None:
     assert first.timeless_rows() == second.timeless_rows()
 
 
+@pytest.mark.slow
 def test_a_fast_run_learns_what_a_plain_one_does(tmp_path: Path) -> None:
     """The mean accuracies differ by less than the seeds of the plain run do among themselves."""
 

@@ -54,6 +54,7 @@ def count_moments(tmp_path, monkeypatch):
     return reaper.moments
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, whole):
     moments = count_moments(tmp_path / "count", monkeypatch)
     monkeypatch.undo()

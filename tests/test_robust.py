@@ -35,6 +35,7 @@ def test_attackers_are_the_last_peers():
 @pytest.mark.parametrize(
     ("robust", "attackers"), [("median", 0.2), ("trimmed", 0.2), ("agreement", 0.2), ("agreement", 0.4)]
 )
+@pytest.mark.slow
 def test_a_defence_keeps_honest_peers_above_an_undefended_mean(tmp_path, robust, attackers):
     """Some of five peers flip their labels. At 40 % half of a peer's teachers lie, and no median helps."""
     settings = {

@@ -91,6 +91,7 @@ def test_a_disk_that_takes_no_more_leaves_the_old_state(tmp_path):
     assert torch.equal(restored.weight, model(1.0).weight)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
     """A process saves round after round and is killed; whatever is there can be read."""
     program = textwrap.dedent(

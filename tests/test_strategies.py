@@ -49,6 +49,7 @@ def test_gossip_draws_are_a_function_of_the_seed(tmp_path, style):
     assert heard == [1] * PEERS if style == "pull" else sum(heard) >= PEERS
 
 
+@pytest.mark.slow
 def test_async_gossip_ends_after_its_updates_and_a_silent_peer_slows_nobody(tmp_path):
     grid = local_grid(tmp_path, PEERS)
     grid.fault = lambda partition, message: grid.silent.update({3} if grid.sent[7:] else set())
@@ -257,6 +258,7 @@ def test_options_of_a_divergence_change_what_is_learned(tmp_path):
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.slow
 def test_information_flow_sends_projected_features_beside_the_logits(tmp_path, auxiliary):
     run = federate(
         tmp_path, 3, method="infoflow", flow_dimensions=8, flow_auxiliary=auxiliary, proxy_size=200, pretrain_epochs=5

@@ -80,6 +80,7 @@ def knowledge(run):
     return [array.numpy().tobytes() for record in records for array in record.values()]
 
 
+@pytest.mark.slow
 def test_deployed_peers_in_their_workers_learn_what_simulated_ones_learn(tmp_path, sites, end_workers):
     simulated = federate(
         tmp_path / "a", grid=local_grid(tmp_path / "a", 2, node_config=dict(enumerate(sites))), strategy="gossip"
@@ -102,6 +103,7 @@ def test_deployed_peers_in_their_workers_learn_what_simulated_ones_learn(tmp_pat
     assert {oct(path.parent.stat().st_mode & 0o777) for path in files if path.name == SOCKET} == {"0o700"}
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_answer_and_the_same_mail_again_gives_the_same_knowledge(
     tmp_path, sites, end_workers
 ):
