@@ -314,6 +314,7 @@ def unreadable(content):
 
 
 @pytest.mark.parametrize("how", ["silent", "error", "unreadable"])
+@pytest.mark.slow
 def test_a_node_too_many_that_says_nothing_of_use_is_left_out(tmp_path, how):
     grid = local_grid(tmp_path, 4, node_config={i: {"num-partitions": 3} for i in range(4)})
     broken(grid, how, node=3)
@@ -326,6 +327,7 @@ def test_a_node_too_many_that_says_nothing_of_use_is_left_out(tmp_path, how):
 @pytest.mark.parametrize(
     ("how", "reason"), [("silent", "no introduction in time"), ("error", "burnt down"), ("unreadable", "`peer`")]
 )
+@pytest.mark.slow
 def test_a_run_does_not_begin_around_a_gap(tmp_path, how, reason):
     grid = local_grid(tmp_path, 3)
     broken(grid, how, node=1)

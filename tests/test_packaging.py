@@ -146,6 +146,7 @@ def test_importing_the_installed_library_puts_nothing_else_on_the_path(installed
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip() == "True"
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_what_a_run_needs_and_nothing_else(bundle):
     found = {path.split("/")[0] for path in files(bundle)}
 

@@ -109,6 +109,7 @@ def test_every_mean_can_be_traced_to_its_runs(report):
     assert [row["run"] for row in rows] == [f"dirichlet-{d}-{seed}" for d in ("kl", "js") for seed in range(3)]
 
 
+@pytest.mark.slow
 def test_three_variants_are_ranked_within_each_scenario_and_over_all(tmp_path):
     runs = [
         make_run(tmp_path / f"{partition}-{divergence}-{seed}", [[0.1], [final + seed / 100]], partition=partition,
@@ -307,6 +308,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_status_2(folders, 
     assert re.fullmatch(r"error: .*Not a directory: .*file.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_the_commands_report_and_show(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(app, ["show", str(folders[0])], catch_exceptions=False)

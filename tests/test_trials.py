@@ -97,6 +97,7 @@ def test_a_run_whose_every_trial_failed_has_failed(tmp_path):
         run_trials(tmp_path, {"typo": {"divergence": "no_module:telepathy"}})
 
 
+@pytest.mark.slow
 def test_started_again_it_skips_what_is_finished_and_goes_on_in_the_middle_of_a_trial(tmp_path):
     grid = local_grid(tmp_path, PEERS)
     grid.fault = fails("td")

@@ -126,6 +126,7 @@ def test_a_worker_that_dies_is_an_error_answer_and_the_same_mail_again_gives_the
     np.testing.assert_array_equal(again.arrays["logits"], learned.arrays["logits"])
 
 
+@pytest.mark.slow
 def test_a_worker_that_crashes_says_why_to_its_owner_alone(tmp_path, sites, end_workers, monkeypatch, capsys):
     own = {**sites[0], "model": "crashing:model", "idle-seconds": 60}
     (tmp_path / "crashing.py").write_text(
@@ -137,6 +138,7 @@ def test_a_worker_that_crashes_says_why_to_its_owner_alone(tmp_path, sites, end_
     assert "site-0's worker ended with: out of luck" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_path, sites, end_workers):
     place, own = place_of(sites[0], tmp_path), own_settings({**sites[0], "idle-seconds": 60})
     ask(mail("start", pretrain_epochs=1), place, own, seconds=60)
