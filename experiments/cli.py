@@ -14,7 +14,7 @@ from experiments.bench import BENCHES
 from experiments.command import WithSettings
 from experiments.deploy.cli import app as deploy
 from fedkd import __version__
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, SettingError
 
 if TYPE_CHECKING:
     from fedkd.config import RunConfig
@@ -64,8 +64,6 @@ def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]
 
 def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
     """Return how many peers a run has: as an option says, a setting, or the run that is resumed."""
-    from fedkd.errors import SettingError
-
     word = int(settings.get("peers", 0))
     if option is not None and word not in (0, option):
         raise SettingError("peers", word, f"left out beside --peers {option}")

@@ -104,14 +104,15 @@ def _head_start(scenario: Scenario) -> Iterator[str]:
     ]
     for cold, distilled in pairs:
         seeds = sorted(cold.runs.keys() & distilled.runs.keys())
+        if not seeds:
+            continue
         levels = [NEAR_THE_BEST * max(point.accuracy for point in cold.runs[seed].curve()) for seed in seeds]
         theirs, ours = (
             median([price(variant.runs[seed], level).rounds for seed, level in zip(seeds, levels, strict=True)])
             for variant in (cold, distilled)
         )
-        if seeds:
-            which = f"{label(distilled.settings, keys)}: " if len(pairs) > 1 else ""
-            yield f"{which}{_rounds_saved(theirs, ours, len(seeds))}"
+        which = f"{label(distilled.settings, keys)}: " if len(pairs) > 1 else ""
+        yield f"{which}{_rounds_saved(theirs, ours, len(seeds))}"
 
 
 def _rounds_saved(cold: float, distilled: float, seeds: int) -> str:
