@@ -2,7 +2,9 @@
 
 One thread, float32, T = 4. The plain expression, our function, our prepared objective and our KL take turns within each
 repeat, and ratios are taken turn by turn, so that drift of the machine cancels; all figures are medians. Times are of
-the processor, so that what else runs on the machine counts only by the caches that it fills.
+the processor, so that what else runs on the machine counts only by the caches that it fills. The process keeps freed
+memory, as every peer's does: glibc otherwise hands large arrays back and has them cleared anew, at one call more often
+than at another, and the figures swing by a factor of three.
 """
 
 import math
@@ -20,6 +22,7 @@ from experiments.measuring import leave
 from fedkd import divergences
 from fedkd.balanced import balanced
 from fedkd.decoupled import dkd
+from fedkd.memory import keep_freed_memory
 from fedkd.teachers import objective
 
 SIZES = ((128, 10), (128, 100), (512, 1000))
@@ -183,6 +186,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         sizes, repeats = (SIZES[:1], 3) if quick else (SIZES, 41)
         rows = [_measure(name, *size, repeats=repeats) for size in sizes for name in LOSSES]

@@ -13,20 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkd.divergences import (
+from fedkd.closed_form import (
     Distribution,
     TeacherTerms,
     check_pair,
     check_temperature,
     compute_dtype,
     into,
-    kl,
     log_ratio,
-    register,
     reverse,
     soften,
     tempered,
 )
+from fedkd.divergences import kl, register
 
 __all__ = ["OnlineLosses", "balanced", "online"]
 

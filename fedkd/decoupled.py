@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkd.divergences import (
+from fedkd.closed_form import (
     FAR,
     Distribution,
     TeacherTerms,
@@ -27,10 +27,10 @@ from fedkd.divergences import (
     check_pair,
     check_temperature,
     compute_dtype,
-    register,
     soften,
     tempered,
 )
+from fedkd.divergences import register
 
 __all__ = ["Decoupled", "cakd", "cakd_features", "decouple", "dkd", "warm_up"]
 

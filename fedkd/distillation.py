@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkd import divergences
+from fedkd.closed_form import FAR
 from fedkd.config import RunConfig
 from fedkd.divergences import register
 from fedkd.errors import SettingError
@@ -28,7 +29,7 @@ def mean_absolute_error(student_logits: Tensor, teacher_logits: Tensor, *, tempe
     >>> mean_absolute_error(torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]))
     tensor([2.])
     """
-    student, teacher = (logits.clamp_min(-divergences.FAR) for logits in (student_logits, teacher_logits.detach()))
+    student, teacher = (logits.clamp_min(-FAR) for logits in (student_logits, teacher_logits.detach()))
     return (teacher - student).abs().mean(dim=-1) / temperature
 
 

@@ -25,11 +25,28 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from fedkd.closed_form import (
+    Compare,
+    TeacherTerms,
+    check_logits,
+    check_pair,
+    check_temperature,
+    compute_dtype,
+    differentiable,
+    into,
+    log_ratio,
+    preparing,
+    reverse,
+    soften,
+    tempered,
+    tilt,
+)
 
 __all__ = [
     "Divergence",
@@ -46,39 +63,6 @@ __all__ = [
     "sed",
     "td",
 ]
-
-# −log 0, far above any other −log p and far below overflow, even summed over a batch.
-FAR = 1e30
-
-
-class Distribution(NamedTuple):
-    """A softened prediction of one softmax: ``log_probs``, −1e30 or more, and ``probs``, each ``[..., B, C]``."""
-
-    log_probs: Tensor
-    probs: Tensor
-
-
-# (z_s/T, *terms of the teacher) -> values [..., B] and slopes ∂D/∂(z_s/T) [..., B, C], both new tensors. The memory of
-# z_s/T, [B, C], is the function's own, to be written over; that of the terms is not.
-Compare = Callable[..., tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class TeacherTerms:
-    """All of a divergence that the teacher alone decides: made once, used at every step of a student.
-
-    ``compare`` gives values ``[..., B]`` and slopes ``[..., B, C]`` of a student and ``terms``, which are
-    ``[..., B, *]`` like the teacher logits that they are made from. Called with student logits ``[B, C]``, it gives the
-    divergence ``[B]`` of one teacher.
-    """
-
-    compare: Compare
-    terms: tuple[Tensor, ...]
-    temperature: float
-
-    def __call__(self, student_logits: Tensor) -> Tensor:
-        """Return the divergence ``[B]``, differentiable in the student logits."""
-        return differentiable(self.compare, student_logits, self.terms, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -177,128 +161,6 @@ def names() -> list[str]:
     return sorted(_REGISTRY.keys() | _ELSEWHERE.keys())
 
 
-# Steps that every divergence shares.
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ``ValueError`` unless the temperature is a finite number > 0."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"Expected argument `temperature` to be a finite number > 0, but got {temperature!r}.")
-
-
-def check_logits(**logits: Tensor) -> None:
-    """Raise ``ValueError`` unless all are floating-point ``[..., B, C]`` with B, C ≥ 1; keywords name them."""
-    for name, tensor in logits.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"Expected argument `{name}` to have a floating-point dtype, but got {tensor.dtype}.")
-        if tensor.dim() < 2 or tensor.numel() == 0:
-            raise ValueError(
-                f"Expected argument `{name}` to be logits of shape [B, C] with B, C >= 1, but got {list(tensor.shape)}."
-            )
-
-
-def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise ``ValueError`` unless both are floating-point logits of one shape ``[B, C]``."""
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "Expected arguments `student_logits` and `teacher_logits` to have one shape [B, C], "
-            f"but got {list(student_logits.shape)} and {list(teacher_logits.shape)}."
-        )
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: float64 for float64, float32 for all others."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-@lru_cache(maxsize=64)
-def _scalar(number: float, dtype: torch.dtype) -> Tensor:
-    """Keep a number as the tensor that PyTorch otherwise makes and casts at every use: half of a small division."""
-    return torch.tensor(number, dtype=dtype, device="cpu")
-
-
-def tempered(logits: Tensor, temperature: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Return z/T of the detached logits, in memory of its own and in ``dtype``: unless given, the one to compute in."""
-    dtype = dtype or compute_dtype(logits)
-    if logits.requires_grad:
-        logits = logits.detach()
-    if logits.dtype != dtype:
-        logits = logits.to(dtype)
-    return logits / _scalar(temperature, dtype)
-
-
-def soften(scaled: Tensor) -> Distribution:
-    """Return softmax(z/T) of ``scaled``, z/T ``[..., C]``, which is written over."""
-    log_probs = torch.log_softmax(scaled, dim=-1).clamp_min_(-FAR)
-    return Distribution(log_probs, torch.exp(log_probs, out=scaled))
-
-
-def into(own: Tensor, like: Tensor) -> Tensor | None:
-    """Return ``own`` as the ``out`` of what comes out like ``like``; ``None``, new memory, where it does not fit.
-
-    With K teachers, a student's ``[B, C]`` is too small; with teachers in float64, one in float32 is too coarse.
-    """
-    return own if own.shape == like.shape and own.dtype == like.dtype else None
-
-
-def tilt(probs: Tensor, score: Tensor) -> Tensor:
-    """Return q·(score − Σ q·score), the gradient in z where ``score``, overwritten, is that in q = softmax(z)."""
-    weighted = score.mul_(probs)
-    return weighted.addcmul_(probs, weighted.sum(dim=-1, keepdim=True), value=-1)
-
-
-def log1p_(x: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Return log(1 + x), for x > −1, written over ``x``: log u, and what rounding to u = 1 + x has lost.
-
-    ``spare``, if given, is memory like that of ``x``, to be written over.
-
-    Ten times as fast as PyTorch's own on processors for which MKL has no fast one (AMD's), and as precise.
-    """
-    u = torch.add(x, 1, out=spare)
-    return x.sub_(u - 1).div_(u).add_(u.log_())
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, result: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-        value, slope = result  # as one argument, for autograd makes a view of a tensor that is handed through
-        ctx.save_for_backward(slope)
-        ctx.temperature = temperature
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():  # as under `create_graph`; autograd's own check costs a tenth of a small loss
-            raise RuntimeError("The divergences have no second derivative: their gradient is made with their value.")
-        (slope,) = ctx.saved_tensors
-        return (grad / _scalar(ctx.temperature, grad.dtype)).unsqueeze(-1) * slope, None, None
-
-
-def attach(student_logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
-    """Return ``value`` ``[B]``, a new tensor, as a function of student logits ``[B, C]`` with gradient ``slope/T``."""
-    attached: Tensor = _Attach.apply(student_logits, (value, slope), temperature)
-    return attached
-
-
-def differentiable(compare: Compare, student_logits: Tensor, terms: tuple[Tensor, ...], temperature: float) -> Tensor:
-    """Return the divergence ``[B]`` from one teacher's ``terms``, differentiable in the student logits ``[B, C]``."""
-    dtype = compute_dtype(student_logits)
-    if student_logits.dtype != dtype:
-        student_logits = student_logits.to(dtype)
-    value, slope = compare(tempered(student_logits, temperature, dtype), *terms)
-    return attach(student_logits, value, slope, temperature)
-
-
-def preparing(compare: Compare, terms: Callable[[Tensor], tuple[Tensor, ...]] = soften) -> Callable[..., TeacherTerms]:
-    """Return the ``prepare`` of a divergence whose teacher terms are made of z_t/T alone: unless given, log p and p."""
-
-    def prepare(teacher_logits: Tensor, *, temperature: float, labels: Tensor | None = None) -> TeacherTerms:
-        return TeacherTerms(compare, terms(tempered(teacher_logits, temperature)), temperature)
-
-    return prepare
-
-
 def _compute(
     compare: Compare,
     student_logits: Tensor,
@@ -332,17 +194,6 @@ def compare_kl(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tenso
     return value, torch.sub(q, p, out=into(q, p))
 
 
-def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return log(p/q), in the memory of ``log_q`` where it fits."""
-    return torch.sub(log_p, log_q, out=into(log_q, log_p))
-
-
-def reverse(q: Tensor, log_p_over_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(q‖p) and its slope, of log(p/q), which is written over."""
-    value = (q * log_p_over_q).sum(dim=-1).neg_().clamp_min_(0)
-    return value, tilt(q, torch.threshold_(log_p_over_q, -FAR / 2, 0)).neg_()
-
-
 def compare_reverse_kl(student: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     log_q, q = soften(student)
     return reverse(q, log_ratio(log_p, log_q))
@@ -374,10 +225,10 @@ def _skewed_js(student: Tensor, p: Tensor, share: float) -> tuple[Tensor, Tensor
     tiny = torch.finfo(q.dtype).tiny
     gap = torch.sub(p, q, out=into(student, p))
     floor = p.clamp_min(tiny)
-    log_m_over_p = log1p_(torch.div(gap, floor, out=floor).mul_(-share))
+    log_m_over_p = torch.div(gap, floor, out=floor).mul_(-share).log1p_()
     of_teacher = log_m_over_p.mul_(p).sum(dim=-1)
     floor_q = torch.clamp_min(q, tiny, out=into(floor, q))
-    log_m_over_q = log1p_(gap.div_(floor_q).mul_(1 - share), into(floor_q, gap))
+    log_m_over_q = gap.div_(floor_q).mul_(1 - share).log1p_()
     weighted = log_m_over_q.mul_(q)
     of_student = weighted.sum(dim=-1)
     value = of_teacher.mul_(share - 1).sub_(of_student, alpha=share).clamp_min_(0)
@@ -416,7 +267,7 @@ def _prepare_msed(
     first, gaps = probs[:1], torch.sub(probs, probs[:1], out=scaled)
     mean = first + gaps.mul_(shares).sum(dim=0, keepdim=True)
     floor = probs.clamp_min(torch.finfo(probs.dtype).tiny)
-    log_mean_over_p = log1p_(torch.sub(mean, probs, out=gaps).div_(floor), floor)
+    log_mean_over_p = torch.sub(mean, probs, out=gaps).div_(floor).log1p_()
     apart = log_mean_over_p.mul_(probs).sum(dim=-1, keepdim=True)
     spread = apart.mul_(shares).sum(dim=0, keepdim=True).squeeze(-1).neg_().clamp_min_(0)
     compare = partial(compare_msed, teachers=teachers)

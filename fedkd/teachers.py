@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd.divergences import (
+from fedkd.closed_form import (
     Compare,
-    Divergence,
     attach,
     check_logits,
     check_temperature,
     compute_dtype,
     differentiable,
-    get,
     soften,
     tempered,
 )
+from fedkd.divergences import Divergence, get
 
 __all__ = ["Objective", "Prepared", "objective"]
 
