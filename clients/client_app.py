@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from clients.answering import always, answer, check, discreetly, frankly, round_of, telling
 from clients.place import Own, Place, own_settings, without_paths
 from fedkd.config import RunConfig
+from fedkd.protocol import seat_of
 
 if TYPE_CHECKING:
     from clients.peer import Peer
@@ -26,21 +27,20 @@ app = ClientApp()
 def on_mail(message: Message, context: Context) -> Message:
     """Answer one mail."""
     content, simulated = message.content, _in_simulation() or bool(context.node_config.get("simulated", False))
-    tell = frankly if simulated else partial(discreetly, conceal=partial(without_paths, own=context.node_config))
+    node_config: Own = {**context.node_config, **(seat_of(content) if simulated else {})}
+    tell = frankly if simulated else partial(discreetly, conceal=partial(without_paths, own=node_config))
     reply = always(
-        lambda: _reply(content, context, message.metadata.ttl, simulated=simulated),
-        fallback_name(context),
+        lambda: _reply(content, node_config, context.node_id, message.metadata.ttl, simulated=simulated),
+        peer_name(node_config, context.node_id),  # for when its own configuration cannot be read
         round_of(content),
         tell,
     )
     return Message(reply, reply_to=message)
 
 
-def _reply(content: RecordDict, context: Context, time_to_live: float, *, simulated: bool) -> RecordDict:
-    own = own_settings(context.node_config)
-    place = Place.of_own(
-        own, name=peer_name(own, context.node_id), root=_state_root(content, simulated), simulated=simulated
-    )
+def _reply(content: RecordDict, node_config: Own, node_id: int, time_to_live: float, *, simulated: bool) -> RecordDict:
+    own = own_settings(node_config)
+    place = Place.of_own(own, name=peer_name(own, node_id), root=_state_root(content, simulated), simulated=simulated)
     if simulated or not place.worker:
         return answer(content, place, _peer)
     work = partial(_ask_worker, content, place, own, time_to_live)
@@ -65,11 +65,6 @@ def peer_name(own: Own, node_id: int) -> str:
     if "name" in own:
         return str(own["name"])
     return f"peer-{own['partition-id']}" if "partition-id" in own else f"node-{node_id}"
-
-
-def fallback_name(context: Context) -> str:
-    """Return a peer's name where its own configuration cannot be read."""
-    return peer_name(context.node_config, context.node_id)
 
 
 def _in_simulation() -> bool:

@@ -87,9 +87,10 @@ def _measure(peers: int, rounds: int) -> dict[str, Any]:
                 marks.append((time.monotonic(), watch.cpu_seconds()))
 
         settings = {
-            **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "rounds": rounds, "out-dir": str(folder / "run"),
+            **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "rounds": rounds, "peers": peers,
+            "out-dir": str(folder / "run"),
         }  # fmt: skip
-        outcome = launch(OWN_FOLDER, settings, Federation(peers=peers), out=note)
+        outcome = launch(OWN_FOLDER, settings, Federation(peers=peers).sharing(), out=note)
         if not outcome.completed or len(marks) != rounds + 1:
             raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
         disk = sum(path.stat().st_size for path in (folder / "run").rglob("*") if path.is_file())

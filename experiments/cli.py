@@ -81,6 +81,14 @@ def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
     return option if option is not None else word or before or _PEERS
 
 
+def _may_share(settings: Mapping[str, Any]) -> bool:
+    """Tell whether the relay knows how many peers there are without counting nodes, as in a run that is resumed."""
+    from fedkd.results import RunFolder
+
+    resumed = str(settings.get("resume", ""))
+    return not resumed or RunFolder(Path(resumed)).read_config()["settings"]["peers"] > 0
+
+
 def _finished(run: Path) -> bool:
     """Tell that a run is complete, with its table, if it is."""
     if not (run / "summary.json").exists():
@@ -160,6 +168,8 @@ def run(
         ray_address=None if ray_address in ("", "local") else ray_address,
     )
     config = None
+    if own and _may_share(settings) and (shared := federation.sharing()).nodes != federation.peers:
+        federation, settings["peers"] = shared, federation.peers
     if own:
         from experiments import preflight
         from fedkd.config import RunConfig

@@ -80,7 +80,7 @@ def compare(
         recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands, quick=recipe.quick
     )
     about.write(folder)
-    peers = replace(federation, peers=max(trial.peers for trial in planned))
+    peers = replace(federation, peers=max(trial.peers for trial in planned)).sharing()
     outcome = _run(trials, file, peers, out=out, verbose=verbose)
     done = [trial.name for trial in trials if trial.finished()]
     failed = tuple(trial.name for trial in planned if trial.name not in done)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +30,7 @@ Setting = str | int | float | bool
 
 COMPLETED, STOPPED = "finished:completed", "finished:stopped"
 _TAIL = 200
+_NODES = 32
 _LOOK_SECONDS, _PATIENCE = 0.5, 3.0
 _NO_REASON = ("", "No heartbeat received from the task")
 _WRAPPED = "An error was encountered. Ending simulation."
@@ -40,7 +41,8 @@ class Federation:
     """How many peers a simulation has and what each may use of the machine.
 
     Args:
-        peers: number of simulated SuperNodes.
+        peers: number of simulated peers.
+        nodes: number of Flower's SuperNodes that they share, which takes the setting ``peers``; None: one for each.
         cpus_per_peer: CPUs a peer's actor takes (Ray counts whole ones).
         gpus_per_peer: GPUs, or the fraction of one, that a peer's actor takes; 0 hides the GPUs from it.
         actors: peers that work at once; None: as many as the machine's CPUs and GPUs hold.
@@ -49,6 +51,7 @@ class Federation:
     """
 
     peers: int
+    nodes: int | None = None
     cpus_per_peer: int = 1
     gpus_per_peer: float = 0.0
     actors: int | None = None
@@ -56,7 +59,14 @@ class Federation:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("peers", 1), ("cpus_per_peer", 1), ("actors", 1), ("gpus_per_peer", 0), ("gpus", 0)):
+        for name, least in (
+            ("peers", 1),
+            ("nodes", 1),
+            ("cpus_per_peer", 1),
+            ("actors", 1),
+            ("gpus_per_peer", 0),
+            ("gpus", 0),
+        ):
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise SettingError(_flag(name), value, f"a number >= {least}")
@@ -65,6 +75,11 @@ class Federation:
             if self.ray_address and value is not None:
                 raise SettingError(_flag(name), value, "left out with --ray-address: the cluster has its own size")
 
+    def sharing(self) -> "Federation":
+        """Return the same with no more nodes than keep the machine's actors busy: each node costs Flower time."""
+        enough = max(_NODES, 2 * (self.actors or os.cpu_count() or 1))
+        return self if self.ray_address else replace(self, nodes=min(self.peers, enough))
+
     def config(self) -> str:
         """Return the value of `flwr run --federation-config`.
 
@@ -72,7 +87,7 @@ class Federation:
         'num-supernodes=6 client-resources-num-cpus=1 client-resources-num-gpus=0.0 init-args-num-cpus=2'
         """
         parts: dict[str, int | float | None] = {
-            "num-supernodes": self.peers,
+            "num-supernodes": self.nodes or self.peers,
             "client-resources-num-cpus": self.cpus_per_peer,
             "client-resources-num-gpus": float(self.gpus_per_peer),
             "init-args-num-cpus": self.actors and self.actors * self.cpus_per_peer,

@@ -297,7 +297,7 @@ class RunConfig:
     peers: int = _setting(
         0,
         at_least(0),
-        "peers that take part, by their partition's number; 0: as many as Flower started, in a simulation",
+        "peers that take part; 0, in a simulation: one for each Flower node; more than that share the nodes",
     )
     trials: str = _setting(
         "", ANY, 'file of trials to run one after another on the same peers, `{"name": ..., "settings": {...}}` a line'

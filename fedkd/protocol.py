@@ -167,8 +167,14 @@ def wire_bytes(content: RecordDict) -> int:
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
-def pack_mail(mail: Mail) -> RecordDict:
-    """Turn a mail into a Flower message's content."""
+def pack_mail(mail: Mail, *, seat: tuple[int, ...] = ()) -> RecordDict:
+    """Turn a mail into a Flower message's content.
+
+    Args:
+        mail: the mail.
+        seat: the number of the simulated peer that it is for, and of how many, where the node that gets it works for
+            several.
+    """
     content = RecordDict(
         {
             "mail": ConfigRecord(
@@ -178,6 +184,7 @@ def pack_mail(mail: Mail) -> RecordDict:
                     "run": mail.run,
                     "state-dir": mail.state_dir,
                     "rounds": list(mail.rounds),
+                    "seat": list(seat),
                 }
             ),
             "settings": ConfigRecord(dict(mail.settings)),
@@ -229,6 +236,19 @@ def unpack_mail(content: RecordDict) -> Mail:
         _text(head, "state-dir"),
         tuple(_round(round) for round in _list(head, "rounds", int)),
     )
+
+
+def seat_of(content: RecordDict) -> dict[str, Scalar]:
+    """Return what a mail says of the simulated peer that it is for, as a node's own configuration would; else nothing.
+
+    >>> seat_of(pack_mail(Mail("learn", 1, {}), seat=(3, 1000)))
+    {'partition-id': 3, 'num-partitions': 1000}
+    """
+    head = content.config_records.get("mail")
+    seat = head.get("seat") if head is not None else None
+    if not isinstance(seat, list) or len(seat) != 2 or not all(isinstance(number, int) for number in seat):
+        return {}
+    return {"partition-id": int(seat[0]), "num-partitions": int(seat[1])}
 
 
 def pack_answer(answer: Answer) -> RecordDict:

@@ -25,7 +25,7 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     Args:
         post: carries the messages.
         config: the run's settings; ``peers`` says how many take part, and nodes with a higher number stay spare;
-            0: as many as most of them say there are, in a simulation.
+            0: as many as most of them say there are, in a simulation. Where that has fewer nodes, peers share them.
         run: the token of this run.
         state_dir: where simulated peers keep their state.
 
@@ -35,6 +35,8 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     if not config.peers and not post.simulated:
         allowed = "how many take part, between real sites: whoever comes first could say that there are no others"
         raise SettingError("peers", 0, allowed)
+    if post.simulated and config.peers > _settled_nodes(post, config):
+        post.share_nodes(config.peers)
     mail = Mail("introduce", 0, config.to_mapping(), run, state_dir=state_dir)
     members: list[Member] = []
     met: set[int] = set()
@@ -45,6 +47,18 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
         met |= newcomers
         missing = _count(members, config) - len(members)
     return roster(members)
+
+
+def _settled_nodes(post: Post, config: RunConfig) -> int:
+    """Return how many nodes a simulation has, or the first enough of them; it makes all of them at its start."""
+    deadline = time.monotonic() + config.round_timeout
+    seen, quiet = len(post.nodes()), 0
+    while seen < config.peers and quiet < _AT_FIRST and time.monotonic() < deadline:
+        time.sleep(_NODE_WAIT)
+        found = len(post.nodes())
+        quiet = quiet + 1 if found == seen > 0 else 0
+        seen = found
+    return seen
 
 
 def _count(members: Sequence[Member], config: RunConfig) -> int:

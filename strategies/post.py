@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedkd.protocol import PEER_MESSAGE, Answer, BadMessage, Mail, pack_mail, unpack_answer, wire_bytes
+from strategies.hosts import Hosts, OwnNodes, SharedNodes
 from strategies.window import Window
 
 _LONGEST_RUN = 30 * 24 * 3600.0  # seconds
@@ -24,10 +25,10 @@ _FIRST_POLL, _LAST_POLL = 0.02, 0.25  # seconds; the pause grows while nothing c
 
 @dataclass(frozen=True)
 class Receipt:
-    """What came back from one node.
+    """What came back from one peer.
 
     Attributes:
-        node: Flower's node id.
+        node: the peer's address: Flower's node id, or its number where peers share nodes.
         mail: what it was sent.
         answer: the answer, or None if there was none that could be read.
         bytes_up: bytes of the encoded arrays in the reply.
@@ -48,6 +49,7 @@ class Receipt:
 @dataclass(frozen=True)
 class _Sent:
     node: int
+    host: int  # the Flower node that works on it
     mail: Mail
     bytes_down: int
     at: float
@@ -71,6 +73,7 @@ class Post:
 
     def __init__(self, grid: Grid, *, time_to_live: float, window: Window | None = None) -> None:
         self._grid = grid
+        self._hosts: Hosts = OwnNodes(grid)
         self.simulated = hasattr(grid, "state")
         self._time_to_live = _LONGEST_RUN if self.simulated else time_to_live
         self._window = window or (Window() if self.simulated else Window.unbounded())
@@ -81,9 +84,13 @@ class Post:
         self.bytes_up = 0
         self.bytes_down = 0
 
+    def share_nodes(self, peers: int) -> None:
+        """Have a number of simulated peers take turns on the Flower nodes that there are."""
+        self._hosts = SharedNodes(self._grid, peers)
+
     def nodes(self) -> list[int]:
-        """Return the connected nodes, in ascending order."""
-        return sorted(self._grid.get_node_ids())
+        """Return the addresses of the peers that can be written to, in ascending order."""
+        return sorted(self._hosts.peers())
 
     def busy(self) -> set[int]:
         """Return the nodes that still owe a reply, or have mail that waits to be sent."""
@@ -116,18 +123,21 @@ class Post:
     def _fill(self) -> None:
         while self._outbox and len(self._pending) < self._window.size:
             node = next(iter(self._outbox))
-            self._push(node, self._outbox.pop(node))
+            if (host := self._hosts.take(node)) is None:
+                break
+            self._push(node, host, self._outbox.pop(node))
 
-    def _push(self, node: int, mail: Mail) -> None:
-        content = pack_mail(mail)
-        sent = _Sent(node, mail, wire_bytes(content), time.monotonic())
-        message = Message(content, node, PEER_MESSAGE, ttl=self._time_to_live)
+    def _push(self, node: int, host: int, mail: Mail) -> None:
+        content = pack_mail(mail, seat=self._hosts.seat(node))
+        sent = _Sent(node, host, mail, wire_bytes(content), time.monotonic())
+        message = Message(content, host, PEER_MESSAGE, ttl=self._time_to_live)
         # One by one: where Flower leaves out a message of many, it does not say which.
         ids = list(self._grid.push_messages([message]))
         if len(ids) == 1 and ids[0]:
             self._pending[ids[0]] = sent
             self.bytes_down += sent.bytes_down
         else:
+            self._hosts.give(host)
             self._undelivered.append(Receipt(node, mail, None, 0, 0, "Flower did not take the message"))
 
     def next(self, *, deadline: float) -> list[Receipt]:
@@ -172,6 +182,7 @@ class Post:
             # The node in an error reply can be wrong (codes 3 and 5 come from node 1): the message id is not.
             sent = self._pending.pop(message.metadata.reply_to_message_id, None)
             if sent is not None:
+                self._hosts.give(sent.host)
                 receipts.append(replace(_receipt(message, sent), seconds=time.monotonic() - self._handed_in[sent.node]))
                 self.bytes_up += receipts[-1].bytes_up
                 waits.append(_waited(receipts[-1], sent))

@@ -46,9 +46,10 @@ def local_grid(path: Path, peers: int = 3, **options: Any) -> LocalGrid:
 
 
 def federate(path: Path, peers: int = 3, *, grid: LocalGrid | None = None, **settings: Any) -> Finished:
-    """Run a federation; settings with underscores for hyphens."""
+    """Run a federation; settings with underscores for hyphens. ``seats`` is how many peers share a grid's nodes."""
     grid = grid or local_grid(path, peers)
     changed = {name.replace("_", "-"): value for name, value in settings.items()}
+    changed |= {"peers": changed.pop("seats")} if "seats" in changed else {}
     config = {**RunConfig().to_mapping(), **SMALL, "out-dir": str(path / "run"), **changed}
     server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
     return Finished(path / "run", grid, config)

@@ -13,13 +13,22 @@ from experiments.project import OWN_FOLDER
 from fedkd.errors import FedkdError
 
 
+class Launched(list):
+    """Federations, and the settings that each was to run with."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = []
+
+
 @pytest.fixture
 def launched(tmp_path, monkeypatch):
     """Stand in a new folder, and replace `flwr run` by a Ctrl-C; return the federations that would have run."""
-    seen = []
+    seen = Launched()
 
     def launch(app, settings, federation, **options):
         seen.append(federation)
+        seen.settings.append(settings)
         return Outcome("1", STOPPED, "stopped by SIGINT", {"app": 1.0}, (), signal=2)
 
     monkeypatch.setattr("experiments.launch.launch", launch)
@@ -63,6 +72,15 @@ def test_what_is_there_is_not_complained_about(launched, tmp_path):
     CliRunner().invoke(app, ["run", *words], catch_exceptions=False)
 
     assert [federation.peers for federation in launched] == [2]
+
+
+def test_a_large_run_has_fewer_nodes_than_peers_and_says_how_many_peers(launched, tmp_path):
+    for words in (["--peers", "500"], ["peers=500"]):
+        CliRunner().invoke(app, ["run", *words, "--actors", "2"], catch_exceptions=False)
+    CliRunner().invoke(app, ["run", "--peers", "6"], catch_exceptions=False)
+
+    assert [(federation.peers, federation.nodes) for federation in launched] == [(500, 32), (500, 32), (6, None)]
+    assert [settings.get("peers") for settings in launched.settings] == [500, 500, None]
 
 
 def test_modules_where_the_user_stands_are_found_unless_they_would_hide_others(tmp_path):

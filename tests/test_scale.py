@@ -8,10 +8,11 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from local_grid import LocalGrid
 
+from experiments.launch import Federation
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.plots import accuracy_png
-from fedkd.protocol import Answer, Mail, pack_answer
+from fedkd.protocol import PEER_MESSAGE, Answer, Mail, pack_answer, pack_mail, unpack_answer
 from fedkd.results import PeerSummary, Row, Summary
 from strategies.console import round_line, summary_table
 from strategies.introductions import introduce
@@ -164,3 +165,69 @@ def test_a_run_of_many_lists_some_of_its_peers_and_counts_the_others(tmp_path):
     assert "and 160 more" in "\n".join(table) and len(table) < 60
     assert len(line) == 42 and line[-1].startswith("and 160 more")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_peers_that_share_a_simulations_nodes_learn_what_they_would_have_learned_on_their_own(tmp_path):
+    own = federate(tmp_path / "own", PEERS, strategy="gossip", fanout=2)
+    shared = federate(tmp_path / "shared", grid=local_grid(tmp_path / "shared", 2), seats=PEERS, strategy="gossip",
+                      fanout=2)  # fmt: skip
+
+    assert shared.timeless_rows() == own.timeless_rows()
+    assert {message.metadata.dst_node_id for message in shared.grid.sent} == set(shared.grid.get_node_ids())
+
+
+def test_a_shared_node_works_for_one_peer_at_a_time(tmp_path):
+    grid = Slow(2, tmp_path)
+    post = Post(grid, time_to_live=60.0)
+    post.share_nodes(9)
+
+    mails = dict.fromkeys(post.nodes(), Mail("learn", 1, {}))
+    post.send(mails)
+    answered = [receipt.node for receipt in post.receive(mails, deadline=math.inf)]
+
+    assert sorted(answered) == list(range(9)) and grid.most == 2
+
+
+def test_a_peer_that_hangs_keeps_its_node_and_no_other(tmp_path):
+    grid = Slow(2, tmp_path)
+    grid.silent = {0}
+    post = Post(grid, time_to_live=60.0)
+    post.share_nodes(4)
+
+    post.send(dict.fromkeys(post.nodes(), Mail("learn", 1, {})))
+    answered = {receipt.node for receipt in post.receive({1, 2, 3}, deadline=math.inf)}
+
+    assert answered == {1, 2, 3} and post.busy() == {0}
+
+
+def test_a_mail_that_flower_does_not_take_leaves_its_node_free(tmp_path):
+    grid = Slow(1, tmp_path)
+    post = Post(grid, time_to_live=60.0)
+    post.share_nodes(2)
+    taken, grid.push_messages = grid.push_messages, lambda messages: [""]
+
+    post.send({0: Mail("learn", 1, {})})
+    (lost,) = post.next(deadline=math.inf)
+    grid.push_messages = taken
+    post.send({1: Mail("learn", 1, {})})
+    (came,) = post.next(deadline=math.inf)
+
+    assert (lost.node, lost.answer) == (0, None) and came.node == 1 and came.answer is not None
+
+
+def test_nobody_but_a_simulation_seats_a_peer(tmp_path):
+    grid = local_grid(tmp_path, 1, node_config={0: {"simulated": False}})
+
+    grid.push_messages(
+        [Message(pack_mail(Mail("introduce", 0, {"peers": 9}), seat=(4, 9)), grid.get_node_ids()[0], PEER_MESSAGE)]
+    )
+
+    assert unpack_answer(grid.replies[0].content).peer == "peer-0"
+
+
+def test_a_large_simulation_has_few_nodes():
+    assert "num-supernodes=1000 " in Federation(peers=1000).config()
+    assert "num-supernodes=32 " in Federation(peers=1000, actors=2).sharing().config()
+    assert "num-supernodes=80 " in Federation(peers=1000, actors=40).sharing().config()
+    assert "num-supernodes=6 " in Federation(peers=6, actors=40).sharing().config()
+    assert "num-supernodes=1000 " in Federation(peers=1000, ray_address="head:6379").sharing().config()
