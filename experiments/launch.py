@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from experiments.bundle import bundled
 from experiments.preflight import with_own_code
 from experiments.quiet import QuietLog
 from experiments.superlink import FlowerCommand, LaunchError, SuperLink, process_environment
@@ -176,9 +177,10 @@ def launch(
         ):
             try:
                 interrupts.arm()
+                bundle = bundled(app, home / "bundle")
                 superlink.wait_until_ready()
                 clock.mark("superlink")
-                run_id = _submit(flwr, app, settings, federation)
+                run_id = _submit(flwr, bundle, settings, federation)
                 clock.mark("submit")
                 with _stopped_if_gone(superlink, run_id, home, environment) as gone:
                     for line in flwr.lines("log", run_id, "--stream"):

@@ -1,9 +1,11 @@
 """`fedkd deploy run`: submits a run to a deployment's SuperLink and follows it; its status is Flower's own verdict."""
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from experiments.bundle import bundled
 from experiments.deploy.layout import CONNECTION, Deployment
 from experiments.deploy.trial import flower, require_up
 from experiments.launch import COMPLETED, Setting, run_config
@@ -36,8 +38,9 @@ def run(
         settings = {**settings_of(deployment), **settings}
     RunConfig.from_mapping(settings)
     require_up(deployment)
-    with flower(deployment) as flwr:
-        answer = flwr.json("run", str(app), CONNECTION, "--run-config", run_config(settings))
+    with flower(deployment) as flwr, tempfile.TemporaryDirectory(prefix="fedkd-") as scratch:
+        bundle = bundled(app, Path(scratch) / "bundle")
+        answer = flwr.json("run", str(bundle), CONNECTION, "--run-config", run_config(settings))
         if not answer.get("success"):
             raise LaunchError("Flower refused the run: " + str(answer.get("error-message", "")).strip())
         run_id = str(answer["run-id"])
