@@ -4,17 +4,14 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import networkx as nx  # here, so that it is read while the relay waits for the peers
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkd.config import TOPOLOGIES
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
-
-if TYPE_CHECKING:
-    from networkx import Graph
 
 FIXED = ("complete", "ring", "torus", "star")
 RANDOM = ("k-regular", "erdos-renyi", "small-world")
@@ -152,9 +149,7 @@ def topology(spec: str, peers: int, *, degree: int = 4, probability: float = 0.3
     return Topology(spec, (tuple(tuple(sorted(graph[i])) for i in range(peers)),))
 
 
-def _fixed(spec: str, peers: int) -> "Graph[int]":
-    import networkx as nx
-
+def _fixed(spec: str, peers: int) -> "nx.Graph[int]":
     if spec == "complete":
         return nx.complete_graph(peers)
     if spec == "ring":
@@ -169,10 +164,8 @@ def _fixed(spec: str, peers: int) -> "Graph[int]":
     return nx.convert_node_labels_to_integers(grid, ordering="sorted")
 
 
-def _random(spec: str, peers: int, *, degree: int, probability: float, seed: int) -> "Graph[int]":
+def _random(spec: str, peers: int, *, degree: int, probability: float, seed: int) -> "nx.Graph[int]":
     """The first connected one of a hundred drawn graphs."""
-    import networkx as nx
-
     if spec == "k-regular":
         if not 1 <= degree < peers or degree * peers % 2:
             allowed = f"from 1 to {peers - 1} for {peers} peers, with degree × peers even (k-regular)"
@@ -201,18 +194,14 @@ def _random(spec: str, peers: int, *, degree: int, probability: float, seed: int
     raise SettingError("topology-degree", degree, allowed)
 
 
-def _regular(degree: int, peers: int, stream: int) -> "Graph[int]":
-    import networkx as nx
-
+def _regular(degree: int, peers: int, stream: int) -> "nx.Graph[int]":
     # The drawing slows down steeply with the degree; the complement of a random regular graph is one too.
     if degree <= peers // 2:
         return nx.random_regular_graph(degree, peers, seed=stream)
     return nx.complement(nx.random_regular_graph(peers - 1 - degree, peers, seed=stream))
 
 
-def _from_file(spec: str, peers: int) -> "Graph[int]":
-    import networkx as nx
-
+def _from_file(spec: str, peers: int) -> "nx.Graph[int]":
     path = Path(spec.removeprefix("file:")).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
