@@ -9,7 +9,6 @@ Ray's too, from the end of round 0 to the end of the last.
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.launch import Federation, launch
-from experiments.measuring import Watch, leave
+from experiments.measuring import Marks, Watch, leave
 from experiments.project import OWN_FOLDER
 from fedkd.errors import FedkdError
 
@@ -45,8 +44,6 @@ WAYS = ("plain", "default", "fast")
 
 Size = dict[str, Any]
 Figures = dict[str, Any]
-
-_ROUND = re.compile(r"^round +(\d+)/")
 
 
 def run(*, quick: bool = False) -> Figures:
@@ -167,17 +164,20 @@ def _ours(folder: Path, size: Size, seed: int, *, fast: bool) -> Figures:
         **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "models": size["models"], "proxy-size": size["proxy"],
         "rounds": size["rounds"], "seed": seed, "fast": fast, "out-dir": str(place),
     }  # fmt: skip
-    marks: list[tuple[float, float, float]] = []  # at the end of every round: wall, CPU of all, CPU of the peers
+    ends = [size["peers"] * (round + 1) for round in range(size["rounds"] + 1)]  # a row for each peer
     with Watch() as watch:
 
-        def note(line: str) -> None:
-            if _ROUND.match(line):
-                marks.append((time.monotonic(), watch.cpu_seconds(), watch.spent(_is_actor)))
+        def note() -> tuple[float, float, float]:
+            return time.monotonic(), watch.cpu_seconds(), watch.spent(_is_actor)
 
-        outcome = launch(OWN_FOLDER, settings, Federation(peers=size["peers"], actors=1), out=note)
-    if not outcome.completed or len(marks) != size["rounds"] + 1:
+        with Marks(place / "rounds.jsonl", ends, note) as marks:
+            federation = Federation(peers=size["peers"], actors=1)
+            outcome = launch(OWN_FOLDER, settings, federation, out=lambda line: None)
+    if not outcome.completed or len(marks.noted) != len(ends):
         raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-    wall, cpu, peers = ((last - first) / size["rounds"] for first, last in zip(marks[0], marks[-1], strict=True))
+    wall, cpu, peers = (
+        (last - first) / size["rounds"] for first, last in zip(marks.noted[0], marks.noted[-1], strict=True)
+    )
     after = json.loads((place / "summary.json").read_text(encoding="utf-8"))["mean"]["after"]
     return {"cpu_seconds": cpu, "peers_cpu_seconds": peers, "seconds": wall, "accuracy": after}
 

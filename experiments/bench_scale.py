@@ -5,7 +5,6 @@ around the training. Seconds and CPU seconds are those of the rounds alone, star
 that of the whole run.
 """
 
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.launch import Federation, launch
-from experiments.measuring import Watch, leave
+from experiments.measuring import Marks, Watch, leave
 from experiments.project import OWN_FOLDER
 from fedkd.errors import FedkdError
 
@@ -32,8 +31,6 @@ SETTINGS = {
     "distill-epochs": 1,
     "controls": "",
 }
-
-_ROUND = re.compile(r"^round +(\d+)/")
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
@@ -80,21 +77,21 @@ def _measure(peers: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fedkd-scale-") as name, Watch() as watch:
         folder = Path(name)
         np.savez(folder / "data.npz", **_data(peers))
-        marks: list[tuple[float, float]] = []  # wall and CPU time at the end of every round
 
-        def note(line: str) -> None:
-            if _ROUND.match(line):
-                marks.append((time.monotonic(), watch.cpu_seconds()))
+        def note() -> tuple[float, float]:
+            return time.monotonic(), watch.cpu_seconds()
 
         settings = {
             **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "rounds": rounds, "peers": peers,
             "out-dir": str(folder / "run"),
         }  # fmt: skip
-        outcome = launch(OWN_FOLDER, settings, Federation(peers=peers).sharing(), out=note)
-        if not outcome.completed or len(marks) != rounds + 1:
+        ends = [peers * (round + 1) for round in range(rounds + 1)]  # a row for each peer
+        with Marks(folder / "run" / "rounds.jsonl", ends, note) as marks:
+            outcome = launch(OWN_FOLDER, settings, Federation(peers=peers).sharing(), out=lambda line: None)
+        if not outcome.completed or len(marks.noted) != rounds + 1:
             raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
         disk = sum(path.stat().st_size for path in (folder / "run").rglob("*") if path.is_file())
-    wall, cpu = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
+    wall, cpu = (last - first for first, last in zip(marks.noted[0], marks.noted[-1], strict=True))
     return {
         "peers": peers,
         "seconds_per_round": wall / rounds,

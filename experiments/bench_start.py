@@ -1,11 +1,10 @@
 """How long a run takes to the end of its first round, beside an empty Flower app on the same machine.
 
 Both are started by the same launcher, with as many peers, and take turns. The clock starts when `flwr run` is called
-(the SuperLink is up by then) and stops at the line that the app prints when its first round is over: the empty app
-sends an empty message to every peer and gets one back; ours loads data and models, trains and exchanges.
+(the SuperLink is up by then) and stops when the app has written that its first round is over: the empty app sends an
+empty message to every peer and gets one back; ours loads data and models, trains and exchanges.
 """
 
-import re
 import statistics
 import tempfile
 import textwrap
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.launch import Federation, Outcome, launch
-from experiments.measuring import Watch, leave
+from experiments.measuring import Marks, Watch, leave
 from experiments.project import OWN_FOLDER
 from fedkd.errors import FedkdError
 
@@ -24,7 +23,6 @@ REPEATS, QUICK_REPEATS = 3, 1
 SETTINGS = {"rounds": 1, "pretrain-epochs": 1, "distill-epochs": 1, "controls": ""}
 
 _APPS = ("empty", "fedkd")
-_FIRST_ROUND = re.compile(r"round +1\b")
 _PROJECT = """
     [project]
     name = "empty"
@@ -42,6 +40,7 @@ _PROJECT = """
 """
 _APP = """
     import time
+    from pathlib import Path
 
     from flwr.app import Message, RecordDict
     from flwr.clientapp import ClientApp
@@ -64,7 +63,7 @@ _APP = """
         while waiting:
             time.sleep(0.05)
             waiting -= {{reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting)}}
-        print("round 1 is over", flush=True)
+        Path({over!r}).write_text("round 1 is over\\n")
 """
 
 
@@ -82,11 +81,13 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     """
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fedkd-start-") as name:
-        empty = _empty_app(Path(name) / "empty")
         for turn in range(QUICK_REPEATS if quick else REPEATS):
-            rows.append({"app": "empty", **_first_round(empty, {})})
-            out_dir = {"out-dir": str(Path(name) / f"run-{turn}")}
-            rows.append({"app": "fedkd", **_first_round(OWN_FOLDER, {**SETTINGS, **out_dir})})
+            over, folder = Path(name) / f"over-{turn}", Path(name) / f"run-{turn}"
+            empty = _empty_app(Path(name) / f"empty-{turn}", over)
+            rows.append({"app": "empty", **_first_round(empty, {}, over, 1)})
+            settings = {**SETTINGS, "out-dir": str(folder)}
+            # A row for each peer, in round 0 and in round 1.
+            rows.append({"app": "fedkd", **_first_round(OWN_FOLDER, settings, folder / "rounds.jsonl", 2 * PEERS)})
     seconds, cpu = ({app: _median(rows, app, what) for app in _APPS} for what in ("seconds", "cpu_seconds"))
     return {
         "ratio": seconds["fedkd"] / seconds["empty"],
@@ -118,27 +119,28 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
     leave(result, json_path)
 
 
-def _first_round(app: Path, settings: Mapping[str, Any]) -> dict[str, float]:
-    spent: dict[str, float] = {}
+def _first_round(app: Path, settings: Mapping[str, Any], file: Path, lines: int) -> dict[str, float]:
+    """Launch an app that is over with its first round when a file has some number of lines."""
     with Watch() as watch:
 
-        def note(line: str) -> None:
-            if _FIRST_ROUND.match(line):
-                spent.update(at=time.monotonic(), cpu_seconds=watch.cpu_seconds())
+        def note() -> tuple[float, float]:
+            return time.monotonic(), watch.cpu_seconds()
 
         began = time.monotonic()
-        outcome: Outcome = launch(app, settings, Federation(peers=PEERS), out=note)
-    if not outcome.completed or not spent:
+        with Marks(file, [lines], note) as marks:
+            outcome: Outcome = launch(app, settings, Federation(peers=PEERS), out=lambda line: None)
+    if not outcome.completed or not marks.noted:
         raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-    return {"seconds": spent["at"] - began - outcome.phases["superlink"], "cpu_seconds": spent["cpu_seconds"]}
+    ((at, cpu_seconds),) = marks.noted
+    return {"seconds": at - began - outcome.phases["superlink"], "cpu_seconds": cpu_seconds}
 
 
 def _median(rows: list[dict[str, Any]], app: str, what: str) -> float:
     return statistics.median(row[what] for row in rows if row["app"] == app)
 
 
-def _empty_app(folder: Path) -> Path:
+def _empty_app(folder: Path, over: Path) -> Path:
     folder.mkdir()
     (folder / "pyproject.toml").write_text(textwrap.dedent(_PROJECT))
-    (folder / "empty.py").write_text(textwrap.dedent(_APP.format(peers=PEERS)))
+    (folder / "empty.py").write_text(textwrap.dedent(_APP.format(peers=PEERS, over=str(over))))
     return folder

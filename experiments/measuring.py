@@ -4,10 +4,10 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import psutil
 
@@ -15,7 +15,8 @@ from fedkd.results import environment
 
 Figures = dict[str, Any]
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS, _MARK_SECONDS = 1.0, 0.02
+_Noted = TypeVar("_Noted")
 
 
 def facts() -> Figures:
@@ -116,6 +117,46 @@ class Watch:
         cost = self.costs.setdefault(process.pid, Cost(name))
         cost.name, cost.cpu_seconds = name, times.user + times.system
         cost.peak_bytes = max(cost.peak_bytes, peak)
+
+
+class Marks(Generic[_Noted]):
+    """Notes something as soon as a file that others append to has some number of lines, while its block runs.
+
+    The lines that a run prints come up to a second late through Flower's log; the file of its rounds does not.
+
+    Args:
+        path: the file, which need not exist yet.
+        lines: the numbers of lines, ascending.
+        note: called at each of them.
+
+    Attributes:
+        noted: what was noted so far.
+    """
+
+    def __init__(self, path: Path, lines: Sequence[int], note: Callable[[], _Noted]) -> None:
+        self.noted: list[_Noted] = []
+        self._path, self._lines, self._note = path, lines, note
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        size, over = -1, False
+        while len(self.noted) < len(self._lines) and not over:
+            over = self._over.wait(_MARK_SECONDS)  # once more after the end, for what came just before it
+            if not self._path.exists() or self._path.stat().st_size == size:
+                continue
+            size = self._path.stat().st_size
+            count = self._path.read_bytes().count(b"\n")
+            while len(self.noted) < len(self._lines) and count >= self._lines[len(self.noted)]:
+                self.noted.append(self._note())
 
 
 def _title(process: psutil.Process) -> str:

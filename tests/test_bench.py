@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import bench_bytes, bench_losses, bench_robust, bench_scale, bench_start, measuring
+from experiments import bench_bytes, bench_losses, bench_robust, bench_scale, measuring
 from experiments.bench import bench
 from fedkd.codec import codec, encoded_bytes
 from fedkd.errors import FedkdError, SettingError
@@ -115,10 +115,21 @@ def test_without_the_images_the_benchmark_of_bytes_says_where_they_should_lie(tm
         bench_bytes.run()
 
 
-def test_the_lines_that_stop_the_clock_are_those_of_round_1():
-    lines = ["round   0/1  accuracy", "round   1/1  accuracy", "round 1 is over", "round  10/12", "trial 1/2"]
+def test_marks_note_when_a_file_has_so_many_lines_even_at_the_very_end(tmp_path):
+    path = tmp_path / "rounds.jsonl"
 
-    assert [bool(bench_start._FIRST_ROUND.match(line)) for line in lines] == [False, True, True, False, False]
+    def write(text):
+        with path.open("a") as file:
+            file.write(text)
+
+    with measuring.Marks(path, [2, 3, 6], lambda: path.read_text().count("\n")) as marks:
+        write("line\n")
+        write("line\n")
+        while not marks.noted:
+            pass
+        write("line\nline\nno line yet")
+
+    assert marks.noted == [2, 4]
 
 
 def test_a_watch_counts_what_descendants_cost_even_after_their_end():
