@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments import preflight
 from experiments.comparison import Comparison, alone, comparison_runs
 from experiments.launch import Federation, Outcome, launch
 from experiments.project import OWN_FOLDER
@@ -63,8 +64,8 @@ def compare(
         verbose: pass on Flower's and Ray's own lines too.
 
     Raises:
-        FedkdError: the recipe's settings do not go together, the folder holds results under others, or the run did not
-            start.
+        FedkdError: the recipe's settings do not go together or name what is not there, the folder holds results under
+            others, or the run did not start.
     """
     from experiments.report import write_report
 
@@ -73,6 +74,9 @@ def compare(
     planned = plan(recipe, begun={name: str(settings.get("controls", "")) for name, settings in earlier.items()})
     trials = [Trial(p.name, RunConfig.from_mapping({**p.settings, "out-dir": _place(folder, p)})) for p in planned]
     _refuse_other_settings(trials, earlier, folder)
+    for trial in trials:
+        if not trial.finished():
+            preflight.check(trial.config, trial.config.peers, app=OWN_FOLDER, cwd=recipe.cwd)
     folder.mkdir(parents=True, exist_ok=True)
     file = _write_trials(folder, planned)
     commands = {trial.name: alone(trial.settings, federation) for trial in planned}

@@ -246,6 +246,24 @@ def test_results_under_other_settings_are_refused_and_stay(tmp_path, ran):
     assert len(ran) == 4 and compared(tmp_path).finished == 4 and len(ran) == 4
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('dataset = "npz:none.npz"', "`dataset` to be npz:PATH of a file; there is none at .*none.npz"),
+        ('models = "none:make"', "`models` .*there is no module none"),
+        ('topology = "torus"', "`topology` to be possible for 2 peers"),
+    ],
+)
+def test_what_is_not_there_is_found_before_anything_runs(tmp_path, ran, line, complaint):
+    key = line.partition(" =")[0]
+    kept = [given for given in SMALL.splitlines() if not given.startswith(f"{key} =")]
+    text = "\n".join(kept).replace("[settings]", f"[settings]\n{line}")
+
+    with pytest.raises(FedkdError, match=complaint):
+        compared(tmp_path, text)
+    assert ran == [] and not (tmp_path / "out").exists()
+
+
 def test_a_comparison_grows_without_running_anything_anew(tmp_path, ran):
     compared(tmp_path)
 
