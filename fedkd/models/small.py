@@ -43,11 +43,9 @@ def cnn_small(*, input_shape: tuple[int, ...], num_classes: int, width: float = 
     positions = -(-height // 4) * -(-image_width // 4)
     return nn.Sequential(
         nn.Conv2d(channels, first, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True),
+        *_pooled(),
         nn.Conv2d(first, second, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True),
+        *_pooled(),
         nn.Flatten(),
         nn.Linear(second * positions, hidden),
         nn.ReLU(),
@@ -61,10 +59,11 @@ def cnn_wide(*, input_shape: tuple[int, ...], num_classes: int, width: float = 1
     first, second, third = widened(32, width), widened(64, width), widened(128, width)
     return nn.Sequential(
         *_normalised_convolution(channels, first),
-        nn.MaxPool2d(2, ceil_mode=True),
+        *_pooled(),
         *_normalised_convolution(first, second),
-        nn.MaxPool2d(2, ceil_mode=True),
+        *_pooled(),
         *_normalised_convolution(second, third),
+        nn.ReLU(),
         PositionMean(),
         nn.Linear(third, num_classes),
     )
@@ -79,4 +78,9 @@ class PositionMean(nn.Module):
 
 
 def _normalised_convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+
+
+def _pooled() -> tuple[nn.Module, ...]:
+    # ReLU after the maximum is ReLU before it, values and gradients alike, of a quarter of the numbers.
+    return nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()
