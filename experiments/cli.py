@@ -196,9 +196,9 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
+@app.command(epilog=f"Benchmarks: {', '.join(BENCHES)}.")
 def bench(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHES)}.")],
+    name: Annotated[str, typer.Argument(help="Which one.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     quick: Annotated[bool, typer.Option(help="A small size, to see that it runs.")] = False,
 ) -> None:
