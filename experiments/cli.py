@@ -82,11 +82,16 @@ def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
 
 
 def _may_share(settings: Mapping[str, Any]) -> bool:
-    """Tell whether the relay knows how many peers there are without counting nodes, as in a run that is resumed."""
+    """Tell whether the relay can be told how many peers there are, as it has to be where they share nodes.
+
+    Not where each trial of a file says so, and not where a run is resumed that has counted nodes.
+    """
     from fedkd.results import RunFolder
 
+    if settings.get("trials"):
+        return False
     resumed = str(settings.get("resume", ""))
-    return not resumed or RunFolder(Path(resumed)).read_config()["settings"]["peers"] > 0
+    return not resumed or RunFolder(Path(resumed)).read_config()["settings"].get("peers", 0) > 0
 
 
 def _finished(run: Path) -> bool:
@@ -168,8 +173,8 @@ def run(
         ray_address=None if ray_address in ("", "local") else ray_address,
     )
     config = None
-    if own and _may_share(settings) and (shared := federation.sharing()).nodes != federation.peers:
-        federation, settings["peers"] = shared, federation.peers
+    if own and _may_share(settings):
+        federation, settings["peers"] = federation.sharing(), federation.peers
     if own:
         from experiments import preflight
         from fedkd.config import RunConfig

@@ -31,7 +31,7 @@ Setting = str | int | float | bool
 
 COMPLETED, STOPPED = "finished:completed", "finished:stopped"
 _TAIL = 200
-_NODES = 32
+_ENOUGH_NODES = 32  # for the actors of most machines; looking through so few takes Flower next to no time
 _LOOK_SECONDS, _PATIENCE = 0.5, 3.0
 _NO_REASON = ("", "No heartbeat received from the task")
 _WRAPPED = "An error was encountered. Ending simulation."
@@ -62,7 +62,6 @@ class Federation:
     def __post_init__(self) -> None:
         for name, least in (
             ("peers", 1),
-            ("nodes", 1),
             ("cpus_per_peer", 1),
             ("actors", 1),
             ("gpus_per_peer", 0),
@@ -78,7 +77,7 @@ class Federation:
 
     def sharing(self) -> "Federation":
         """Return the same with no more nodes than keep the machine's actors busy: each node costs Flower time."""
-        enough = max(_NODES, 2 * (self.actors or os.cpu_count() or 1))
+        enough = max(_ENOUGH_NODES, 2 * (self.actors or os.cpu_count() or 1))
         return self if self.ray_address else replace(self, nodes=min(self.peers, enough))
 
     def config(self) -> str:
@@ -177,10 +176,9 @@ def launch(
         ):
             try:
                 interrupts.arm()
-                bundle = bundled(app, home / "bundle")
                 superlink.wait_until_ready()
                 clock.mark("superlink")
-                run_id = _submit(flwr, bundle, settings, federation)
+                run_id = _submit(flwr, bundled(app, home / "bundle"), settings, federation)
                 clock.mark("submit")
                 with _stopped_if_gone(superlink, run_id, home, environment) as gone:
                     for line in flwr.lines("log", run_id, "--stream"):

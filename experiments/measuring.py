@@ -136,6 +136,7 @@ class Marks(Generic[_Noted]):
     def __init__(self, path: Path, lines: Sequence[int], note: Callable[[], _Noted]) -> None:
         self.noted: list[_Noted] = []
         self._path, self._lines, self._note = path, lines, note
+        self._problem: Exception | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -146,8 +147,16 @@ class Marks(Generic[_Noted]):
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join()
+        if self._problem is not None:
+            raise self._problem
 
     def _run(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # of another thread: raised where somebody hears it
+            self._problem = error
+
+    def _look(self) -> None:
         size, over = -1, False
         while len(self.noted) < len(self._lines) and not over:
             over = self._over.wait(_MARK_SECONDS)  # once more after the end, for what came just before it

@@ -99,7 +99,7 @@ def tune(
             for trial in proposed
         }
         file = _write(folder, runs)
-        outcome = launch(OWN_FOLDER, {"trials": str(file)}, federation, out=out, verbose=verbose)
+        outcome = launch(OWN_FOLDER, {"trials": str(file)}, federation.sharing(), out=out, verbose=verbose)
         told = [_tell(study, trial.number, folder, seeds) for trial in proposed]
         if outcome.signal:
             raise Stopped(outcome.reason, outcome.exit_code)

@@ -19,10 +19,18 @@ __all__ = [
     "Distribution",
     "TeacherTerms",
     "attach",
+    "check_logits",
+    "check_pair",
+    "check_temperature",
+    "compute_dtype",
     "differentiable",
+    "into",
+    "log_ratio",
     "preparing",
+    "reverse",
     "soften",
     "tempered",
+    "tilt",
 ]
 
 _LOG2_E = math.log2(math.e)
@@ -111,7 +119,7 @@ def tempered(logits: Tensor, temperature: float, dtype: torch.dtype | None = Non
 
 def soften(scaled: Tensor) -> Distribution:
     """Return softmax(z/T) of ``scaled``, z/T ``[..., C]``, which is written over."""
-    # By exp2, which PyTorch computes several times as fast as exp.
+    # By exp2, which PyTorch computes several times as fast as exp on a CPU.
     log_probs = torch.log_softmax(scaled, dim=-1).clamp_min_(-FAR)
     return Distribution(log_probs, torch.mul(log_probs, _LOG2_E, out=scaled).exp2_())
 
@@ -145,11 +153,11 @@ def _read_constants() -> None:
     """Have log1p read a constant that it keeps for −0.
 
     It lies on a page of PyTorch's library that nothing else needs, and log1p loads it for every vector, under a mask.
-    As long as the page is not mapped, a processor with AVX-512 does that in microcode, and log1p takes twenty times as
-    long.
+    As long as the page is not mapped in this process, a processor with AVX-512 does that in microcode, and log1p takes
+    twenty times as long.
     """
     for dtype in (torch.float32, torch.float64):
-        torch.log1p(torch.full((64,), -0.0, dtype=dtype))
+        torch.log1p(torch.full((64,), -0.0, dtype=dtype, device="cpu"))
 
 
 _read_constants()

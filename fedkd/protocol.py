@@ -167,13 +167,12 @@ def wire_bytes(content: RecordDict) -> int:
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
-def pack_mail(mail: Mail, *, seat: tuple[int, ...] = ()) -> RecordDict:
+def pack_mail(mail: Mail, *, seat: int | None = None) -> RecordDict:
     """Turn a mail into a Flower message's content.
 
     Args:
         mail: the mail.
-        seat: the number of the simulated peer that it is for, and of how many, where the node that gets it works for
-            several.
+        seat: the number of the simulated peer that it is for, where the node that gets it works for several.
     """
     content = RecordDict(
         {
@@ -184,7 +183,6 @@ def pack_mail(mail: Mail, *, seat: tuple[int, ...] = ()) -> RecordDict:
                     "run": mail.run,
                     "state-dir": mail.state_dir,
                     "rounds": list(mail.rounds),
-                    "seat": list(seat),
                 }
             ),
             "settings": ConfigRecord(dict(mail.settings)),
@@ -198,6 +196,8 @@ def pack_mail(mail: Mail, *, seat: tuple[int, ...] = ()) -> RecordDict:
             ),
         }
     )
+    if seat is not None:
+        content["seat"] = ConfigRecord({"partition-id": seat})
     for position, letter in enumerate(mail.letters):
         content[f"{_LETTER}{position}"] = _to_record(letter.arrays)
     return content
@@ -239,16 +239,14 @@ def unpack_mail(content: RecordDict) -> Mail:
 
 
 def seat_of(content: RecordDict) -> dict[str, Scalar]:
-    """Return what a mail says of the simulated peer that it is for, as a node's own configuration would; else nothing.
+    """Return the number of the simulated peer that a mail is for, as its own configuration would say it; else nothing.
 
-    >>> seat_of(pack_mail(Mail("learn", 1, {}), seat=(3, 1000)))
-    {'partition-id': 3, 'num-partitions': 1000}
+    >>> seat_of(pack_mail(Mail("learn", 1, {}), seat=3))
+    {'partition-id': 3}
     """
-    head = content.config_records.get("mail")
-    seat = head.get("seat") if head is not None else None
-    if not isinstance(seat, list) or len(seat) != 2 or not all(isinstance(number, int) for number in seat):
-        return {}
-    return {"partition-id": int(seat[0]), "num-partitions": int(seat[1])}
+    record = content.config_records.get("seat")
+    seat = record.get("partition-id") if record is not None else None
+    return {"partition-id": seat} if type(seat) is int else {}
 
 
 def pack_answer(answer: Answer) -> RecordDict:

@@ -60,6 +60,7 @@ class Asynchronous:
                 time.sleep(max(0.0, wake - time.monotonic()))  # all rest
             if len(self._batch) >= len(self._relay.members):
                 self._flush(total, began)
+        self._relay.post.recall()
         if self._batch:
             self._flush(total, began)
 

@@ -4,6 +4,7 @@ Flower's simulation looks for every node through all messages under way, ten tim
 cost more than a thousand peers. A stand-in needs no node of its own: its state is on disk, and any actor can play it.
 """
 
+import math
 from typing import Protocol
 
 from flwr.serverapp import Grid
@@ -21,8 +22,11 @@ class Hosts(Protocol):
     def give(self, node: int) -> None:
         """Take a node back."""
 
-    def seat(self, peer: int) -> tuple[int, ...]:
-        """Return a peer's number and how many peers there are, if its node cannot know; else nothing."""
+    def free(self) -> float:
+        """Return how many peers could be given a node now."""
+
+    def seat(self, peer: int) -> int | None:
+        """Return a peer's number, if its node cannot know it; else None."""
 
 
 class OwnNodes:
@@ -42,9 +46,13 @@ class OwnNodes:
     def give(self, node: int) -> None:
         """Do nothing: nobody else waits for it."""
 
-    def seat(self, peer: int) -> tuple[int, ...]:
-        """Return nothing: the node knows its number."""
-        return ()
+    def free(self) -> float:
+        """Return infinity: no peer waits for another's node."""
+        return math.inf
+
+    def seat(self, peer: int) -> int | None:
+        """Return None: the node knows its number."""
+        return None
 
 
 class SharedNodes:
@@ -69,6 +77,10 @@ class SharedNodes:
         """Take a node back."""
         self._taken.discard(node)
 
-    def seat(self, peer: int) -> tuple[int, ...]:
-        """Return the peer's number, and the count of all."""
-        return peer, self._count
+    def free(self) -> float:
+        """Return how many nodes are not taken."""
+        return len(set(self._grid.get_node_ids()) - self._taken)
+
+    def seat(self, peer: int) -> int | None:
+        """Return the peer's number."""
+        return peer

@@ -35,7 +35,7 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
     if not config.peers and not post.simulated:
         allowed = "how many take part, between real sites: whoever comes first could say that there are no others"
         raise SettingError("peers", 0, allowed)
-    if post.simulated and config.peers > _settled_nodes(post, config):
+    if post.simulated and 0 < _settled_nodes(post, config) < config.peers:
         post.share_nodes(config.peers)
     mail = Mail("introduce", 0, config.to_mapping(), run, state_dir=state_dir)
     members: list[Member] = []

@@ -1,4 +1,4 @@
-"""The post office's counter: pushes messages, pulls replies, keeps one outstanding message per node.
+"""The post office's counter: pushes messages, pulls replies, keeps one outstanding message per peer.
 
 Flower runs two messages of one node at once, on stale state, if it is given them, and maps some error
 replies to the wrong node; both are settled here.
@@ -93,12 +93,12 @@ class Post:
         return sorted(self._hosts.peers())
 
     def busy(self) -> set[int]:
-        """Return the nodes that still owe a reply, or have mail that waits to be sent."""
+        """Return the peers that still owe a reply, or have mail that waits to be sent."""
         return {sent.node for sent in self._pending.values()} | self._outbox.keys()
 
     def room(self) -> float:
         """Return how many more mails would be sent at once."""
-        return max(0.0, self._window.size - len(self._pending) - len(self._outbox))
+        return max(0.0, min(self._window.size - len(self._pending), self._hosts.free()) - len(self._outbox))
 
     def recall(self) -> None:
         """Forget the mail that waits to be sent."""
@@ -109,13 +109,13 @@ class Post:
         return sum(s.bytes_down for s in self._pending.values() if s.node == node and s.mail.round == round)
 
     def send(self, mails: Mapping[int, Mail]) -> None:
-        """Push one mail to each node, as far as the window has room; the rest follows while replies are waited for.
+        """Push one mail to each peer, as far as there is room; the rest follows while replies are waited for.
 
-        None of the nodes may be busy. A message that Flower does not take (the node has gone, or it is too large) comes
+        None of the peers may be busy. A message that Flower does not take (the node has gone, or it is too large) comes
         back as an error.
         """
         if owing := self.busy() & mails.keys():
-            raise ValueError(f"nodes {sorted(owing)} still owe a reply")
+            raise ValueError(f"peers {sorted(owing)} still owe a reply")
         self._outbox.update(mails)
         self._handed_in.update(dict.fromkeys(mails, time.monotonic()))
         self._fill()
@@ -160,12 +160,12 @@ class Post:
         return receipts
 
     def receive(self, awaited: Iterable[int], *, deadline: float) -> Iterator[Receipt]:
-        """Yield replies as they come, until every awaited node has replied or the deadline has passed.
+        """Yield replies as they come, until every awaited peer has replied or the deadline has passed.
 
-        Replies of other nodes that were still owed are yielded too: they are late, not lost.
+        Replies of other peers that were still owed are yielded too: they are late, not lost.
 
         Args:
-            awaited: node ids.
+            awaited: peers' addresses.
             deadline: on the clock of ``time.monotonic``.
         """
         missing = set(awaited)
@@ -177,7 +177,7 @@ class Post:
 
     def _pull(self) -> list[Receipt]:
         receipts, self._undelivered = self._undelivered, []
-        full, waits = self.room() == 0, []
+        full, waits = self._window.size <= len(self._pending) + len(self._outbox), []
         for message in self._grid.pull_messages(list(self._pending)):
             # The node in an error reply can be wrong (codes 3 and 5 come from node 1): the message id is not.
             sent = self._pending.pop(message.metadata.reply_to_message_id, None)

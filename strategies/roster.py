@@ -22,7 +22,7 @@ class Member:
     """One peer as the relay knows it.
 
     Attributes:
-        node: Flower's node id, good for this run only.
+        node: its address for the post, good for this run only: Flower's node id, or its number where peers share nodes.
         name: the peer's own.
         index: its number among the peers.
         model: the name of its model.
@@ -58,7 +58,7 @@ def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
     """Read an introduction.
 
     Args:
-        node: Flower's id of the node it came from.
+        node: the address that it came from.
         answer: the introduction.
         sealed: whether mail is sealed, so that the peer needs a public key.
 

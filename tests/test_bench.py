@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -125,8 +126,9 @@ def test_marks_note_when_a_file_has_so_many_lines_even_at_the_very_end(tmp_path)
     with measuring.Marks(path, [2, 3, 6], lambda: path.read_text().count("\n")) as marks:
         write("line\n")
         write("line\n")
-        while not marks.noted:
-            pass
+        deadline = time.monotonic() + 60
+        while not marks.noted and time.monotonic() < deadline:
+            time.sleep(0.01)
         write("line\nline\nno line yet")
 
     assert marks.noted == [2, 4]

@@ -42,10 +42,46 @@ def test_code_and_its_texts_go_along_and_environments_and_results_stay(folder, t
     assert (copy / "part/lib/code.py").read_text() == "part/lib/code.py"
 
 
-def test_a_folder_that_a_later_line_takes_back_goes_along(folder, tmp_path):
+@pytest.mark.parametrize("lines", ["/runs/\n", "/runs\n", "runs/*\n!.gitkeep\n", "**/runs/\n", "*.jsonl\n"])
+def test_what_is_ignored_in_another_way_stays_too(folder, tmp_path, lines):
+    (folder / ".gitignore").write_text(lines)
+
+    assert "runs/1/rounds.jsonl" not in files(bundled(folder, tmp_path / "copy"))
+
+
+def test_what_a_later_line_takes_back_goes_along(folder, tmp_path):
     (folder / ".gitignore").write_text("runs/\n!part/runs/\n")
 
-    assert {"runs/1/rounds.jsonl", "part/runs/x.json"} < files(bundled(folder, tmp_path / "copy"))
+    copied = files(bundled(folder, tmp_path / "copy"))
+
+    assert "part/runs/x.json" in copied and "runs/1/rounds.jsonl" not in copied
+
+
+@pytest.mark.parametrize("content", [b"runs/\n\xff", None])
+def test_a_gitignore_that_flower_does_not_read_hides_nothing(folder, tmp_path, content):
+    (folder / ".gitignore").unlink()
+    if content is None:
+        (tmp_path / "elsewhere").write_text("runs/\n")
+        (folder / ".gitignore").symlink_to(tmp_path / "elsewhere")
+    else:
+        (folder / ".gitignore").write_bytes(content)
+
+    assert "runs/1/rounds.jsonl" in files(bundled(folder, tmp_path / "copy"))
+
+
+def test_a_copy_within_the_app_does_not_hold_itself(folder, tmp_path):
+    whole = files(bundled(folder, tmp_path / "copy"))
+    (folder / "out" / "home").mkdir(parents=True)
+    (folder / "out" / "home" / "config.toml").touch()  # as a launch has it there already
+
+    assert files(bundled(folder, folder / "out" / "home" / "bundle")) == whole
+
+
+def test_an_app_whose_patterns_speak_of_what_is_left_out_is_handed_over_as_it_is(folder, tmp_path):
+    project = folder / "pyproject.toml"
+    project.write_text(project.read_text().replace("[tool.flwr.app]", '[tool.flwr.app]\nfab-exclude = ["lib/**"]'))
+
+    assert bundled(folder, tmp_path / "copy") == folder
 
 
 def test_flower_makes_the_same_bundle_of_it(folder, tmp_path):

@@ -79,8 +79,21 @@ def test_a_large_run_has_fewer_nodes_than_peers_and_says_how_many_peers(launched
         CliRunner().invoke(app, ["run", *words, "--actors", "2"], catch_exceptions=False)
     CliRunner().invoke(app, ["run", "--peers", "6"], catch_exceptions=False)
 
-    assert [(federation.peers, federation.nodes) for federation in launched] == [(500, 32), (500, 32), (6, None)]
-    assert [settings.get("peers") for settings in launched.settings] == [500, 500, None]
+    CliRunner().invoke(app, ["run", "--peers", "500", "--ray-address", "head:6379"], catch_exceptions=False)
+
+    sizes = [(federation.peers, federation.nodes) for federation in launched]
+    assert sizes == [(500, 32), (500, 32), (6, 6), (500, None)]
+    assert [settings["peers"] for settings in launched.settings] == [500, 500, 6, 500]
+
+
+def test_a_run_that_counted_its_nodes_is_resumed_with_as_many(launched, tmp_path):
+    make_run(tmp_path / "counted", [[0.3] * 40], rounds=3)
+    make_run(tmp_path / "told", [[0.3] * 40], rounds=3, peers=40)
+    for name in ("counted", "told"):
+        (tmp_path / name / "summary.json").unlink()  # as after a stop
+        CliRunner().invoke(app, ["run", f"resume={name}", "--actors", "2"], catch_exceptions=False)
+
+    assert [(federation.peers, federation.nodes) for federation in launched] == [(40, None), (40, 32)]
 
 
 def test_modules_where_the_user_stands_are_found_unless_they_would_hide_others(tmp_path):

@@ -215,11 +215,29 @@ def test_a_mail_that_flower_does_not_take_leaves_its_node_free(tmp_path):
     assert (lost.node, lost.answer) == (0, None) and came.node == 1 and came.answer is not None
 
 
+def test_no_mail_without_a_barrier_waits_for_a_node(tmp_path):
+    grid = Slow(2, tmp_path)
+    post = Post(grid, time_to_live=60.0)
+    post.share_nodes(9)
+
+    assert post.room() == 2
+    post.send({0: Mail("learn", 1, {})})
+    assert post.room() == 1
+
+
+def test_gossip_without_a_barrier_runs_on_shared_nodes(tmp_path):
+    run = federate(tmp_path, grid=local_grid(tmp_path, 2), seats=PEERS, strategy="gossip", mode="async", updates=12)
+
+    done = [row for row in run.rows() if row["round"] > 0]
+    assert len(done) == 12 and {row["peer"] for row in done} == {f"peer-{i}" for i in range(PEERS)}
+    assert all(row["status"] == "ok" for row in done)
+
+
 def test_nobody_but_a_simulation_seats_a_peer(tmp_path):
     grid = local_grid(tmp_path, 1, node_config={0: {"simulated": False}})
 
     grid.push_messages(
-        [Message(pack_mail(Mail("introduce", 0, {"peers": 9}), seat=(4, 9)), grid.get_node_ids()[0], PEER_MESSAGE)]
+        [Message(pack_mail(Mail("introduce", 0, {"peers": 9}), seat=4), grid.get_node_ids()[0], PEER_MESSAGE)]
     )
 
     assert unpack_answer(grid.replies[0].content).peer == "peer-0"
