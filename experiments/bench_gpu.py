@@ -38,6 +38,7 @@ QUICK = {
 SETTINGS = {
     "partition": "iid",
     "strategy": "averaged",
+    "schedule": "alternate",  # as the plain loop does
     "divergence": "kl",
     "pretrain-epochs": 0,
     "distill-epochs": 1,

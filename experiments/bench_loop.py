@@ -33,6 +33,7 @@ FULL = {
 SETTINGS = {
     "partition": "iid",
     "strategy": "averaged",
+    "schedule": "alternate",  # as the plain loop does
     "divergence": "kl",
     "batch-size": 64,
     "pretrain-epochs": 1,

@@ -83,7 +83,8 @@ def _samples(megabytes: float) -> int:
 def _settings(folder: Path, megabytes: float) -> dict[str, Any]:
     return {
         "out-dir": str(folder), "strategy": "gossip", "proxy-size": _samples(megabytes), "rounds": ROUNDS,
-        "pretrain-epochs": 0, "distill-epochs": 0, "local-epochs": 0, "eval-every": ROUNDS, "controls": "",
+        "schedule": "alternate", "divergence": "js", "pretrain-epochs": 0, "distill-epochs": 0, "local-epochs": 0,
+        "eval-every": ROUNDS, "controls": "",
     }  # fmt: skip
 
 

@@ -30,6 +30,8 @@ BASE: dict[str, Any] = {
     "proxy-size": 400,
     "pretrain-epochs": 10,
     "average": "logits",
+    "schedule": "alternate",
+    "divergence": "js",
     "controls": "",
 }
 EPSILONS = (0.0, 1000.0, 100.0, 10.0, 1.0)
@@ -159,7 +161,9 @@ def _published(logits: Any, epsilon: float, seed: int) -> Any:
 def _config(epsilon: float) -> Any:
     from fedkd.config import RunConfig
 
-    return RunConfig.from_mapping({"privacy-epsilon": epsilon, "rounds": 0, "divergence": "kl"})
+    return RunConfig.from_mapping(
+        {"privacy-epsilon": epsilon, "rounds": 0, "schedule": "alternate", "divergence": "kl"}
+    )
 
 
 def _auc(logits: Any, labels: Any) -> float:

@@ -28,6 +28,8 @@ SETTINGS = {
     "proxy-size": PROXY,
     "batch-size": 64,
     "pretrain-epochs": 1,
+    "schedule": "alternate",
+    "divergence": "js",
     "distill-epochs": 1,
     "controls": "",
 }

@@ -20,7 +20,9 @@ from fedkd.errors import FedkdError
 
 PEERS = 6
 REPEATS, QUICK_REPEATS = 3, 1
-SETTINGS = {"rounds": 1, "pretrain-epochs": 1, "distill-epochs": 1, "controls": ""}
+SETTINGS = {
+    "rounds": 1, "schedule": "alternate", "divergence": "js", "pretrain-epochs": 1, "distill-epochs": 1, "controls": "",
+}  # fmt: skip
 
 _APPS = ("empty", "fedkd")
 _PROJECT = """

@@ -296,7 +296,7 @@ def tune(
 ) -> None:
     """Search temperature, weight and epochs with Optuna.
 
-    Started again, the search goes on. `schedule=mixed` unless another is given, so that the weight matters.
+    Started again, the search goes on. Under `schedule=alternate` with Adam the weight, which does nothing, is left out.
     Settings are chosen by accuracy on a part of the training set that no peer holds, never by the test set.
     """
     from experiments.launch import Federation

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.canvas import Figure, folded, new_axes
-from experiments.settings import label
+from experiments.settings import config_of, label
 from experiments.statistics import Comparison
 from experiments.study import Scenario, Variant, differing
 
@@ -127,8 +127,8 @@ def chosen_map(variant: Variant, number: int) -> Figure | None:
     axes.set_xticks(range(len(weights)), [f"{value:g}" for value in weights])
     axes.set_yticks(range(len(temperatures)), [f"{value:g}" for value in temperatures])
     axes.set(xlabel="weight of the distillation loss, α", ylabel="temperature, T")
-    usual = sum((t, w) == (float(variant.settings["temperature"]), float(variant.settings["kd-weight"]))
-                for t, w, _, _ in found)  # fmt: skip
+    given = config_of(variant.settings)
+    usual = sum((t, w) == (given.temperature, given.distillation_weight) for t, w, _, _ in found)
     caption = (
         f"How many peers, over all seeds, chose which pair on held-out private data: “{variant.label}”. "
         f"{len(found) - usual} of {len(found)} did not choose the run's own default."

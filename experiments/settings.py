@@ -54,7 +54,12 @@ def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scal
 
 
 def _idle(settings: Mapping[str, Scalar]) -> dict[str, str]:
-    return idle(replace(RunConfig(), **{key.replace("-", "_"): value for key, value in settings.items()}))
+    return idle(config_of(settings))
+
+
+def config_of(settings: Mapping[str, Scalar]) -> RunConfig:
+    """Return settings that were checked when their run began, as they are; defaults for those that are missing."""
+    return replace(RunConfig(), **{key.replace("-", "_"): value for key, value in settings.items()})
 
 
 def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:
@@ -63,7 +68,7 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     held_out = settings["validation-share"] if settings["evaluate-on"] == "validation" else None
     if name == "pooled":
         return (*common, held_out, settings["pooled-model"], settings["local-epochs"])
-    joint = settings["schedule"] == "mixed" or settings["regime"] == "dml"
+    joint = config_of(settings).joint
     steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
     present = effective(settings, ("participation", "mode", "updates", "max-seconds"))
     scratch = settings["fedavg-model"] if from_scratch(settings) else None
@@ -73,11 +78,15 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
 def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scalar | None, ...]]:
     """Return the groups whose control serves a trial, the best first.
 
-    Federated averaging from scratch is measured against what the peers' own models reach by themselves, which is what a
-    site would have without it; only where nobody ran that, against its own architecture alone.
+    Federated averaging is measured against what the peers' own models reach by themselves, which is what a site would
+    have without it: beside an exchange of logits, or else in as many local epochs as it has itself. Only where nobody
+    ran either, averaging from scratch is measured against its own architecture alone.
     """
     own = control_group(settings, name)
-    return [(*own[:-1], None), own] if name == "isolated" and from_scratch(settings) else [own]
+    if name != "isolated" or settings["strategy"] != "fedavg":
+        return [own]
+    beside = control_group({**settings, "strategy": "averaged"}, name)
+    return list(dict.fromkeys((beside, (*own[:-1], None), own)))
 
 
 def from_scratch(settings: Mapping[str, Scalar]) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
 _STUDY = "study.journal"
-_ALWAYS: Mapping[str, Scalar] = {"schedule": "mixed", "evaluate-on": "validation", "controls": ""}
+_ALWAYS: Mapping[str, Scalar] = {"evaluate-on": "validation", "controls": ""}
 
 
 class Stopped(FedkdError):
@@ -63,7 +63,7 @@ def tune(
     """Search temperature, weight and distillation epochs until so many trials are finished in the folder.
 
     Args:
-        settings: of every trial; ``schedule = mixed`` unless they say otherwise.
+        settings: of every trial.
         federation: the peers and the machine's share of each.
         folder: where the study file and the trials' results go.
         trials: finished trials in all, earlier ones of this folder included.
@@ -85,12 +85,12 @@ def tune(
         usual = {"evaluate-on": "validation", "regime": "vanilla"}[key]
         if base.get(key, usual) != usual:
             raise SettingError(key, base[key], f"{usual} in a search over temperature and weight")
-    config = RunConfig.from_mapping({**base, "kd-weight": 0.5} if base["schedule"] == "mixed" else base)
+    config = RunConfig.from_mapping(base)
+    if config.schedule == "mixed":
+        config = RunConfig.from_mapping({**base, "kd-weight": 0.5})  # as in every trial, which `consensus` then mixes
     preflight.check(config, federation.peers, app=OWN_FOLDER, cwd=Path.cwd())
     folder = folder.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if "schedule" not in settings:
-        out("schedule=mixed, in which the weight of the teachers matters; `schedule=alternate` searches without it")
     study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed, seeds)
     while (missing := trials - _finished(study)) > 0:
         proposed = [study.ask() for _ in range(min(batch, missing))]

@@ -203,9 +203,14 @@ class RunConfig:
     fedavg_model: str = _setting("cnn-wide", NON_EMPTY, "`fedavg`: the one architecture that is averaged")
 
     # What a peer does with what it hears
-    divergence: str = _setting("js", DIVERGENCE, "loss between student and teacher")
+    divergence: str = _setting("kl", DIVERGENCE, "loss between student and teacher")
     temperature: float = _setting(1.0, between(*TEMPERATURES), "softmax temperature of both sides")
-    kd_weight: float = _setting(1.0, above(0), "weight of the distillation loss; α in (1−α)·CE + α·KD under `mixed`")
+    kd_weight: float = _setting(
+        0.0,
+        at_least(0),
+        "weight of the distillation loss, under `mixed` the α of (1−α)·CE + α·KD; "
+        "0: 0.5 where labels share the step so, else 1",
+    )
     t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
     match_gradients: bool = _setting(
         False, ANY, "scale the distillation loss so that its first gradient has the norm of `kl`'s"
@@ -260,7 +265,10 @@ class RunConfig:
     )
     flow_auxiliary_epochs: int = _setting(20, at_least(1), "`flow-auxiliary`: its epochs over the proxy set per round")
     schedule: str = _setting(
-        "alternate", one_of("alternate", "mixed"), "distil, then train on private data; or both losses in every step"
+        "mixed",
+        one_of("alternate", "mixed"),
+        "distil, then train on private data; or both losses in every step. `consensus` alternates, as its papers do, "
+        "unless `kd-weight` is given",
     )
     distill_epochs: int = _setting(2, at_least(0), "epochs over the proxy set per round")
     local_epochs: int = _setting(1, at_least(0), "epochs over private data per round; `mixed` does not use it")
@@ -392,21 +400,22 @@ class RunConfig:
         fedavg = self.strategy == "fedavg"
         yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
-        below_1 = "less than 1 under schedule mixed, as in `schedule=mixed kd-weight=0.5`: 1 would leave the labels out"
-        yield "kd-weight", below_1, self.schedule == "mixed" and self.regime != "dml" and self.kd_weight >= 1
+        below_1 = "less than 1 under schedule mixed, where 1 would leave the labels out, or else `schedule=alternate`"
+        yield "kd-weight", below_1, self.joint and self.regime != "dml" and self.kd_weight >= 1
         private = self.privacy_epsilon > 0
         yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
         yield "privacy-epsilon", "0 under infoflow, whose features are not noised", private and infoflow
         tuned = self.regime == "tuned"
-        beyond = max(numbers(self.tune_weights)) > 1 and self.schedule == "mixed"
+        beyond = max(numbers(self.tune_weights)) > 1 and self.joint
         yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
         yield "match-gradients", "false under regime tuned, which chooses the weight", tuned and self.match_gradients
         # Adam's step does not change when its loss is scaled: alone in a phase, a weight would do nothing.
-        needs = "under schedule alternate with optimizer adam or adamw, whose steps ignore a loss's scale: "
+        turns = "schedule alternate" if self.schedule == "alternate" else "strategy consensus without a `kd-weight`"
+        needs = f"under {turns} and optimizer adam or adamw, whose steps ignore a loss's scale: "
         needs += "take `schedule=mixed kd-weight=0.5`, or `optimizer=sgd`"
         blind = not self.joint and self.optimizer != "sgd" and not fedavg and self.method == "logits"
-        yield "kd-weight", f"1 {needs}", blind and self.kd_weight != 1 and not tuned
+        yield "kd-weight", f"0 or 1 {needs}", blind and self.distillation_weight != 1 and not tuned
         yield "match-gradients", f"false {needs}", blind and self.match_gradients
         yield "t2-scaling", f"false {needs}", blind and self.t2_scaling
         yield "kd-warm-up", f"0 {needs}", blind and self.kd_warm_up > 0
@@ -415,13 +424,14 @@ class RunConfig:
     def effective(self) -> "RunConfig":
         """Return the settings that a run really uses.
 
-        A consensus baseline brings the loss of its method; weights travel as they are, whatever the codec of logits.
+        A consensus baseline brings its method's loss and schedule; weights travel as they are, whatever the codec.
         """
         if self.strategy == "fedavg" and self.fedavg_start == "cold":
             return dataclasses.replace(self, codec="fp32")
         if self.strategy != "consensus":
             return self
-        return dataclasses.replace(self, divergence="mae" if self.consensus == "fedmd" else "kl", temperature=1.0)
+        loss, schedule = "mae" if self.consensus == "fedmd" else "kl", self.schedule if self.joint else "alternate"
+        return dataclasses.replace(self, divergence=loss, temperature=1.0, schedule=schedule)
 
     @property
     def combination(self) -> str:
@@ -432,8 +442,20 @@ class RunConfig:
 
     @property
     def joint(self) -> bool:
-        """Whether labels and teachers share every step, instead of taking turns."""
-        return self.schedule == "mixed" or self.regime == "dml"
+        """Whether labels and teachers share every step, instead of taking turns.
+
+        FedMD and DS-FL take turns as published; since `schedule` cannot tell a default from a choice, the weight that
+        only sharing needs is what asks for it. Federated averaging has no teachers in its rounds.
+        """
+        if self.strategy == "fedavg":
+            return False
+        shared = self.schedule == "mixed" and (self.strategy != "consensus" or self.kd_weight > 0)
+        return shared or self.regime == "dml"
+
+    @property
+    def distillation_weight(self) -> float:
+        """What the distillation loss is multiplied by: ``kd-weight``, or what 0 stands for there."""
+        return self.kd_weight or (0.5 if self.joint and self.regime != "dml" else 1.0)
 
     @property
     def travelling(self) -> int:

@@ -39,7 +39,7 @@ class Distillation:
 
     Attributes:
         objective: per-sample loss of a student against its teachers.
-        weight: ``kd-weight``; α of (1−α)·CE + α·KD where both losses share a step.
+        weight: of the distillation loss; α of (1−α)·CE + α·KD where both losses share a step.
         factor: T² under ``t2-scaling`` (Hinton et al., 2015): the gradient of a softmax at temperature T shrinks by
             1/T²; times what ``match-gradients`` asks for.
         label_weight: weight of the private cross-entropy where both losses share a step.
@@ -59,12 +59,12 @@ class Distillation:
         Args:
             config: the settings.
             temperature: instead of the setting's.
-            weight: instead of the setting's ``kd-weight``.
+            weight: instead of the settings'.
 
         Raises:
             SettingError: the divergence does not exist, or not with these options.
         """
-        temperature, weight = temperature or config.temperature, weight or config.kd_weight
+        temperature, weight = temperature or config.temperature, weight or config.distillation_weight
         _make_known(config.divergence)
         try:
             found = objective(

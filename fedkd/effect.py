@@ -60,7 +60,7 @@ def _conditions(c: RunConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
     flow = "flow_layers", "flow_depth", "flow_dimensions", "flow_weight", "flow_initial", "flow_decay", "flow_variant"
     yield (*flow, "flow_auxiliary"), "method infoflow", c.method == "infoflow"
     yield ("flow_auxiliary_epochs",), "flow-auxiliary true", c.method == "infoflow" and c.flow_auxiliary
-    turns = fedavg or not c.joint or "pooled" in c.controls
+    turns = not c.joint or "pooled" in c.controls
     yield ("local_epochs",), "losses that take turns (schedule alternate, not regime dml), or a pooled control", turns
     rounds = "distill_epochs", "kd_warm_up", "schedule", "regime", "method", "topology"
     yield rounds, "rounds of distillation: not strategy fedavg", not fedavg

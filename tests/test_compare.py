@@ -95,10 +95,15 @@ def test_a_control_runs_once_for_all_trials_that_share_it(tmp_path):
 @pytest.mark.parametrize(
     ("axis", "isolated", "pooled"),
     [
-        ("distill-epochs = [1, 2]", 1, 1),  # without a say in what a peer does alone
+        ("distill-epochs = [1, 2]", 2, 1),  # a peer alone trains for as many steps as one with teachers
+        ('schedule = ["alternate"]\ndistill-epochs = [1, 2]', 1, 1),  # without a say in what it does alone
         ("learning-rate = [0.001, 0.01]", 2, 2),
         ("participation = [1.0, 0.5]", 2, 1),
-        ('regime = ["vanilla", "dml"]', 2, 1),  # private batches are drawn otherwise beside a teacher in every step
+        ('regime = ["vanilla", "dml"]', 1, 1),
+        # Private batches are drawn otherwise beside a teacher in every step.
+        ('schedule = ["alternate"]\nregime = ["vanilla", "dml"]', 2, 1),
+        ('strategy = ["averaged", "consensus"]', 2, 1),
+        ('strategy = ["averaged", "consensus"]\nkd-weight = [0.5]', 1, 1),
         ('pooled-model = ["mlp", "cnn-small"]', 1, 2),
         ('strategy = ["averaged", "fedavg"]\nfedavg-start = ["cold", "distilled"]', 1, 1),
         ('strategy = ["fedavg"]\nfedavg-start = ["cold", "distilled"]', 1, 1),

@@ -99,6 +99,44 @@ def test_keys_are_kebab_case():
     assert all(re.fullmatch(r"[a-z0-9-]+", key(f.name)) for f in dataclasses.fields(RunConfig))
 
 
+@pytest.mark.parametrize(
+    ("settings", "joint", "weight"),
+    [
+        ({}, True, 0.5),
+        ({"schedule": "alternate"}, False, 1.0),
+        ({"schedule": "alternate", "optimizer": "sgd"}, False, 1.0),
+        ({"schedule": "alternate", "optimizer": "sgd", "kd-weight": 3.0}, False, 3.0),
+        ({"regime": "dml"}, True, 1.0),
+        ({"regime": "dml", "schedule": "alternate"}, True, 1.0),
+        ({"regime": "dml", "kd-weight": 2.0}, True, 2.0),
+        ({"regime": "tuned"}, True, 0.5),
+        ({"regime": "dp"}, True, 0.5),
+        ({"method": "infoflow"}, True, 0.5),
+        ({"kd-weight": 0.9}, True, 0.9),
+        ({"strategy": "consensus"}, False, 1.0),
+        ({"strategy": "consensus", "kd-weight": 0.5}, True, 0.5),
+        ({"strategy": "consensus", "regime": "dml"}, True, 1.0),
+        ({"strategy": "fedavg"}, False, 1.0),
+        ({"strategy": "fedavg", "fedavg-start": "distilled"}, False, 1.0),
+    ],
+)
+def test_without_a_weight_labels_and_teachers_weigh_alike_where_one_gives_way_to_the_other(settings, joint, weight):
+    config = RunConfig.from_mapping(settings)
+
+    assert (config.joint, config.distillation_weight) == (joint, weight)
+    used = RunConfig.from_mapping(config.effective().to_mapping())  # as peers get it
+    assert (used.joint, used.distillation_weight) == (joint, weight)
+
+
+@pytest.mark.parametrize(("name", "divergence"), [("fedmd", "mae"), ("ds-fl", "kl")])
+def test_a_consensus_baseline_is_the_published_method_unless_it_is_given_a_weight(name, divergence):
+    method = RunConfig.from_mapping({"strategy": "consensus", "consensus": name, "temperature": 4.0}).effective()
+    mixed = RunConfig.from_mapping({"strategy": "consensus", "consensus": name, "kd-weight": 0.5}).effective()
+
+    assert (method.divergence, method.temperature, method.schedule) == (divergence, 1.0, "alternate")
+    assert (mixed.divergence, mixed.schedule) == (divergence, "mixed")
+
+
 def test_evaluation_is_due_every_nth_round_and_in_the_last():
     config = dataclasses.replace(RunConfig(), rounds=7, eval_every=3)
 

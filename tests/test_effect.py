@@ -23,7 +23,10 @@ from fedkd.effect import _conditions, without_effect
         ({"privacy_clip": 1.0, "privacy_delta": 1e-6}, {"privacy-clip", "privacy-delta"}),
         ({"cakd_beta": 1.0, "divergence": "dkd"}, set()),
         ({"cakd_top_k": 3, "divergence": "cakd", "cakd_strong": "label"}, {"cakd-top-k"}),
-        ({"local_epochs": 2, "schedule": "mixed", "controls": ""}, {"local-epochs"}),
+        ({"local_epochs": 2, "controls": ""}, {"local-epochs"}),
+        ({"local_epochs": 2, "controls": "", "schedule": "alternate"}, set()),
+        ({"local_epochs": 2, "controls": "", "strategy": "consensus"}, set()),
+        ({"local_epochs": 2, "controls": "", "strategy": "fedavg"}, set()),
         ({"updates": 5}, {"updates"}),
     ],
 )

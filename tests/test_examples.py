@@ -228,5 +228,5 @@ def test_a_runs_folder_reads_as_tables(tmp_path, capsys):
     assert accuracy.shape == (3, 2)
     assert accuracy.loc[2, "peer-1"] == run.rows()[-1]["test_accuracy"]
     said = capsys.readouterr().out
-    assert "averaged, js, seed 0" in said and "gain over isolated" in said and "every peer answered" in said
+    assert "averaged, kl, seed 0" in said and "gain over isolated" in said and "every peer answered" in said
     assert "a mean accuracy of 30% took" in said

@@ -117,17 +117,22 @@ def limited(epochs, kind, **settings):
         ("start", {"strategy": "fedavg", "pretrain_epochs": 0, "local_epochs": 30}, 30),
         ("start", {"strategy": "fedavg", "fedavg_start": "distilled", "pretrain_epochs": 30}, 30),
         ("merge", {"strategy": "fedavg", "fedavg_start": "distilled", "merge_epochs": 30}, 30),
-        ("learn", {"distill_epochs": 20, "local_epochs": 10}, 30),
+        ("learn", {"schedule": "alternate", "distill_epochs": 20, "local_epochs": 10}, 30),
         ("learn", {"strategy": "fedavg", "local_epochs": 30, "distill_epochs": 999}, 30),
-        ("learn", {"schedule": "mixed", "kd_weight": 0.5, "distill_epochs": 30, "local_epochs": 999}, 30),
-        ("learn", {"method": "infoflow", "flow_auxiliary": True, "flow_auxiliary_epochs": 27}, 30),
-        ("isolated", {"rounds": 10, "local_epochs": 3}, 30),
-        ("isolated", {"rounds": 30, "local_epochs": 0}, 30),
-        ("isolated", {"rounds": 10, "schedule": "mixed", "kd_weight": 0.5, "distill_epochs": 3}, 30),
+        ("learn", {"schedule": "mixed", "distill_epochs": 30, "local_epochs": 999}, 30),
+        ("learn", {"method": "infoflow", "flow_auxiliary": True, "flow_auxiliary_epochs": 28}, 30),
+        ("isolated", {"schedule": "alternate", "rounds": 10, "local_epochs": 3}, 30),
+        ("isolated", {"schedule": "alternate", "rounds": 30, "local_epochs": 0}, 30),
+        ("isolated", {"schedule": "mixed", "rounds": 10, "distill_epochs": 3}, 30),
+        ("isolated", {"strategy": "fedavg", "rounds": 10, "local_epochs": 3, "distill_epochs": 999}, 30),
         ("introduce", {"pretrain_epochs": 30}, 30),
-        ("introduce", {"distill_epochs": 20, "local_epochs": 10}, 30),
+        ("introduce", {"schedule": "alternate", "distill_epochs": 20, "local_epochs": 10}, 30),
         ("introduce", {"strategy": "fedavg", "fedavg_start": "distilled", "merge_epochs": 30}, 30),
-        ("learn", {"regime": "tuned", "tune_weights": "1", "distill_epochs": 1, "local_epochs": 1}, 17),
+        (
+            "learn",
+            {"schedule": "alternate", "regime": "tuned", "tune_weights": "1", "distill_epochs": 1, "local_epochs": 1},
+            17,
+        ),
         ("learn", {"regime": "tuned", "tune_weights": "1,2", "distill_epochs": 0, "local_epochs": 0}, 10),
     ],
 )
@@ -140,5 +145,5 @@ def test_all_that_a_mail_costs_is_counted_together(kind, settings, cost):
 
 def test_a_control_of_endless_rounds_is_refused_at_once(site, tmp_path):
     ask(site, tmp_path, "start")
-    said = ask(site, tmp_path, "isolated", rounds=10**9, local_epochs=0)
+    said = ask(site, tmp_path, "isolated", rounds=10**9, schedule="alternate", local_epochs=0)
     assert "`rounds × local-epochs`" in said.error and "got 1000000000" in said.error

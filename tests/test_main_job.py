@@ -112,6 +112,19 @@ def test_results_are_complete_and_readable(run):
     assert (run.folder / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_by_default_labels_and_knowledge_share_every_step_at_equal_weights(tmp_path, run):
+    said = federate(tmp_path, schedule="mixed", divergence="kl", kd_weight=0.5)
+
+    assert said.timeless_rows() == run.timeless_rows()
+    assert {(row["kd_weight"], row["local_loss"]) for row in run.rows() if row["round"]} == {(0.5, None)}
+
+
+def test_peers_take_turns_where_no_more_than_that_is_asked_for(tmp_path):
+    rows = federate(tmp_path, schedule="alternate").rows()[3:]
+
+    assert all(row["kd_weight"] == 1 and row["kd_loss"] > 0 and row["local_loss"] > 0 for row in rows)
+
+
 def test_controls_start_where_the_peers_started(run):
     summary = run.summary()
 

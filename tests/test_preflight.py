@@ -136,7 +136,7 @@ def test_a_run_is_not_resumed_under_other_settings_or_among_others(launched, tmp
     make_run(tmp_path / "done", [[0.3, 0.3], [0.6, 0.7]])
 
     for words, complaint in (
-        (["divergence=td"], "`divergence` to be 'js' as"),
+        (["divergence=td"], "`divergence` to be 'kl' as"),
         (["--peers", "3"], "`--peers` to be 2"),
     ):
         with pytest.raises(FedkdError, match=complaint):

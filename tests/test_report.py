@@ -137,7 +137,7 @@ def test_what_has_not_begun_is_said(folders, tmp_path, undrawn):
 
 
 def test_every_trial_has_the_command_that_reproduces_it(report):
-    assert "fedkd run --peers 2 partition=iid rounds=2 divergence=kl seed=2" in report.read_text()
+    assert "fedkd run --peers 2 partition=iid rounds=2 seed=2" in report.read_text()
 
 
 def test_settings_and_versions_stand_under_every_figure(report):

@@ -34,6 +34,14 @@ def test_the_csv_file_of_a_study_holds_every_trial_of_its_recipe(recipe):
     assert sorted(frame["seed"].unique()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("recipe", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_what_a_study_measured_does_not_change_with_how_a_run_learns_by_default(recipe):
+    found = read(recipe)
+    for axes in found.grids:
+        assert found.settings.keys() | axes.keys() >= {"schedule", "divergence", "distill-epochs"}
+        assert "kd-weight" in found.settings.keys() | axes.keys() or found.settings["regime"] == "dml"
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_the_fleet_is_eight_different_models(shape):
     names = read(STUDIES / "divergences.toml").settings["models"].split(",")

@@ -315,8 +315,9 @@ def with_control(path, isolated, **settings):
         ({"learning_rate": 0.001}, {"learning_rate": 0.1}),
         ({"rounds": 1}, {"rounds": 2}),
         ({"batch_size": 16}, {"batch_size": 64}),
-        ({"local_epochs": 1}, {"local_epochs": 3}),
-        ({"regime": "vanilla"}, {"regime": "dml"}),
+        ({"schedule": "alternate", "local_epochs": 1}, {"schedule": "alternate", "local_epochs": 3}),
+        ({"schedule": "alternate", "regime": "vanilla"}, {"schedule": "alternate", "regime": "dml"}),
+        ({"distill_epochs": 1}, {"distill_epochs": 3}),
         ({"regime": "dml", "distill_epochs": 1}, {"regime": "dml", "distill_epochs": 3}),
         ({"participation": 1.0}, {"participation": 0.5}),
         ({"fast": False}, {"fast": True}),
@@ -336,9 +337,10 @@ def test_a_variant_is_held_against_the_control_under_its_own_settings(tmp_path, 
 
 
 def test_a_control_serves_every_variant_that_differs_only_in_the_exchange(tmp_path):
+    turns = {"schedule": "alternate"}
     runs = [
-        with_control(tmp_path / "carrier", 0.45, divergence="kl", distill_epochs=1),
-        with_control(tmp_path / "other", math.nan, divergence="js", distill_epochs=3),
+        with_control(tmp_path / "carrier", 0.45, divergence="kl", distill_epochs=1, **turns),
+        with_control(tmp_path / "other", math.nan, divergence="js", distill_epochs=3, **turns),
     ]
 
     (scenario,) = study(runs).scenarios
