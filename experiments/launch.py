@@ -210,8 +210,8 @@ def launch(
 def command_line(app: Path, settings: Mapping[str, Setting], federation: Federation) -> str:
     """Return the command that does the same on Flower's shared local SuperLink, ready to paste into a shell.
 
-    The launcher itself hands over a copy of the app, with ``--format json`` in the place of ``--stream``, and streams the
-    log by run id.
+    The launcher itself hands over a copy of the app, with ``--format json`` in the place of ``--stream``, and streams
+    the log by run id.
     """
     variables = ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"]
     if federation.ray_address:

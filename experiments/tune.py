@@ -86,8 +86,6 @@ def tune(
         if base.get(key, usual) != usual:
             raise SettingError(key, base[key], f"{usual} in a search over temperature and weight")
     config = RunConfig.from_mapping(base)
-    if config.schedule == "mixed":
-        config = RunConfig.from_mapping({**base, "kd-weight": 0.5})  # as in every trial, which `consensus` then mixes
     preflight.check(config, federation.peers, app=OWN_FOLDER, cwd=Path.cwd())
     folder = folder.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +115,8 @@ def _rounded(params: Mapping[str, Scalar]) -> str:
 
 def _suggest(trial: "optuna.Trial", config: RunConfig) -> dict[str, Scalar]:
     found: dict[str, Scalar] = {"temperature": trial.suggest_float("temperature", 0.5, 16.0, log=True)}
-    if config.schedule == "mixed" or config.optimizer == "sgd":  # elsewhere a weight has no effect
+    # Elsewhere a weight has no effect, or, under `consensus`, makes another method of it.
+    if config.joint or (config.schedule == "alternate" and config.optimizer == "sgd"):
         found["kd-weight"] = trial.suggest_float("kd-weight", 0.1, 0.95)
     found["distill-epochs"] = trial.suggest_int("distill-epochs", 1, 5)
     return found

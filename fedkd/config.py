@@ -84,6 +84,7 @@ TOPOLOGY = Rule(
 )
 TEMPERATURES = (0.001, 10_000.0)
 """Beyond them a softmax is a step or flat, and float32 overflows."""
+WEIGHT = Rule("a number > 0, or -1", lambda v: _finite(v) and (v > 0 or v == -1))
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
 NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)
@@ -206,10 +207,10 @@ class RunConfig:
     divergence: str = _setting("kl", DIVERGENCE, "loss between student and teacher")
     temperature: float = _setting(1.0, between(*TEMPERATURES), "softmax temperature of both sides")
     kd_weight: float = _setting(
-        0.0,
-        at_least(0),
+        -1.0,
+        WEIGHT,
         "weight of the distillation loss, under `mixed` the α of (1−α)·CE + α·KD; "
-        "0: 0.5 where labels share the step so, else 1",
+        "-1: 0.5 under `mixed`, 1 under `alternate` and `dml`",
     )
     t2_scaling: bool = _setting(False, ANY, "multiply the distillation loss by the temperature squared")
     match_gradients: bool = _setting(
@@ -402,6 +403,13 @@ class RunConfig:
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
         below_1 = "less than 1 under schedule mixed, where 1 would leave the labels out, or else `schedule=alternate`"
         yield "kd-weight", below_1, self.joint and self.regime != "dml" and self.kd_weight >= 1
+        shared = "where labels and knowledge share every step (schedule mixed, regime dml)"
+        yield "local-epochs", f"at least 1 {shared}, or else `schedule=alternate`", self.joint and not self.local_epochs
+        yield (
+            "distill-epochs",
+            f"at least 1 {shared}, or else `schedule=alternate`",
+            self.joint and not self.distill_epochs,
+        )
         private = self.privacy_epsilon > 0
         yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
@@ -415,7 +423,7 @@ class RunConfig:
         needs = f"under {turns} and optimizer adam or adamw, whose steps ignore a loss's scale: "
         needs += "take `schedule=mixed kd-weight=0.5`, or `optimizer=sgd`"
         blind = not self.joint and self.optimizer != "sgd" and not fedavg and self.method == "logits"
-        yield "kd-weight", f"0 or 1 {needs}", blind and self.distillation_weight != 1 and not tuned
+        yield "kd-weight", f"1, or left out, {needs}", blind and self.distillation_weight != 1 and not tuned
         yield "match-gradients", f"false {needs}", blind and self.match_gradients
         yield "t2-scaling", f"false {needs}", blind and self.t2_scaling
         yield "kd-warm-up", f"0 {needs}", blind and self.kd_warm_up > 0
@@ -424,14 +432,16 @@ class RunConfig:
     def effective(self) -> "RunConfig":
         """Return the settings that a run really uses.
 
-        A consensus baseline brings its method's loss and schedule; weights travel as they are, whatever the codec.
+        A consensus baseline brings its method's loss and schedule; weights travel as they are, whatever the codec; a
+        ``kd-weight`` that is left out gets its value.
         """
+        used = dataclasses.replace(self, kd_weight=self.distillation_weight)
         if self.strategy == "fedavg" and self.fedavg_start == "cold":
-            return dataclasses.replace(self, codec="fp32")
+            return dataclasses.replace(used, codec="fp32")
         if self.strategy != "consensus":
-            return self
+            return used
         loss, schedule = "mae" if self.consensus == "fedmd" else "kl", self.schedule if self.joint else "alternate"
-        return dataclasses.replace(self, divergence=loss, temperature=1.0, schedule=schedule)
+        return dataclasses.replace(used, divergence=loss, temperature=1.0, schedule=schedule)
 
     @property
     def combination(self) -> str:
@@ -454,8 +464,10 @@ class RunConfig:
 
     @property
     def distillation_weight(self) -> float:
-        """What the distillation loss is multiplied by: ``kd-weight``, or what 0 stands for there."""
-        return self.kd_weight or (0.5 if self.joint and self.regime != "dml" else 1.0)
+        """What the distillation loss is multiplied by: ``kd-weight``, or what leaving it out stands for."""
+        if self.kd_weight > 0:
+            return self.kd_weight
+        return 0.5 if self.joint and self.regime != "dml" else 1.0
 
     @property
     def travelling(self) -> int:

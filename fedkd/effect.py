@@ -62,9 +62,9 @@ def _conditions(c: RunConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
     yield ("flow_auxiliary_epochs",), "flow-auxiliary true", c.method == "infoflow" and c.flow_auxiliary
     turns = not c.joint or "pooled" in c.controls
     yield ("local_epochs",), "losses that take turns (schedule alternate, not regime dml), or a pooled control", turns
-    rounds = "distill_epochs", "kd_warm_up", "schedule", "regime", "method", "topology"
+    rounds = "distill_epochs", "kd_warm_up", "match_gradients", "schedule", "regime", "method", "topology"
     yield rounds, "rounds of distillation: not strategy fedavg", not fedavg
-    objective = "divergence", "temperature", "kd_weight", "t2_scaling", "match_gradients"
+    objective = "divergence", "temperature", "kd_weight", "t2_scaling"
     yield (*objective, "codec", "proxy_per_round"), "knowledge that travels: not a cold strategy fedavg", logits
     yield ("attackers",), "an attack", c.attack != "none"
     yield ("privacy_delta", "privacy_clip"), "privacy-epsilon above 0", c.privacy_epsilon > 0

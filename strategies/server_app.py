@@ -122,7 +122,12 @@ def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
         for key, needs in without_effect(used)
         if key not in overruled
     }
-    return [*overruled.values(), *idle.values()]
+    lines = [*overruled.values(), *idle.values()]
+    if used.joint and used.local_epochs != defaults["local-epochs"] and "local-epochs" not in idle:
+        lines.append(
+            f"`local-epochs` = {used.local_epochs} is for the pooled control alone: peers go by `distill-epochs`"
+        )
+    return lines
 
 
 def _out_dir(config: RunConfig) -> Path:

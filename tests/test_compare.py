@@ -251,6 +251,16 @@ def test_results_under_other_settings_are_refused_and_stay(tmp_path, ran):
     assert len(ran) == 4 and compared(tmp_path).finished == 4 and len(ran) == 4
 
 
+def test_settings_that_come_to_the_same_are_one_trial(tmp_path):
+    text = SMALL.replace('divergence = ["kl", "js"]', "kd-weight = [-1.0, 0.5, 0.9]")
+    consensus = SMALL.replace(
+        'divergence = ["kl", "js"]', 'strategy = ["consensus"]\nschedule = ["mixed", "alternate"]'
+    )
+
+    assert [trial.name for trial in plan(recipe(tmp_path, text))][:2] == ["kd-weight=-1.0,seed=0", "kd-weight=0.9,seed=0"]
+    assert len(plan(recipe(tmp_path, consensus))) == 2  # a seed each
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

@@ -49,3 +49,9 @@ def test_what_one_condition_names_no_other_does():
 def test_a_run_says_what_has_no_effect(tmp_path, capsys):
     federate(tmp_path, 2, fanout=3, rounds=1)
     assert "`fanout` = 3 has no effect: it takes strategy gossip" in capsys.readouterr().out
+
+
+def test_a_run_says_that_epochs_are_for_the_pooled_control_alone(tmp_path, capsys):
+    federate(tmp_path, 2, local_epochs=2, rounds=1, controls="pooled", pooled_model="mlp")
+
+    assert "`local-epochs` = 2 is for the pooled control alone: peers go by `distill-epochs`" in capsys.readouterr().out

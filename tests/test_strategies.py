@@ -70,6 +70,10 @@ def test_async_gossip_ends_after_its_updates_and_a_silent_peer_slows_nobody(tmp_
         ({"strategy": "pairwise", "robust": "median"}, "robust"),
         ({"strategy": "pairwise", "sharpen": 0.1}, "sharpen"),
         ({"kd-weight": 1.0}, "kd-weight"),
+        ({"kd-weight": 0.0}, "kd-weight"),
+        ({"local-epochs": 0}, "local-epochs"),
+        ({"distill-epochs": 0}, "distill-epochs"),
+        ({"regime": "dml", "schedule": "alternate", "local-epochs": 0}, "local-epochs"),
         ({"schedule": "alternate", "kd-weight": 0.5}, "kd-weight"),
         ({"schedule": "alternate", "match-gradients": True}, "match-gradients"),
         ({"schedule": "alternate", "t2-scaling": True}, "t2-scaling"),
@@ -313,7 +317,7 @@ def test_the_isolated_control_of_a_joint_schedule_sees_the_same_private_batches(
     """With teachers that weigh next to nothing, a peer is its own control."""
     run = federate(
         tmp_path, 3, schedule="mixed", kd_weight=1e-9, optimizer="sgd", learning_rate=0.05, controls="isolated",
-        local_epochs=0, rounds=3, models="mlp",
+        rounds=3, models="mlp",
     )  # fmt: skip
 
     for peer in run.summary()["peers"]:

@@ -98,8 +98,10 @@ def test_a_study_about_other_settings_is_not_mixed_up(tmp_path, launched):
 def test_a_weight_is_searched_only_where_it_has_an_effect(tmp_path, launched):
     search(tmp_path / "mixed", 1)
     search(tmp_path / "alone", 1, {"schedule": "alternate"})
+    search(tmp_path / "sgd", 1, {"schedule": "alternate", "optimizer": "sgd"})
+    search(tmp_path / "published", 1, {"strategy": "consensus", "optimizer": "sgd"})  # a weight would mix its losses
 
-    assert ["kd-weight" in trial for trial in launched] == [True, False]
+    assert ["kd-weight" in trial for trial in launched] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
