@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedkd.config import RunConfig, split_list
+from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.fast import forward
 from fedkd.infoflow import FlowLoss, features, project
 from fedkd.knowledge import encode_features
 from fedkd.protocol import Arrays
+from fedkd.rules import split_list
 from fedkd.seeding import derive
 from fedkd.training import Beside
 

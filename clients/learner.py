@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from clients.flow import Flow
 from clients.site import Site, proxy_subset
 from fedkd import metrics
-from fedkd.config import RunConfig, numbers
+from fedkd.config import RunConfig
 from fedkd.decoupled import warm_up
 from fedkd.distillation import Distillation, teacher_or_self
 from fedkd.errors import SettingError
 from fedkd.profile import Stopwatch
 from fedkd.robust import agreement_weights
+from fedkd.rules import numbers
 from fedkd.seeding import derive
 from fedkd.training import Beside, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedkd.config import NAME, PEER, STRATEGIES, STRATEGY, Rule, RunConfig, Scalar, above, at_least, numbers, split_list
+from fedkd.config import PEER, RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
 from fedkd.plugins import is_callable_spec
 from fedkd.protocol import Kind
+from fedkd.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, numbers, split_list
 
 Own = Mapping[str, Scalar]
 

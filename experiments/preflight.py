@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from fedkd.config import PEER, STRATEGIES, RunConfig, split_list
+from fedkd.config import PEER, RunConfig
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
+from fedkd.rules import STRATEGIES, split_list
 from strategies.resuming import resumed
 from strategies.topology import topology
 

@@ -30,8 +30,9 @@ from typing import Any
 
 from experiments.project import with_absolute_paths
 from experiments.settings import control_group, control_groups, effective, from_scratch, has_effect
-from fedkd.config import RunConfig, Scalar, split_list
+from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
+from fedkd.rules import split_list
 
 Settings = dict[str, Scalar]
 Axes = Mapping[str, Sequence[Scalar]]

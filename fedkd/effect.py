@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from fedkd.config import STRATEGIES, RunConfig, key
+from fedkd.config import RunConfig, key
+from fedkd.rules import STRATEGIES
 
 
 def idle(config: RunConfig) -> dict[str, str]:

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from fedkd.config import RunConfig, split_list
+from fedkd.config import RunConfig
 from fedkd.privacy import Mechanism
 from fedkd.protocol import Kind, Mail, one_line
 from fedkd.results import PeerSummary, Row, Summary, mean
+from fedkd.rules import split_list
 from strategies.post import Receipt
 from strategies.relay import Relay
 from strategies.roster import Member

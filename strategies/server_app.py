@@ -9,13 +9,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.config import RunConfig, split_list
+from fedkd.config import RunConfig
 from fedkd.effect import without_effect
 from fedkd.errors import FedkdError
 from fedkd.plots import accuracy_png, profile_png, topology_png
 from fedkd.privacy import Mechanism
 from fedkd.profile import profile_table
 from fedkd.results import RunFolder, Summary
+from fedkd.rules import split_list
 from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
 from strategies.asynchronous import Asynchronous

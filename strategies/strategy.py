@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedkd.codec import BadKnowledge, codec
-from fedkd.config import RunConfig, split_list
+from fedkd.config import RunConfig
 from fedkd.knowledge import decode_features, without_features
 from fedkd.protocol import Answer, Letter
+from fedkd.rules import split_list
 from strategies.mailbox import Mailbox
 from strategies.sealed import address, check_sealed, most_sealed
 from strategies.topology import Topology, topology

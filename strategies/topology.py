@@ -9,8 +9,8 @@ import networkx as nx  # here, so that it is read while the relay waits for the 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd.config import TOPOLOGIES
 from fedkd.errors import SettingError
+from fedkd.rules import TOPOLOGIES
 from fedkd.seeding import derive
 
 FIXED = ("complete", "ring", "torus", "star")

@@ -257,7 +257,10 @@ def test_settings_that_come_to_the_same_are_one_trial(tmp_path):
         'divergence = ["kl", "js"]', 'strategy = ["consensus"]\nschedule = ["mixed", "alternate"]'
     )
 
-    assert [trial.name for trial in plan(recipe(tmp_path, text))][:2] == ["kd-weight=-1.0,seed=0", "kd-weight=0.9,seed=0"]
+    assert [trial.name for trial in plan(recipe(tmp_path, text))][:2] == [
+        "kd-weight=-1.0,seed=0",
+        "kd-weight=0.9,seed=0",
+    ]
     assert len(plan(recipe(tmp_path, consensus))) == 2  # a seed each
 
 

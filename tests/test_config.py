@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedkd import divergences
-from fedkd.config import DIVERGENCES, RunConfig, key, settings_table
+from fedkd.config import RunConfig, key, settings_table
 from fedkd.errors import SettingError
+from fedkd.rules import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
 

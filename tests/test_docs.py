@@ -15,7 +15,8 @@ from clients.place import _KEYS as OWN_KEYS
 from experiments.cli import app
 from experiments.project import Project
 from fedkd import divergences
-from fedkd.config import STRATEGIES, RunConfig, key, settings_table
+from fedkd.config import RunConfig, key, settings_table
+from fedkd.rules import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -11,9 +11,10 @@ from sites import make_sites
 from clients.answering import answer
 from clients.peer import Peer
 from clients.place import Limits, Place, own_settings
-from fedkd.config import STRATEGIES, RunConfig
+from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.protocol import Kind, Letter, Mail, pack_mail, unpack_answer
+from fedkd.rules import STRATEGIES
 
 KINDS = get_args(Kind)
 SERVER_FREE = Limits().strategies

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from federation import federate, local_grid
 
-from fedkd.config import DIVERGENCES
+from fedkd.rules import DIVERGENCES
 from fedkd.teachers import objective
 from strategies.relay import RelayError
 

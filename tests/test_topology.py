@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd.config import TOPOLOGIES
 from fedkd.errors import SettingError
+from fedkd.rules import TOPOLOGIES
 from strategies.topology import Topology, topology
 
 SIZES = [6, 10, 16]
