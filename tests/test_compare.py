@@ -298,7 +298,7 @@ def test_what_never_measured_anything_gives_way(tmp_path, ran):
 
 @pytest.mark.flower
 def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    (tmp_path / "small.toml").write_text(SMALL.replace('"js"', '"no.such:telepathy"'))
+    (tmp_path / "small.toml").write_text(SMALL.replace('"js"', '"json:telepathy"'))
     monkeypatch.chdir(tmp_path)
 
     def compare():
@@ -316,7 +316,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkey
     command = Comparison.read(tmp_path / "out").trials["divergence=kl"]
     parsed = Project.read().settings(shlex.split(command)[4:], cwd=tmp_path)
     settings = json.loads((finished / "config.json").read_text())["settings"]
-    same = RunConfig.from_mapping({**parsed, "out-dir": settings["out-dir"], "peers": 2}).to_mapping()
+    same = RunConfig.from_mapping({**parsed, "out-dir": settings["out-dir"], "peers": 2}).effective().to_mapping()
     assert same == settings
 
     (tmp_path / "small.toml").write_text(SMALL)

@@ -58,7 +58,7 @@ TRIALS = {
     "fedavg": {"strategy": "fedavg", "fedavg-model": "mlp"},
     "fedavg-distilled": {"strategy": "fedavg", "fedavg-model": "mlp", "fedavg-start": "distilled"},
     "infoflow": {"method": "infoflow"},
-    "sleeper": {"models": "mlp,sleeper:model", "round-timeout": 4.0, "rounds": 4},
+    "sleeper": {"models": "mlp,sleeper:model", "round-timeout": 4.0, "rounds": 4, "schedule": "alternate"},
 }
 """One Ray and one start-up for all strategies; the sleeper comes last, since its actor is busy for long."""
 
