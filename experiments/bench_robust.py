@@ -27,8 +27,6 @@ BASE = {
     "trim": 0.3,
     "rounds": 6,
     "distill-epochs": 4,
-    "schedule": "alternate",
-    "divergence": "js",
 }
 
 Trial = dict[str, Any]
