@@ -60,18 +60,11 @@ class Cost:
     peak_bytes: int = 0
 
 
-class Watch:
-    """Looks at this process's descendants, once a second, while its block runs.
-
-    Attributes:
-        costs: by process id, of those that have ended too.
-        peak_bytes: the most memory that all of them held together, shared pages counted once.
-    """
+class _Beside:
+    """Does its work in a thread of its own while its block runs."""
 
     def __init__(self) -> None:
-        self.costs: dict[int, Cost] = {}
-        self.peak_bytes = 0
-        self._over, self._lock = threading.Event(), threading.Lock()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
@@ -81,6 +74,24 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Watch(_Beside):
+    """Looks at this process's descendants, once a second, while its block runs.
+
+    Attributes:
+        costs: by process id, of those that have ended too.
+        peak_bytes: the most memory that all of them held together, shared pages counted once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: dict[int, Cost] = {}
+        self.peak_bytes = 0
+        self._lock = threading.Lock()
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of all descendants up to now."""
@@ -119,7 +130,7 @@ class Watch:
         cost.peak_bytes = max(cost.peak_bytes, peak)
 
 
-class Marks(Generic[_Noted]):
+class Marks(_Beside, Generic[_Noted]):
     """Notes something as soon as a file that others append to has some number of lines, while its block runs.
 
     The lines that a run prints come up to a second late through Flower's log; the file of its rounds does not.
@@ -134,19 +145,13 @@ class Marks(Generic[_Noted]):
     """
 
     def __init__(self, path: Path, lines: Sequence[int], note: Callable[[], _Noted]) -> None:
+        super().__init__()
         self.noted: list[_Noted] = []
         self._path, self._lines, self._note = path, lines, note
         self._problem: Exception | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
+        super().__exit__(*exception)
         if self._problem is not None:
             raise self._problem
 

@@ -32,7 +32,7 @@ def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
     >>> label(settings, ["divergence", "strategy", "temperature", "reduction"])
     'sed · averaged · temperature 4'
     """
-    without, used = _idle(settings), {**settings, **_resolved(settings)}
+    without, used = _idle(settings), _resolved(settings)
     telling = [key for key in keys if key not in without]
     words = [_word(key, used[key]) for key in telling if used[key] is not False]
     return " · ".join(words or [f"no {key}" for key in telling])
@@ -49,16 +49,16 @@ def has_effect(settings: Mapping[str, Scalar], key: str) -> bool:
 
 def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scalar | None, ...]:
     """Return the values of some settings, None for those without an effect: equal where the same is run."""
-    without, used = _idle(settings), {**settings, **_resolved(settings)}
+    without, used = _idle(settings), _resolved(settings)
     return tuple(None if key in without else used[key] for key in keys)
 
 
 def _resolved(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return the settings that stand for something else: how steps are shared, and with which weight."""
+    """Return settings with what two of them stand for in their place: how steps are shared, and with which weight."""
     config = config_of(settings)
     if config.strategy == "fedavg":
-        return {}
-    return {"schedule": "mixed" if config.joint else "alternate", "kd-weight": config.distillation_weight}
+        return dict(settings)
+    return {**settings, "schedule": "mixed" if config.joint else "alternate", "kd-weight": config.distillation_weight}
 
 
 def _idle(settings: Mapping[str, Scalar]) -> dict[str, str]:

@@ -133,18 +133,21 @@ def into(own: Tensor, like: Tensor) -> Tensor | None:
 
 
 def tilt(probs: Tensor, score: Tensor) -> Tensor:
-    """Return q·(score − Σ q·score), the gradient in z where ``score``, overwritten, is that in q = softmax(z)."""
+    """Return q·(score − Σ q·score), the gradient in z where ``score``, overwritten, is that in q = softmax(z).
+
+    All are ``[..., B, C]``.
+    """
     weighted = score.mul_(probs)
     return weighted.addcmul_(probs, weighted.sum(dim=-1, keepdim=True), value=-1)
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return log(p/q), in the memory of ``log_q`` where it fits."""
+    """Return log(p/q) ``[..., B, C]`` of log p ``[..., B, C]`` and log q, in the memory of the latter where it fits."""
     return torch.sub(log_p, log_q, out=into(log_q, log_p))
 
 
 def reverse(q: Tensor, log_p_over_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(q‖p) and its slope, of log(p/q), which is written over."""
+    """Return KL(q‖p) ``[..., B]``, in nats, and its slope ``[..., B, C]``, of log(p/q), which is written over."""
     value = (q * log_p_over_q).sum(dim=-1).neg_().clamp_min_(0)
     return value, tilt(q, torch.threshold_(log_p_over_q, -FAR / 2, 0)).neg_()
 
@@ -180,7 +183,10 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(student_logits: Tensor, value: Tensor, slope: Tensor, temperature: float) -> Tensor:
-    """Return ``value`` ``[B]``, a new tensor, as a function of student logits ``[B, C]`` with gradient ``slope/T``."""
+    """Return ``value`` ``[B]``, a new tensor, as a function of student logits ``[B, C]`` with gradient ``slope/T``.
+
+    A second derivative is a ``RuntimeError`` when it is asked for.
+    """
     attached: Tensor = _Attach.apply(student_logits, (value, slope), temperature)
     return attached
 

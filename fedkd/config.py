@@ -321,13 +321,10 @@ class RunConfig:
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
         below_1 = "less than 1 under schedule mixed, where 1 would leave the labels out, or else `schedule=alternate`"
         yield "kd-weight", below_1, self.joint and self.regime != "dml" and self.kd_weight >= 1
-        shared = "where labels and knowledge share every step (schedule mixed, regime dml)"
-        yield "local-epochs", f"at least 1 {shared}, or else `schedule=alternate`", self.joint and not self.local_epochs
-        yield (
-            "distill-epochs",
-            f"at least 1 {shared}, or else `schedule=alternate`",
-            self.joint and not self.distill_epochs,
-        )
+        turns = "`schedule=alternate`" + " with `regime=vanilla`" * (self.regime == "dml")
+        some = f"at least 1 where labels and knowledge share every step (schedule mixed, regime dml), or else {turns}"
+        yield "local-epochs", some, self.joint and self.local_epochs == 0
+        yield "distill-epochs", some, self.joint and self.distill_epochs == 0
         private = self.privacy_epsilon > 0
         yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
@@ -337,8 +334,8 @@ class RunConfig:
         yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
         yield "match-gradients", "false under regime tuned, which chooses the weight", tuned and self.match_gradients
         # Adam's step does not change when its loss is scaled: alone in a phase, a weight would do nothing.
-        turns = "schedule alternate" if self.schedule == "alternate" else "strategy consensus without a `kd-weight`"
-        needs = f"under {turns} and optimizer adam or adamw, whose steps ignore a loss's scale: "
+        where = "schedule alternate" if self.schedule == "alternate" else "strategy consensus without a `kd-weight`"
+        needs = f"under {where} and optimizer adam or adamw, whose steps ignore a loss's scale: "
         needs += "take `schedule=mixed kd-weight=0.5`, or `optimizer=sgd`"
         blind = not self.joint and self.optimizer != "sgd" and not fedavg and self.method == "logits"
         yield "kd-weight", f"1, or left out, {needs}", blind and self.distillation_weight != 1 and not tuned

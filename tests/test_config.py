@@ -142,3 +142,12 @@ def test_evaluation_is_due_every_nth_round_and_in_the_last():
     config = dataclasses.replace(RunConfig(), rounds=7, eval_every=3)
 
     assert [round for round in range(8) if config.evaluates(round)] == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"), [({}, "`schedule=alternate`"), ({"regime": "dml"}, "with `regime=vanilla`")]
+)
+def test_epochs_that_would_leave_nothing_to_train_are_refused_with_the_way_out(settings, way):
+    for key_ in ("local-epochs", "distill-epochs"):
+        with pytest.raises(SettingError, match=f"`{key_}` to be at least 1 .*{way}, but got 0"):
+            RunConfig.from_mapping({**settings, key_: 0})
