@@ -1,7 +1,7 @@
 r"""What the divergences share: softened predictions, and a gradient that comes in closed form with the value.
 
 A divergence compares a student with *terms* that its teacher alone decides, and gives values and slopes, the gradients
-in z_s/T; :func:`differentiable` makes of them one node of autograd's graph.
+in z_s/T; ``differentiable`` makes of them one node of autograd's graph.
 """
 
 import math
@@ -13,25 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FAR",
-    "Compare",
-    "Distribution",
-    "TeacherTerms",
-    "attach",
-    "check_logits",
-    "check_pair",
-    "check_temperature",
-    "compute_dtype",
-    "differentiable",
-    "into",
-    "log_ratio",
-    "preparing",
-    "reverse",
-    "soften",
-    "tempered",
-    "tilt",
-]
+__all__ = ["Distribution", "TeacherTerms"]  # the rest is for the modules of divergences
 
 _LOG2_E = math.log2(math.e)
 
