@@ -107,11 +107,20 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "system", platform.platform())
     yield Finding("machine", "CPUs", str(os.cpu_count()))
     yield Finding("machine", "memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free")
+    yield Finding("machine", "bfloat16", _bfloat16())
     if not torch.cuda.is_available():
         yield Finding("machine", "GPUs", f"none that torch {torch.__version__} can use")
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         yield Finding("machine", f"cuda:{number}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB")
+
+
+def _bfloat16() -> str:
+    from fedkd.fast import bfloat16_pays
+
+    if not bfloat16_pays("cpu"):
+        return "not in this processor: `fast = true` computes in float32 on it"
+    return "in this processor's instructions: `fast = true` computes in it"
 
 
 def _ray_around() -> Iterator[Finding]:

@@ -6,8 +6,8 @@ Parameters are named as in akamaster/pytorch_resnet_cifar10, whose CIFAR-10 chec
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
 
+from fedkd.models.layers import NormReLU, PositionMean, subsampled
 from fedkd.models.small import image_shape, widened
 
 
@@ -21,9 +21,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = NormReLU(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = NormReLU(outputs)
         self.stride = stride
         added = outputs - inputs
         self.padding = (added // 2, added - added // 2)
@@ -32,9 +32,9 @@ class BasicBlock(nn.Module):
         """Return the block's output after its last ReLU."""
         shortcut = x
         if self.stride != 1 or any(self.padding):
-            shortcut = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
-        out = relu(self.bn1(self.conv1(x)))
-        return relu(self.bn2(self.conv2(out)) + shortcut)
+            shortcut = subsampled(x, self.stride, self.padding)
+        out: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x))), shortcut)
+        return out
 
 
 class SmallImageResNet(nn.Module):
@@ -45,10 +45,11 @@ class SmallImageResNet(nn.Module):
         channels, _, _ = image_shape(input_shape)
         first, second, third = widened(16, width), widened(32, width), widened(64, width)
         self.conv1 = nn.Conv2d(channels, first, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(first)
+        self.bn1 = NormReLU(first)
         self.layer1 = _stage(blocks, first, first, stride=1)
         self.layer2 = _stage(blocks, first, second, stride=2)
         self.layer3 = _stage(blocks, second, third, stride=2)
+        self.mean = PositionMean()
         self.linear = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -56,9 +57,9 @@ class SmallImageResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]."""
-        out = relu(self.bn1(self.conv1(x)))
+        out = self.bn1(self.conv1(x))
         out = self.layer3(self.layer2(self.layer1(out)))
-        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(self.mean(out))
         return logits
 
 

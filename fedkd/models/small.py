@@ -1,8 +1,11 @@
 """Small models of three families for small inputs; `width` multiplies their hidden units or channels."""
 
+from collections import OrderedDict
 from math import prod
 
-from torch import Tensor, nn
+from torch import nn
+
+from fedkd.models.layers import NormPoolReLU, NormReLU, PoolReLU, PositionMean
 
 
 def image_shape(input_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -41,15 +44,17 @@ def cnn_small(*, input_shape: tuple[int, ...], num_classes: int, width: float = 
     first, second, hidden = widened(16, width), widened(32, width), widened(64, width)
     # Two poolings, each rounding up, so that an image of any size passes.
     positions = -(-height // 4) * -(-image_width // 4)
-    return nn.Sequential(
-        nn.Conv2d(channels, first, 3, padding=1),
-        *_pooled(),
-        nn.Conv2d(first, second, 3, padding=1),
-        *_pooled(),
-        nn.Flatten(),
-        nn.Linear(second * positions, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, num_classes),
+    return _chain(
+        {
+            0: nn.Conv2d(channels, first, 3, padding=1),
+            1: PoolReLU(),
+            3: nn.Conv2d(first, second, 3, padding=1),
+            4: PoolReLU(),
+            6: nn.Flatten(),
+            7: nn.Linear(second * positions, hidden),
+            8: nn.ReLU(),
+            9: nn.Linear(hidden, num_classes),
+        }
     )
 
 
@@ -57,30 +62,20 @@ def cnn_wide(*, input_shape: tuple[int, ...], num_classes: int, width: float = 1
     """Three wide convolutions with batch normalisation, averaged over positions: the VGG family."""
     channels, _, _ = image_shape(input_shape)
     first, second, third = widened(32, width), widened(64, width), widened(128, width)
-    return nn.Sequential(
-        *_normalised_convolution(channels, first),
-        *_pooled(),
-        *_normalised_convolution(first, second),
-        *_pooled(),
-        *_normalised_convolution(second, third),
-        nn.ReLU(),
-        PositionMean(),
-        nn.Linear(third, num_classes),
+    return _chain(
+        {
+            0: nn.Conv2d(channels, first, 3, padding=1, bias=False),
+            1: NormPoolReLU(first),
+            4: nn.Conv2d(first, second, 3, padding=1, bias=False),
+            5: NormPoolReLU(second),
+            8: nn.Conv2d(second, third, 3, padding=1, bias=False),
+            9: NormReLU(third),
+            11: PositionMean(),
+            12: nn.Linear(third, num_classes),
+        }
     )
 
 
-class PositionMean(nn.Module):
-    """The mean over image positions, [B, C, H, W] -> [B, C]."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Average."""
-        return maps.mean(dim=(2, 3))
-
-
-def _normalised_convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
-
-
-def _pooled() -> tuple[nn.Module, ...]:
-    # ReLU after the maximum is ReLU before it, values and gradients alike, of a quarter of the numbers.
-    return nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()
+def _chain(layers: dict[int, nn.Module]) -> nn.Sequential:
+    """Chain layers under the numbers that checkpoints know their parameters by, from when each operator was a layer."""
+    return nn.Sequential(OrderedDict((str(number), layer) for number, layer in layers.items()))

@@ -1,0 +1,308 @@
+"""What surrounds a convolution, in as few passes over memory as it takes: loops over bfloat16 that numba compiles.
+
+torch has an operator, and so a pass or two over memory, for each of normalisation, shortcut, pooling and ReLU, forward
+and backward. These loops take them together. numpy has no bfloat16, so that numbers come and go as their bits,
+``uint16``: the upper half of a float32. Arithmetic is in float32; what sums over a batch ends in float64.
+
+Maps ``[B, C, H, W]`` in channels-last order are given as their rows, ``[R, M]`` with R = B·H and M = W·C.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Bits = NDArray[np.uint16]
+Floats = NDArray[np.float32]
+Places = NDArray[np.uint8]
+F = TypeVar("F", bound=Callable[..., object])
+
+_P0, _P1, _P2, _P3, _NOWHERE = (np.uint8(place) for place in range(5))
+
+
+def _loop(function: F) -> F:
+    """Have a loop compiled when it is first called, and what was compiled kept where numba may write."""
+    try:
+        compiled: F = njit(function, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+    except RuntimeError:  # it may write nowhere
+        compiled = njit(function, error_model="numpy", fastmath={"contract", "nsz"})
+    return compiled
+
+
+def _part(function: F) -> F:
+    """Have a piece of a loop compiled into it."""
+    compiled: F = njit(function, inline="always", error_model="numpy", fastmath={"contract", "nsz"})
+    return compiled
+
+
+@_part
+def _up(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_part
+def _down(value: np.float32) -> np.uint16:
+    # To the nearest, ties to even, as torch rounds.
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+
+
+@_part
+def _above_zero(value: np.float32) -> np.float32:
+    return np.float32(0) if value <= np.float32(0) else value  # NaN stays
+
+
+@_loop
+def moments(maps: Bits, mean: Floats, variance: Floats) -> None:
+    """Write the mean and the biased variance of each channel, ``[C]``."""
+    rows, width = maps.shape
+    channels = len(mean)
+    columns = width // channels
+    shift, total, square = np.empty(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
+    for j in range(width):
+        shift[j] = _up(maps[0, j])
+    for i in range(rows):
+        for j in range(width):
+            away = _up(maps[i, j]) - shift[j]
+            total[j] += away
+            square[j] += away * away
+    for c in range(channels):
+        middle = 0.0
+        for j in range(c, width, channels):
+            middle += shift[j] + total[j] / rows
+        middle /= columns
+        spread = 0.0
+        for j in range(c, width, channels):
+            off = total[j] / rows
+            spread += square[j] / rows - off * off + (shift[j] + off - middle) ** 2
+        mean[c], variance[c] = middle, max(spread / columns, 0.0)
+
+
+@_loop
+def scale(maps: Bits, factor: Floats, offset: Floats, shortcut: Bits, out: Bits) -> None:
+    """Write ReLU(maps · factor + offset + shortcut).
+
+    Args:
+        maps: ``[R, M]``.
+        factor: ``[C]``.
+        offset: ``[C]``.
+        shortcut: ``[R, M]``; ``[0, 0]`` if there is none.
+        out: ``[R, M]``.
+    """
+    rows, width = maps.shape
+    columns = width // len(factor)
+    a, b = _repeated(factor, columns), _repeated(offset, columns)
+    if shortcut.size:
+        for i in range(rows):
+            for j in range(width):
+                out[i, j] = _down(_above_zero(_up(maps[i, j]) * a[j] + b[j] + _up(shortcut[i, j])))
+    else:
+        for i in range(rows):
+            for j in range(width):
+                out[i, j] = _down(_above_zero(_up(maps[i, j]) * a[j] + b[j]))
+
+
+@_loop
+def scale_back(
+    gradient: Bits,
+    out: Bits,
+    maps: Bits,
+    weight: Floats,
+    mean: Floats,
+    inverse: Floats,
+    to_maps: Bits,
+    to_shortcut: Bits,
+    to_weight: Floats,
+    to_bias: Floats,
+) -> None:
+    """Write the gradients of :func:`scale` after batch normalisation.
+
+    Args:
+        gradient: of the output.
+        out: the output.
+        maps: what was normalised.
+        weight: of the normalisation, as all that follow ``[C]``.
+        mean: of the batch.
+        inverse: 1 / the batch's standard deviation.
+        to_maps: written.
+        to_shortcut: written; ``[0, 0]`` if there was none.
+        to_weight: written.
+        to_bias: written.
+    """
+    rows, width = maps.shape
+    columns = width // len(mean)
+    middle = _repeated(mean, columns)
+    total, product = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    for i in range(rows):
+        for j in range(width):
+            slope = _up(gradient[i, j]) if out[i, j] else np.float32(0)
+            total[j] += slope
+            product[j] += slope * (_up(maps[i, j]) - middle[j])
+    a, b, c = _coefficients(rows * columns, total, product, weight, mean, inverse, to_weight, to_bias)
+    if to_shortcut.size:
+        for i in range(rows):
+            for j in range(width):
+                passed = gradient[i, j] if out[i, j] else np.uint16(0)
+                to_shortcut[i, j] = passed
+                to_maps[i, j] = _down(a[j] * _up(passed) + b[j] * _up(maps[i, j]) + c[j])
+    else:
+        for i in range(rows):
+            for j in range(width):
+                slope = _up(gradient[i, j]) if out[i, j] else np.float32(0)
+                to_maps[i, j] = _down(a[j] * slope + b[j] * _up(maps[i, j]) + c[j])
+
+
+@_loop
+def pool(maps: Bits, factor: Floats, offset: Floats, out: Bits, place: Places) -> None:
+    """Write ReLU(max over 2×2 windows of maps · factor + offset), and the place of each maximum in its window.
+
+    Args:
+        maps: ``[R, M]`` of an even height and width.
+        factor: ``[C]``.
+        offset: ``[C]``.
+        out: ``[R/2, M/2]``.
+        place: ``[R/2, M/2]``: 0 to 3, row by row, of the first of equals; 4 where the ReLU gives 0.
+    """
+    rows, width = out.shape
+    channels = len(factor)
+    for i in range(rows):
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            first, second = maps[2 * i, left:middle], maps[2 * i, middle:right]
+            third, fourth = maps[2 * i + 1, left:middle], maps[2 * i + 1, middle:right]
+            best_of, place_of = out[i, start : start + channels], place[i, start : start + channels]
+            for c in range(channels):
+                best, where = _up(first[c]) * factor[c] + offset[c], _P0
+                best, where = _better(_up(second[c]) * factor[c] + offset[c], _P1, best, where)
+                best, where = _better(_up(third[c]) * factor[c] + offset[c], _P2, best, where)
+                best, where = _better(_up(fourth[c]) * factor[c] + offset[c], _P3, best, where)
+                best_of[c] = _down(_above_zero(best))
+                place_of[c] = _NOWHERE if best <= np.float32(0) else where
+
+
+@_part
+def _better(value: np.float32, there: np.uint8, best: np.float32, where: np.uint8) -> tuple[np.float32, np.uint8]:
+    wins = (value > best) | (value != value)  # NaN wins, as in torch
+    return value if wins else best, there if wins else where
+
+
+@_loop
+def pool_back(gradient: Bits, place: Places, to_maps: Bits, channels: int) -> None:
+    """Write the gradient of :func:`pool` for factor 1 and offset 0."""
+    rows, width = gradient.shape
+    for i in range(rows):
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _return(slope, where, _P0, to_maps[2 * i, left:middle])
+            _return(slope, where, _P1, to_maps[2 * i, middle:right])
+            _return(slope, where, _P2, to_maps[2 * i + 1, left:middle])
+            _return(slope, where, _P3, to_maps[2 * i + 1, middle:right])
+
+
+@_part
+def _return(slope: Bits, where: Places, here: np.uint8, to_maps: Bits) -> None:
+    for c in range(len(slope)):
+        to_maps[c] = slope[c] if where[c] == here else np.uint16(0)
+
+
+@_loop
+def pool_scaled_back(
+    gradient: Bits,
+    place: Places,
+    maps: Bits,
+    weight: Floats,
+    mean: Floats,
+    inverse: Floats,
+    to_maps: Bits,
+    to_weight: Floats,
+    to_bias: Floats,
+) -> None:
+    """Write the gradients of :func:`pool` after batch normalisation; arguments as in :func:`scale_back`."""
+    rows, width = gradient.shape
+    channels = len(mean)
+    total, product = np.zeros(channels), np.zeros(channels)
+    of_row, products = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for i in range(rows):
+        of_row[:], products[:] = 0, 0
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _gather(slope, where, _P0, maps[2 * i, left:middle], mean, of_row, products)
+            _gather(slope, where, _P1, maps[2 * i, middle:right], mean, of_row, products)
+            _gather(slope, where, _P2, maps[2 * i + 1, left:middle], mean, of_row, products)
+            _gather(slope, where, _P3, maps[2 * i + 1, middle:right], mean, of_row, products)
+        for c in range(channels):
+            total[c] += of_row[c]
+            product[c] += products[c]
+    a, b, o = _coefficients(4 * rows * (width // channels), total, product, weight, mean, inverse, to_weight, to_bias)
+    for i in range(rows):
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _scatter(slope, where, _P0, maps[2 * i, left:middle], a, b, o, to_maps[2 * i, left:middle])
+            _scatter(slope, where, _P1, maps[2 * i, middle:right], a, b, o, to_maps[2 * i, middle:right])
+            _scatter(slope, where, _P2, maps[2 * i + 1, left:middle], a, b, o, to_maps[2 * i + 1, left:middle])
+            _scatter(slope, where, _P3, maps[2 * i + 1, middle:right], a, b, o, to_maps[2 * i + 1, middle:right])
+
+
+@_part
+def _gather(
+    slope: Bits, where: Places, here: np.uint8, maps: Bits, mean: Floats, total: Floats, product: Floats
+) -> None:
+    for c in range(len(slope)):
+        value = _up(slope[c]) if where[c] == here else np.float32(0)
+        total[c] += value
+        product[c] += value * (_up(maps[c]) - mean[c])
+
+
+@_part
+def _scatter(
+    slope: Bits, where: Places, here: np.uint8, maps: Bits, a: Floats, b: Floats, o: Floats, to_maps: Bits
+) -> None:
+    for c in range(len(slope)):
+        value = _up(slope[c]) if where[c] == here else np.float32(0)
+        to_maps[c] = _down(a[c] * value + b[c] * _up(maps[c]) + o[c])
+
+
+@_loop
+def _repeated(values: Floats, times: int) -> Floats:
+    channels = len(values)
+    out = np.empty(channels * times, np.float32)
+    for j in range(len(out)):
+        out[j] = values[j % channels]
+    return out
+
+
+@_loop
+def _coefficients(
+    count: int,
+    total: NDArray[np.floating],
+    product: NDArray[np.floating],
+    weight: Floats,
+    mean: Floats,
+    inverse: Floats,
+    to_weight: Floats,
+    to_bias: Floats,
+) -> tuple[Floats, Floats, Floats]:
+    """Write the gradients of weight and bias; return a, b, c of a·gradient + b·maps + c, the gradient of the maps.
+
+    ``total`` and ``product`` are the sums of the gradient and of its product with maps − mean, for each column.
+    """
+    width, channels = len(total), len(mean)
+    a, b, c = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    for k in range(channels):
+        summed, paired = 0.0, 0.0
+        for j in range(k, width, channels):
+            summed += total[j]
+            paired += product[j]
+        to_weight[k], to_bias[k] = paired * inverse[k], summed
+        factor = weight[k] * inverse[k]
+        slant = -factor * inverse[k] * inverse[k] * paired / count
+        level = -factor * summed / count - slant * mean[k]
+        for j in range(k, width, channels):
+            a[j], b[j], c[j] = factor, slant, level
+    return a, b, c

@@ -1,0 +1,260 @@
+"""What follows a convolution: in one go, in torch's operators, and in the order of memory that lets gradients be."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedkd.models import build, fused
+from fedkd.models.layers import NormPoolReLU, NormReLU, PoolReLU, PositionMean, subsampled
+
+LAST = torch.channels_last
+NARROW = 2.0**-8  # bfloat16 keeps eight bits
+KINDS = ("norm", "shortcut", "norm-pool", "pool")
+SHAPES = ((4, 16, 8, 6), (3, 5, 4, 2), (2, 1, 2, 2), (1, 64, 6, 14))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def maps(shape, *, seed=0, dtype=torch.bfloat16):
+    stream = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(shape, generator=stream) + 5).to(dtype).to(memory_format=LAST)
+
+
+def layer_of(kind, channels):
+    if kind == "pool":
+        return PoolReLU()
+    layer = NormPoolReLU(channels) if kind == "norm-pool" else NormReLU(channels)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 2.1, channels))
+        layer.bias.copy_(torch.linspace(0.7, -0.3, channels))
+    return layer
+
+
+def plainly(kind, norm, x, shortcut):
+    """The same in float64, by torch's operators."""
+    if kind == "pool":
+        return F.relu(F.max_pool2d(x, 2))
+    normalised = nn.BatchNorm2d.forward(norm, x)
+    if kind == "norm-pool":
+        return F.relu(F.max_pool2d(normalised, 2))
+    return F.relu(normalised + shortcut) if kind == "shortcut" else F.relu(normalised)
+
+
+def applied(kind, layer, x, shortcut):
+    return layer(x, shortcut) if kind == "shortcut" else layer(x)
+
+
+def is_fused(tensor):
+    return type(tensor.grad_fn).__name__ in ("_NormReLUBackward", "_NormPoolReLUBackward", "_PoolReLUBackward")
+
+
+def close(found, expected, *, within):
+    assert (found.double() - expected).norm() <= within * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_gradients_and_running_moments_are_those_of_torch_in_float64(kind, shape):
+    layer = layer_of(kind, shape[1])
+    exact = copy.deepcopy(layer).double()
+    x, shortcut = maps(shape).requires_grad_(), maps(shape, seed=1).sub(5).requires_grad_()
+    x64, shortcut64 = (tensor.detach().double().requires_grad_() for tensor in (x, shortcut))
+
+    out, expected = applied(kind, layer, x, shortcut), plainly(kind, exact, x64, shortcut64)
+    gradient = torch.randn_like(out)
+    gradient = gradient.masked_fill((expected.abs() < 0.05) & (expected != 0), 0)  # rounded to the other side of zero
+    out.backward(gradient)
+    expected.backward(gradient.double())
+
+    assert is_fused(out)
+    assert out.is_contiguous(memory_format=LAST) and x.grad.is_contiguous(memory_format=LAST)
+    close(out, expected, within=NARROW)
+    close(x.grad, x64.grad, within=NARROW)
+    if kind == "shortcut":
+        assert torch.equal(shortcut.grad.double(), shortcut64.grad)
+    for found, wanted in zip(layer.parameters(), exact.parameters(), strict=True):
+        close(found.grad, wanted.grad, within=1e-5)
+    for found, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_are_normalised_by_the_running_moments_and_leave_them_alone(kind):
+    layer = layer_of(kind, 6)
+    applied(kind, layer, maps((4, 6, 4, 4)), maps((4, 6, 4, 4), seed=1))
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    x, shortcut = maps((4, 6, 4, 4), seed=2), maps((4, 6, 4, 4), seed=3)
+
+    with torch.no_grad():
+        out = applied(kind, layer, x, shortcut)
+
+    close(out, plainly(kind, copy.deepcopy(layer).double(), x.double(), shortcut.double()), within=NARROW)
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+
+
+def test_moments_of_far_off_maps_lose_no_digits():
+    x = (maps((8, 4, 6, 6), dtype=torch.float32) + 1000).bfloat16()
+    layer, exact = NormReLU(4), nn.BatchNorm2d(4).double()
+
+    layer(x.to(memory_format=LAST))
+    exact(x.double())
+
+    torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.running_mean.double(), exact.running_mean, rtol=1e-6, atol=0)
+
+
+def test_one_of_equal_maxima_gets_the_gradient_and_it_is_torchs():
+    x = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 2.0, 2.0, 0.5, -1.0, -1.0, -2.0, -3.0]).bfloat16()
+    x = x.reshape(3, 1, 2, 2).contiguous(memory_format=LAST)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    PoolReLU()(ours).sum().backward()
+    F.relu(F.max_pool2d(theirs, 2)).sum().backward()
+
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_number_stays_so(kind, nan):
+    x = maps((2, 3, 4, 4))
+    x[0, 1, 2, 3] = nan
+    found = applied(kind, layer_of(kind, 3), x, torch.zeros_like(x)).isnan()
+
+    assert found[0, 1].any() and not found[:, 0].any()
+    assert torch.equal(found, plainly(kind, layer_of(kind, 3).double(), x.double(), torch.zeros_like(x)).isnan())
+
+
+def test_a_gradient_in_another_order_of_memory_is_brought_into_this():
+    x = maps((2, 4, 4, 6)).requires_grad_()
+    out = NormReLU(4)(x)
+    gradient = torch.randn(2, 4, 4, 6).bfloat16()
+    (found,) = torch.autograd.grad(out, x, gradient, retain_graph=True)
+    (same,) = torch.autograd.grad(out, x, gradient.to(memory_format=LAST))
+
+    assert torch.equal(found, same)
+
+
+def left_to_torch(x, layer=None):
+    out = (layer or NormReLU(x.shape[1]))(x)
+    return not is_fused(out) and out.shape[0] == x.shape[0]
+
+
+def test_everything_else_is_left_to_torch(monkeypatch):
+    x = maps((2, 4, 4, 4)).requires_grad_()
+    assert not left_to_torch(x)
+    assert left_to_torch(x.float())
+    assert left_to_torch(x.half())
+    assert left_to_torch(x.contiguous())
+    assert left_to_torch(x, NormReLU(4).eval())
+    assert left_to_torch(x, NormReLU(4).bfloat16())
+    assert left_to_torch(maps((2, 4, 3, 4)).requires_grad_(), NormPoolReLU(4))
+    assert left_to_torch(maps((2, 4, 4, 5)).requires_grad_(), PoolReLU())
+    torch.set_num_threads(2)
+    assert left_to_torch(x)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fused, "_kernels", lambda: None)
+    assert left_to_torch(x)
+
+
+def test_one_number_of_a_channel_is_refused_as_torch_refuses_it():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        NormReLU(4)(maps((1, 4, 1, 1)))
+
+
+@pytest.mark.parametrize("name", ["cnn-small", "cnn-wide", "resnet8"])
+def test_a_model_computes_the_same_with_and_without(name, monkeypatch):
+    model = build(name, input_shape=(1, 12, 12), num_classes=5, seed=0).to(memory_format=LAST)
+    x = maps((8, 1, 12, 12), dtype=torch.float32) - 5
+
+    def outcome():
+        mine = copy.deepcopy(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = mine(x)
+        logits.float().square().mean().backward()
+        return logits.detach().double(), torch.cat([p.grad.flatten() for p in mine.parameters()]).double()
+
+    logits, gradients = outcome()
+    monkeypatch.setattr(fused, "_kernels", lambda: None)
+    expected, slopes = outcome()
+
+    close(logits, expected, within=8 * NARROW)
+    close(gradients, slopes, within=16 * NARROW)
+    assert torch.equal(gradients, slopes) == (name == "cnn-small")  # pooling alone rounds nothing
+
+
+def test_without_numba_a_fast_model_still_learns():
+    script = (
+        "import sys, torch\n"
+        "sys.modules['numba'] = None\n"
+        "from fedkd import fast, models, training\n"
+        "fast.bfloat16_pays = lambda device: True\n"
+        "model = fast.arranged(models.build('cnn-wide', input_shape=(1, 8, 8), num_classes=2, seed=0))\n"
+        "x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 2\n"
+        "loss = training.fit(model, x, y, epochs=1, how=training.Optimization(fast=True), seed=0)\n"
+        "sys.exit(not 0 < loss < 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_numba_is_not_imported_by_what_does_not_need_it():
+    script = (
+        "import sys, torch\n"
+        "from fedkd import models, training\n"
+        "model = models.build('resnet8', input_shape=(1, 8, 8), num_classes=2, seed=0)\n"
+        "x, y, how = torch.randn(9, 1, 8, 8), torch.arange(9) % 2, training.Optimization()\n"
+        "training.fit(model, x, y, epochs=1, how=how, seed=0)\n"
+        "sys.exit('numba' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, LAST])
+def test_means_and_shortcuts_are_plain_ones_with_gradients_in_the_order_of_the_maps(order):
+    x = torch.randn(3, 4, 6, 5).to(memory_format=order)
+    ways = {
+        "mean": (PositionMean(), lambda t: t.mean(dim=(2, 3))),
+        "shortcut": (
+            lambda t: subsampled(t, 2, (1, 3)),
+            lambda t: F.pad(t[:, :, ::2, ::2], (0, 0, 0, 0, 1, 3)),
+        ),
+    }
+    for ours, plain in ways.values():
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, expected = ours(mine), plain(theirs)
+        torch.testing.assert_close(found, expected)
+        slope = torch.randn_like(expected)
+        (gradient,) = torch.autograd.grad(found, mine, slope)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, theirs, slope)[0])
+        assert gradient.is_contiguous(memory_format=order)
+
+
+def test_checkpoints_know_the_parameters_by_their_old_names():
+    names = {
+        name: list(build(name, input_shape=(1, 8, 8), num_classes=3, seed=0).state_dict())
+        for name in ("cnn-small", "cnn-wide")
+    }
+
+    assert [name for name in names["cnn-small"] if name.endswith("weight")] == [
+        "0.weight",
+        "3.weight",
+        "7.weight",
+        "9.weight",
+    ]
+    assert [name for name in names["cnn-wide"] if name.endswith("weight")] == [
+        "0.weight", "1.weight", "4.weight", "5.weight", "8.weight", "9.weight", "12.weight",
+    ]  # fmt: skip
