@@ -169,6 +169,23 @@ def test_everything_else_is_left_to_torch(monkeypatch):
     assert left_to_torch(x)
 
 
+def test_a_shortcut_of_another_form_is_left_to_torch():
+    x, shortcut = maps((2, 4, 4, 4)).requires_grad_(), maps((2, 4, 1, 1), seed=1)
+    for other in (shortcut, shortcut.float()):
+        out = NormReLU(4)(x, other)
+        assert not is_fused(out)
+        torch.testing.assert_close(
+            out.double(), plainly("shortcut", nn.BatchNorm2d(4), x.float(), other).double(), rtol=0.02, atol=0.02
+        )
+
+
+@pytest.mark.parametrize("wrong", [maps((2, 5, 4, 4)), torch.zeros(2, 4, 4).bfloat16()])
+@pytest.mark.parametrize("layer", [NormReLU(4), NormPoolReLU(4)])
+def test_maps_of_another_form_are_refused_as_torch_refuses_them(layer, wrong):
+    with pytest.raises((RuntimeError, ValueError), match=r"expected 4D|should contain 5 elements"):
+        layer(wrong)
+
+
 def test_one_number_of_a_channel_is_refused_as_torch_refuses_it():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         NormReLU(4)(maps((1, 4, 1, 1)))

@@ -25,9 +25,9 @@ def takes(maps: Tensor, norm: nn.BatchNorm2d | None = None, *, even: bool = Fals
             evaluation there are no gradients through it.
         even: whether height and width have to be even.
     """
-    if maps.dtype is not torch.bfloat16 or maps.device.type != "cpu" or maps.numel() == 0:
+    if torch.compiler.is_compiling() or maps.dtype is not torch.bfloat16 or maps.device.type != "cpu":
         return False
-    if not lies_well(maps) or torch.get_num_threads() > 1 or torch.compiler.is_compiling():
+    if maps.dim() != 4 or maps.numel() == 0 or not lies_well(maps) or torch.get_num_threads() > 1:
         return False
     if even and (maps.shape[2] % 2 or maps.shape[3] % 2):
         return False
@@ -37,6 +37,8 @@ def takes(maps: Tensor, norm: nn.BatchNorm2d | None = None, *, even: bool = Fals
 
 
 def _can_normalise(maps: Tensor, norm: nn.BatchNorm2d) -> bool:
+    if maps.shape[1] != norm.num_features:  # an error, which torch explains; the loops do not look
+        return False
     if norm.weight.dtype is not torch.float32 or norm.running_mean is None or norm.momentum is None:
         return False
     return maps.numel() > norm.num_features if norm.training else not torch.is_grad_enabled()
@@ -81,10 +83,9 @@ class _NormReLU(Function):
     def forward(
         ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, norm: nn.BatchNorm2d
     ) -> Tensor:
-        rows, out = _rows(maps), _new(*maps.shape)
-        ctx.moments, (factor, offset) = _normalisation(norm, rows)
+        out, ctx.moments = _new(*maps.shape), np.empty((2, maps.shape[1]), np.float32)
         beside = _NO_ROWS if shortcut is None else _rows(shortcut)
-        _loops().scale(rows, factor, offset, beside, _rows(out))
+        _loops().norm_relu(_rows(maps), *_settings(norm), beside, _rows(out), ctx.moments)
         ctx.save_for_backward(maps, out, weight)
         ctx.has_shortcut = shortcut is not None
         return out
@@ -94,20 +95,19 @@ class _NormReLU(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, out, weight = ctx.saved_tensors
         to_maps, to_shortcut = _new(*maps.shape), _new(*maps.shape) if ctx.has_shortcut else None
-        to_weight, to_bias = torch.empty_like(weight), torch.empty_like(weight)
-        _loops().scale_back(
-            _rows(_laid_well(gradient)), _rows(out), _rows(maps), weight.detach().numpy(), *ctx.moments,
-            _rows(to_maps), _NO_ROWS if to_shortcut is None else _rows(to_shortcut), to_weight.numpy(), to_bias.numpy(),
+        to_norm = torch.empty(2, len(weight))
+        _loops().norm_relu_back(
+            _rows(_laid_well(gradient)), _rows(out), _rows(maps), _floats(weight), ctx.moments, _rows(to_maps),
+            _NO_ROWS if to_shortcut is None else _rows(to_shortcut), _floats(to_norm),
         )  # fmt: skip
-        return to_maps, to_weight, to_bias, to_shortcut, None
+        return to_maps, to_norm[0], to_norm[1], to_shortcut, None
 
 
 class _NormPoolReLU(Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        rows, (out, ctx.places) = _rows(maps), _pooled(maps)
-        ctx.moments, (factor, offset) = _normalisation(norm, rows)
-        _loops().pool(rows, factor, offset, _rows(out), ctx.places)
+        (out, ctx.places), ctx.moments = _pooled(maps), np.empty((2, maps.shape[1]), np.float32)
+        _loops().norm_pool_relu(_rows(maps), *_settings(norm), _rows(out), ctx.places, ctx.moments)
         ctx.save_for_backward(maps, weight)
         return out
 
@@ -115,12 +115,12 @@ class _NormPoolReLU(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, weight = ctx.saved_tensors
-        to_maps, to_weight, to_bias = _new(*maps.shape), torch.empty_like(weight), torch.empty_like(weight)
-        _loops().pool_scaled_back(
-            _rows(_laid_well(gradient)), ctx.places, _rows(maps), weight.detach().numpy(), *ctx.moments,
-            _rows(to_maps), to_weight.numpy(), to_bias.numpy(),
+        to_maps, to_norm = _new(*maps.shape), torch.empty(2, len(weight))
+        _loops().norm_pool_relu_back(
+            _rows(_laid_well(gradient)), ctx.places, _rows(maps), _floats(weight), ctx.moments, _rows(to_maps),
+            _floats(to_norm),
         )  # fmt: skip
-        return to_maps, to_weight, to_bias, None
+        return to_maps, to_norm[0], to_norm[1], None
 
 
 class _PoolReLU(Function):
@@ -128,15 +128,14 @@ class _PoolReLU(Function):
     def forward(ctx: Any, maps: Tensor) -> Tensor:
         out, ctx.places = _pooled(maps)
         ctx.shape = maps.shape
-        as_it_is = np.ones(maps.shape[1], np.float32), np.zeros(maps.shape[1], np.float32)
-        _loops().pool(_rows(maps), *as_it_is, _rows(out), ctx.places)
+        _loops().pool_relu(_rows(maps), maps.shape[1], _rows(out), ctx.places)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         to_maps = _new(*ctx.shape)
-        _loops().pool_back(_rows(_laid_well(gradient)), ctx.places, _rows(to_maps), ctx.shape[1])
+        _loops().pool_relu_back(_rows(_laid_well(gradient)), ctx.places, ctx.shape[1], _rows(to_maps))
         return to_maps
 
 
@@ -147,31 +146,20 @@ def _loops() -> ModuleType:
     return kernels
 
 
-def _normalisation(norm: nn.BatchNorm2d, rows: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Return the mean and 1 / the standard deviation to normalise by, and factor and offset that do it; ``[C]`` each.
-
-    In training they are the batch's, which go into the running ones as torch has it.
-    """
-    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    mean, variance = _moments(norm, rows)
-    inverse = 1 / np.sqrt(variance + np.float32(norm.eps))
-    factor = weight * inverse
-    return (mean, inverse), (factor, bias - mean * factor)
-
-
-def _moments(norm: nn.BatchNorm2d, rows: Any) -> tuple[Any, Any]:
-    running_mean, running_variance, momentum = norm.running_mean, norm.running_var, norm.momentum
-    assert running_mean is not None and running_variance is not None and momentum is not None  # `takes` saw to it
-    if not norm.training:
-        return running_mean.numpy(), running_variance.numpy()
-    mean, variance = np.empty((2, norm.num_features), np.float32)
-    _loops().moments(rows, mean, variance)
-    count = rows.size // norm.num_features
-    running_mean.lerp_(torch.from_numpy(mean), momentum)
-    running_variance.lerp_(torch.from_numpy(variance * np.float32(count / (count - 1))), momentum)
-    if norm.num_batches_tracked is not None:
+def _settings(norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+    """Return what the loops ask of a normalisation; running moments are written where they lie."""
+    if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    return mean, variance
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None  # `takes` saw to it
+    return (
+        *map(_floats, (norm.weight, norm.bias, mean, variance)), norm.momentum, norm.eps, norm.training
+    )  # fmt: skip
+
+
+def _floats(tensor: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = tensor.detach().numpy()
+    return values
 
 
 def _rows(maps: Tensor) -> NDArray[np.uint16]:

@@ -56,45 +56,39 @@ def _above_zero(value: np.float32) -> np.float32:
 
 
 @_loop
-def moments(maps: Bits, mean: Floats, variance: Floats) -> None:
-    """Write the mean and the biased variance of each channel, ``[C]``."""
-    rows, width = maps.shape
-    channels = len(mean)
-    columns = width // channels
-    shift, total, square = np.empty(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
-    for j in range(width):
-        shift[j] = _up(maps[0, j])
-    for i in range(rows):
-        for j in range(width):
-            away = _up(maps[i, j]) - shift[j]
-            total[j] += away
-            square[j] += away * away
-    for c in range(channels):
-        middle = 0.0
-        for j in range(c, width, channels):
-            middle += shift[j] + total[j] / rows
-        middle /= columns
-        spread = 0.0
-        for j in range(c, width, channels):
-            off = total[j] / rows
-            spread += square[j] / rows - off * off + (shift[j] + off - middle) ** 2
-        mean[c], variance[c] = middle, max(spread / columns, 0.0)
-
-
-@_loop
-def scale(maps: Bits, factor: Floats, offset: Floats, shortcut: Bits, out: Bits) -> None:
-    """Write ReLU(maps · factor + offset + shortcut).
+def norm_relu(
+    maps: Bits,
+    weight: Floats,
+    bias: Floats,
+    running_mean: Floats,
+    running_variance: Floats,
+    momentum: float,
+    epsilon: float,
+    training: bool,
+    shortcut: Bits,
+    out: Bits,
+    moments: Floats,
+) -> None:
+    """Write ReLU(batch normalisation of maps + shortcut).
 
     Args:
         maps: ``[R, M]``.
-        factor: ``[C]``.
-        offset: ``[C]``.
+        weight: of the normalisation, as all up to ``running_variance`` ``[C]``.
+        bias: of the normalisation.
+        running_mean: moved towards the batch's by ``momentum`` in training; normalises otherwise.
+        running_variance: the same, towards the unbiased variance.
+        momentum: how far.
+        epsilon: added to the variance.
+        training: whether the batch's own moments normalise.
         shortcut: ``[R, M]``; ``[0, 0]`` if there is none.
-        out: ``[R, M]``.
+        out: ``[R, M]``, written.
+        moments: ``[2, C]``, written: the mean, and 1 / the standard deviation.
     """
     rows, width = maps.shape
-    columns = width // len(factor)
-    a, b = _repeated(factor, columns), _repeated(offset, columns)
+    factor, offset = _normalisation(
+        maps, weight, bias, running_mean, running_variance, momentum, epsilon, training, moments
+    )
+    a, b = _repeated(factor, width // len(factor)), _repeated(offset, width // len(offset))
     if shortcut.size:
         for i in range(rows):
             for j in range(width):
@@ -106,42 +100,38 @@ def scale(maps: Bits, factor: Floats, offset: Floats, shortcut: Bits, out: Bits)
 
 
 @_loop
-def scale_back(
+def norm_relu_back(
     gradient: Bits,
     out: Bits,
     maps: Bits,
     weight: Floats,
-    mean: Floats,
-    inverse: Floats,
+    moments: Floats,
     to_maps: Bits,
     to_shortcut: Bits,
-    to_weight: Floats,
-    to_bias: Floats,
+    to_norm: Floats,
 ) -> None:
-    """Write the gradients of :func:`scale` after batch normalisation.
+    """Write the gradients of :func:`norm_relu` in training.
 
     Args:
         gradient: of the output.
         out: the output.
-        maps: what was normalised.
-        weight: of the normalisation, as all that follow ``[C]``.
-        mean: of the batch.
-        inverse: 1 / the batch's standard deviation.
+        maps: as they were given.
+        weight: the same.
+        moments: as they were written.
         to_maps: written.
         to_shortcut: written; ``[0, 0]`` if there was none.
-        to_weight: written.
-        to_bias: written.
+        to_norm: ``[2, C]``, written: of the weight and of the bias.
     """
     rows, width = maps.shape
-    columns = width // len(mean)
-    middle = _repeated(mean, columns)
+    columns = width // len(weight)
+    middle = _repeated(moments[0], columns)
     total, product = np.zeros(width, np.float32), np.zeros(width, np.float32)
     for i in range(rows):
         for j in range(width):
             slope = _up(gradient[i, j]) if out[i, j] else np.float32(0)
             total[j] += slope
             product[j] += slope * (_up(maps[i, j]) - middle[j])
-    a, b, c = _coefficients(rows * columns, total, product, weight, mean, inverse, to_weight, to_bias)
+    a, b, c = _coefficients(rows * columns, total, product, weight, moments, to_norm)
     if to_shortcut.size:
         for i in range(rows):
             for j in range(width):
@@ -156,16 +146,141 @@ def scale_back(
 
 
 @_loop
-def pool(maps: Bits, factor: Floats, offset: Floats, out: Bits, place: Places) -> None:
-    """Write ReLU(max over 2×2 windows of maps · factor + offset), and the place of each maximum in its window.
+def norm_pool_relu(
+    maps: Bits,
+    weight: Floats,
+    bias: Floats,
+    running_mean: Floats,
+    running_variance: Floats,
+    momentum: float,
+    epsilon: float,
+    training: bool,
+    out: Bits,
+    place: Places,
+    moments: Floats,
+) -> None:
+    """Write ReLU(max over 2×2 windows of the batch normalisation of maps), and the place of each maximum.
 
-    Args:
-        maps: ``[R, M]`` of an even height and width.
-        factor: ``[C]``.
-        offset: ``[C]``.
-        out: ``[R/2, M/2]``.
-        place: ``[R/2, M/2]``: 0 to 3, row by row, of the first of equals; 4 where the ReLU gives 0.
+    Maps are of an even height and width; out and place are ``[R/2, M/2]``. A place is 0 to 3, row by row, of the first
+    of equals in its window, and 4 where out is 0. All else is as in :func:`norm_relu`.
     """
+    factor, offset = _normalisation(
+        maps, weight, bias, running_mean, running_variance, momentum, epsilon, training, moments
+    )
+    _pool(maps, factor, offset, out, place)
+
+
+@_loop
+def norm_pool_relu_back(
+    gradient: Bits, place: Places, maps: Bits, weight: Floats, moments: Floats, to_maps: Bits, to_norm: Floats
+) -> None:
+    """Write the gradients of :func:`norm_pool_relu` in training; arguments as in :func:`norm_relu_back`."""
+    rows, width = gradient.shape
+    channels = len(weight)
+    total, product = np.zeros(channels), np.zeros(channels)
+    of_row, products = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for i in range(rows):
+        of_row[:], products[:] = 0, 0
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _gather(slope, where, _P0, maps[2 * i, left:middle], moments[0], of_row, products)
+            _gather(slope, where, _P1, maps[2 * i, middle:right], moments[0], of_row, products)
+            _gather(slope, where, _P2, maps[2 * i + 1, left:middle], moments[0], of_row, products)
+            _gather(slope, where, _P3, maps[2 * i + 1, middle:right], moments[0], of_row, products)
+        for c in range(channels):
+            total[c] += of_row[c]
+            product[c] += products[c]
+    a, b, o = _coefficients(4 * rows * (width // channels), total, product, weight, moments, to_norm)
+    for i in range(rows):
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _scatter(slope, where, _P0, maps[2 * i, left:middle], a, b, o, to_maps[2 * i, left:middle])
+            _scatter(slope, where, _P1, maps[2 * i, middle:right], a, b, o, to_maps[2 * i, middle:right])
+            _scatter(slope, where, _P2, maps[2 * i + 1, left:middle], a, b, o, to_maps[2 * i + 1, left:middle])
+            _scatter(slope, where, _P3, maps[2 * i + 1, middle:right], a, b, o, to_maps[2 * i + 1, middle:right])
+
+
+@_loop
+def pool_relu(maps: Bits, channels: int, out: Bits, place: Places) -> None:
+    """Write ReLU(max over 2×2 windows of maps); arguments as in :func:`norm_pool_relu`."""
+    _pool(maps, np.ones(channels, np.float32), np.zeros(channels, np.float32), out, place)
+
+
+@_loop
+def pool_relu_back(gradient: Bits, place: Places, channels: int, to_maps: Bits) -> None:
+    """Write the gradient of :func:`pool_relu`."""
+    rows, width = gradient.shape
+    for i in range(rows):
+        for start in range(0, width, channels):
+            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
+            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
+            _return(slope, where, _P0, to_maps[2 * i, left:middle])
+            _return(slope, where, _P1, to_maps[2 * i, middle:right])
+            _return(slope, where, _P2, to_maps[2 * i + 1, left:middle])
+            _return(slope, where, _P3, to_maps[2 * i + 1, middle:right])
+
+
+@_loop
+def _normalisation(
+    maps: Bits,
+    weight: Floats,
+    bias: Floats,
+    running_mean: Floats,
+    running_variance: Floats,
+    momentum: float,
+    epsilon: float,
+    training: bool,
+    moments: Floats,
+) -> tuple[Floats, Floats]:
+    """Return factor and offset of batch normalisation, ``[C]``."""
+    channels = len(weight)
+    factor, offset = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    mean, variance = running_mean, running_variance
+    if training:
+        mean, variance = _moments(maps, channels)
+        count = maps.size // channels
+        for c in range(channels):
+            running_mean[c] += momentum * (mean[c] - running_mean[c])
+            running_variance[c] += momentum * (variance[c] * count / (count - 1) - running_variance[c])
+    for c in range(channels):
+        moments[0, c], moments[1, c] = mean[c], 1 / np.sqrt(variance[c] + epsilon)
+        factor[c] = weight[c] * moments[1, c]
+        offset[c] = bias[c] - mean[c] * factor[c]
+    return factor, offset
+
+
+@_loop
+def _moments(maps: Bits, channels: int) -> tuple[Floats, Floats]:
+    """Return the mean and the biased variance of each channel, ``[C]``."""
+    rows, width = maps.shape
+    columns = width // channels
+    # Off a sample's value, so that the squares of maps far from zero lose no digits.
+    shift, total, square = np.empty(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
+    for j in range(width):
+        shift[j] = _up(maps[0, j])
+    for i in range(rows):
+        for j in range(width):
+            away = _up(maps[i, j]) - shift[j]
+            total[j] += away
+            square[j] += away * away
+    mean, variance = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for c in range(channels):
+        middle = 0.0
+        for j in range(c, width, channels):
+            middle += shift[j] + total[j] / rows
+        middle /= columns
+        spread = 0.0
+        for j in range(c, width, channels):
+            off = total[j] / rows
+            spread += square[j] / rows - off * off + (shift[j] + off - middle) ** 2
+        mean[c], variance[c] = middle, max(spread / columns, 0.0)
+    return mean, variance
+
+
+@_loop
+def _pool(maps: Bits, factor: Floats, offset: Floats, out: Bits, place: Places) -> None:
     rows, width = out.shape
     channels = len(factor)
     for i in range(rows):
@@ -189,64 +304,10 @@ def _better(value: np.float32, there: np.uint8, best: np.float32, where: np.uint
     return value if wins else best, there if wins else where
 
 
-@_loop
-def pool_back(gradient: Bits, place: Places, to_maps: Bits, channels: int) -> None:
-    """Write the gradient of :func:`pool` for factor 1 and offset 0."""
-    rows, width = gradient.shape
-    for i in range(rows):
-        for start in range(0, width, channels):
-            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
-            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
-            _return(slope, where, _P0, to_maps[2 * i, left:middle])
-            _return(slope, where, _P1, to_maps[2 * i, middle:right])
-            _return(slope, where, _P2, to_maps[2 * i + 1, left:middle])
-            _return(slope, where, _P3, to_maps[2 * i + 1, middle:right])
-
-
 @_part
 def _return(slope: Bits, where: Places, here: np.uint8, to_maps: Bits) -> None:
     for c in range(len(slope)):
         to_maps[c] = slope[c] if where[c] == here else np.uint16(0)
-
-
-@_loop
-def pool_scaled_back(
-    gradient: Bits,
-    place: Places,
-    maps: Bits,
-    weight: Floats,
-    mean: Floats,
-    inverse: Floats,
-    to_maps: Bits,
-    to_weight: Floats,
-    to_bias: Floats,
-) -> None:
-    """Write the gradients of :func:`pool` after batch normalisation; arguments as in :func:`scale_back`."""
-    rows, width = gradient.shape
-    channels = len(mean)
-    total, product = np.zeros(channels), np.zeros(channels)
-    of_row, products = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    for i in range(rows):
-        of_row[:], products[:] = 0, 0
-        for start in range(0, width, channels):
-            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
-            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
-            _gather(slope, where, _P0, maps[2 * i, left:middle], mean, of_row, products)
-            _gather(slope, where, _P1, maps[2 * i, middle:right], mean, of_row, products)
-            _gather(slope, where, _P2, maps[2 * i + 1, left:middle], mean, of_row, products)
-            _gather(slope, where, _P3, maps[2 * i + 1, middle:right], mean, of_row, products)
-        for c in range(channels):
-            total[c] += of_row[c]
-            product[c] += products[c]
-    a, b, o = _coefficients(4 * rows * (width // channels), total, product, weight, mean, inverse, to_weight, to_bias)
-    for i in range(rows):
-        for start in range(0, width, channels):
-            left, middle, right = 2 * start, 2 * start + channels, 2 * (start + channels)
-            slope, where = gradient[i, start : start + channels], place[i, start : start + channels]
-            _scatter(slope, where, _P0, maps[2 * i, left:middle], a, b, o, to_maps[2 * i, left:middle])
-            _scatter(slope, where, _P1, maps[2 * i, middle:right], a, b, o, to_maps[2 * i, middle:right])
-            _scatter(slope, where, _P2, maps[2 * i + 1, left:middle], a, b, o, to_maps[2 * i + 1, left:middle])
-            _scatter(slope, where, _P3, maps[2 * i + 1, middle:right], a, b, o, to_maps[2 * i + 1, middle:right])
 
 
 @_part
@@ -283,26 +344,25 @@ def _coefficients(
     total: NDArray[np.floating],
     product: NDArray[np.floating],
     weight: Floats,
-    mean: Floats,
-    inverse: Floats,
-    to_weight: Floats,
-    to_bias: Floats,
+    moments: Floats,
+    to_norm: Floats,
 ) -> tuple[Floats, Floats, Floats]:
     """Write the gradients of weight and bias; return a, b, c of a·gradient + b·maps + c, the gradient of the maps.
 
     ``total`` and ``product`` are the sums of the gradient and of its product with maps − mean, for each column.
     """
-    width, channels = len(total), len(mean)
+    width, channels = len(total), len(weight)
     a, b, c = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     for k in range(channels):
         summed, paired = 0.0, 0.0
         for j in range(k, width, channels):
             summed += total[j]
             paired += product[j]
-        to_weight[k], to_bias[k] = paired * inverse[k], summed
-        factor = weight[k] * inverse[k]
-        slant = -factor * inverse[k] * inverse[k] * paired / count
-        level = -factor * summed / count - slant * mean[k]
+        mean, inverse = moments[0, k], moments[1, k]
+        to_norm[0, k], to_norm[1, k] = paired * inverse, summed
+        factor = weight[k] * inverse
+        slant = -factor * inverse * inverse * paired / count
+        level = -factor * summed / count - slant * mean
         for j in range(k, width, channels):
             a[j], b[j], c[j] = factor, slant, level
     return a, b, c

@@ -19,7 +19,7 @@ class NormReLU(nn.BatchNorm2d):
 
     def forward(self, maps: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return ``[B, C, H, W]`` for maps, and perhaps a shortcut, of that shape."""
-        if fused.takes(maps, self) and (shortcut is None or shortcut.dtype is maps.dtype):
+        if fused.takes(maps, self) and (shortcut is None or _are_alike(maps, shortcut)):
             return fused.norm_relu(maps, self, shortcut)
         normalised = super().forward(maps)
         return F.relu(normalised if shortcut is None else normalised + shortcut)
@@ -71,6 +71,10 @@ def subsampled(maps: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
     if not fused.lies_well(maps):
         return F.pad(maps[:, :, ::stride, ::stride], (0, 0, 0, 0, *padding))
     return F.pad(maps.permute(0, 2, 3, 1)[:, ::stride, ::stride], padding).permute(0, 3, 1, 2)
+
+
+def _are_alike(maps: Tensor, others: Tensor) -> bool:
+    return (maps.shape, maps.dtype, maps.device) == (others.shape, others.dtype, others.device)
 
 
 def _pool_relu(maps: Tensor) -> Tensor:
