@@ -32,3 +32,5 @@ def bench(name: str, json_path: Path | None, *, quick: bool) -> None:
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")
     importlib.import_module(BENCHES[name]).main(json_path, quick=quick)
+    if quick:
+        print("--quick shows that the benchmark runs; its figures mean nothing")

@@ -120,7 +120,9 @@ def _bfloat16() -> str:
 
     if not bfloat16_pays("cpu"):
         return "not in this processor: `fast = true` computes in float32 on it"
-    return "in this processor's instructions: `fast = true` computes in it"
+    return "in this processor's instructions: `fast = true` computes in it" + (
+        "" if _version("numba") else ", and faster with numba (pip install 'fedkd[fast]')"
+    )
 
 
 def _ray_around() -> Iterator[Finding]:

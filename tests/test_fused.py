@@ -1,8 +1,11 @@
 """What follows a convolution: in one go, in torch's operators, and in the order of memory that lets gradients be."""
 
 import copy
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkd.models import build, fused
+from fedkd.models.kept import from_its_place
 from fedkd.models.layers import NormPoolReLU, NormReLU, PoolReLU, PositionMean, subsampled
 
+ROOT = Path(__file__).parents[1]
 LAST = torch.channels_last
 NARROW = 2.0**-8  # bfloat16 keeps eight bits
 KINDS = ("norm", "shortcut", "norm-pool", "pool")
@@ -238,6 +243,55 @@ def test_numba_is_not_imported_by_what_does_not_need_it():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_process_finds_the_loops_compiled_though_its_code_lies_elsewhere(tmp_path):
+    script = (
+        "from fedkd.models import fused, layers\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "layers.PoolReLU()(torch.zeros(1, 2, 2, 2).bfloat16().to(memory_format=torch.channels_last))\n"
+        "loops = fused._kernels()\n"
+        "found = (loops.pool_relu.stats.cache_hits, loops.pool_relu.stats.cache_misses)\n"
+        "print(fused.__file__, loops.__file__, *(sum(counts.values()) for counts in found))\n"
+    )
+    said = []
+    for name in ("first", "second"):
+        shutil.copytree(ROOT / "fedkd", tmp_path / name / "fedkd", ignore=shutil.ignore_patterns("__pycache__"))
+        surroundings = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / name)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=surroundings, cwd=tmp_path, check=True
+        )
+        said.append(done.stdout.split())
+
+    assert [code for code, *_ in said] == [
+        str(tmp_path / name / "fedkd/models/fused.py") for name in ("first", "second")
+    ]
+    assert said[0][1] == said[1][1] and said[0][1].startswith(str(tmp_path / ".cache"))
+    assert [counts for _, _, *counts in said] == [["0", "1"], ["1", "0"]]
+
+
+def test_loops_are_imported_as_they_are_where_no_copy_can_be_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lonely_module.py").write_text("value = 3")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    module = from_its_place("lonely_module")
+
+    assert (module.value, module.__file__) == (3, str(tmp_path / "lonely_module.py"))
+    del sys.modules["lonely_module"]
+
+
+def test_a_copy_that_is_not_the_text_is_made_anew(monkeypatch, tmp_path):
+    (tmp_path / "lonely_module.py").write_text("value = 3")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        kept = Path(from_its_place("lonely_module").__file__)
+        del sys.modules["lonely_module"]
+        assert kept.is_relative_to(tmp_path / ".cache") and kept.read_text() == "value = 3"
+        kept.write_text("value = 4")
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, LAST])

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from fedkd.models.kept import from_its_place
+
 _NO_ROWS = np.empty((0, 0), np.uint16)
 
 
@@ -72,10 +74,9 @@ def pool_relu(maps: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType | None:
     try:
-        from fedkd.models import kernels
+        return from_its_place("fedkd.models.kernels")
     except ImportError:  # numba is not installed, or not for this numpy
         return None
-    return kernels
 
 
 class _NormReLU(Function):
