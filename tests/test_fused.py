@@ -1,5 +1,6 @@
 """What follows a convolution: in one go, in torch's operators, and in the order of memory that lets gradients be."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -174,9 +175,91 @@ def test_everything_else_is_left_to_torch(monkeypatch):
     assert left_to_torch(x)
 
 
+def changed(**parts):
+    """Return a normalisation of four channels, some of it replaced."""
+    layer = NormReLU(4)
+    for name, value in parts.items():
+        setattr(layer, name, nn.Parameter(value) if name in ("weight", "bias") and value is not None else value)
+    return layer
+
+
+def test_normalisations_that_are_not_torchs_default_are_left_to_torch():
+    x = maps((2, 4, 4, 4)).requires_grad_()
+    assert left_to_torch(x, changed(momentum=None))
+    assert left_to_torch(x, changed(running_mean=None, running_var=None))
+    assert left_to_torch(x, changed(weight=None))
+    for wrong in ({"bias": torch.zeros(2)}, {"weight": torch.zeros(8)}, {"running_var": torch.ones(1)}):
+        with pytest.raises(RuntimeError, match="4 elements"):
+            changed(**wrong)(x)
+
+
+def test_an_empty_batch_is_left_to_torch():
+    assert PoolReLU()(torch.zeros(0, 4, 4, 4).bfloat16().to(memory_format=LAST)).shape == (0, 4, 2, 2)
+
+
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
+    x, shortcut = maps((2, 4, 4, 4)), maps((2, 4, 4, 4), seed=1).requires_grad_()
+    whole, frozen = NormReLU(4), NormReLU(4)
+    frozen.weight.requires_grad_(False)
+    for layer in (whole, frozen):
+        layer(x, shortcut).square().sum().backward(retain_graph=True)
+    assert frozen.weight.grad is None and x.grad is None
+    assert torch.equal(frozen.bias.grad, whole.bias.grad)
+
+
+def test_moments_are_exact_though_the_first_row_lies_far_off():
+    x = maps((16, 4, 28, 28)).sub(5)
+    x[0, :, 0] = 100
+    layer, exact = NormReLU(4), nn.BatchNorm2d(4).double()
+    layer(x)
+    exact(x.double())
+    torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
+
+
+def test_no_weight_makes_a_number_of_what_is_none():
+    layer = NormReLU(2)
+    with torch.no_grad():
+        layer.weight.view(torch.int32).fill_(0x7FFFFFFF)
+    assert layer(maps((2, 2, 4, 4))).isnan().all()
+
+
+@pytest.mark.parametrize("at_default", ["device", "dtype"])
+def test_torchs_defaults_do_not_matter(at_default):
+    x, layer = maps((2, 4, 4, 4)).requires_grad_(), NormReLU(4)
+    dtype = torch.get_default_dtype()
+    try:
+        if at_default == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta") if at_default == "device" else contextlib.nullcontext():
+            layer(x).backward(torch.ones_like(x, device="cpu"))
+    finally:
+        torch.set_default_dtype(dtype)
+    assert x.grad.dtype is torch.bfloat16 and layer.weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("fault", [OSError("no library"), AttributeError("another numpy"), ImportError("no numpy")])
+def test_numba_that_cannot_be_used_is_said_once_and_done_without(fault, monkeypatch):
+    def broken(name):
+        raise fault
+
+    fused._kernels.cache_clear()
+    monkeypatch.setattr(fused, "from_its_place", broken)
+    try:
+        with pytest.warns(UserWarning, match="numba cannot be used"):
+            assert left_to_torch(maps((2, 4, 4, 4)).requires_grad_())
+        assert left_to_torch(maps((2, 4, 4, 4)).requires_grad_())
+    finally:
+        fused._kernels.cache_clear()
+
+
+def test_a_compiler_that_looks_sees_torchs_operators(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert left_to_torch(maps((2, 4, 4, 4)).requires_grad_())
+
+
 def test_a_shortcut_of_another_form_is_left_to_torch():
     x, shortcut = maps((2, 4, 4, 4)).requires_grad_(), maps((2, 4, 1, 1), seed=1)
-    for other in (shortcut, shortcut.float()):
+    for other in (shortcut, shortcut.float(), torch.ones_like(x, dtype=torch.float32)):
         out = NormReLU(4)(x, other)
         assert not is_fused(out)
         torch.testing.assert_close(

@@ -2,7 +2,7 @@
 
 torch has an operator, and so a pass or two over memory, for each of normalisation, shortcut, pooling and ReLU, forward
 and backward. These loops take them together. numpy has no bfloat16, so that numbers come and go as their bits,
-``uint16``: the upper half of a float32. Arithmetic is in float32; what sums over a batch ends in float64.
+``uint16``: the upper half of a float32. Arithmetic is in float32; sums of some rows go on in float64.
 
 Maps ``[B, C, H, W]`` in channels-last order are given as their rows, ``[R, M]`` with R = B·H and M = W·C.
 """
@@ -19,15 +19,16 @@ Floats = NDArray[np.float32]
 Places = NDArray[np.uint8]
 F = TypeVar("F", bound=Callable[..., object])
 
+_AT_ONCE = 64  # rows that are summed in float32, before their sum goes into one in float64
 _P0, _P1, _P2, _P3, _NOWHERE = (np.uint8(place) for place in range(5))
 
 
 def _loop(function: F) -> F:
     """Have a loop compiled when it is first called, and what was compiled kept where numba may write."""
     try:
-        compiled: F = njit(function, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+        compiled: F = njit(function, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
     except RuntimeError:  # it may write nowhere
-        compiled = njit(function, error_model="numpy", fastmath={"contract", "nsz"})
+        compiled = njit(function, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
     return compiled
 
 
@@ -51,8 +52,25 @@ def _down(value: np.float32) -> np.uint16:
 
 
 @_part
+def _plain(value: np.float32) -> np.float32:
+    return np.float32(np.nan) if value != value else value  # others than this NaN might be rounded to a number
+
+
+@_part
 def _above_zero(value: np.float32) -> np.float32:
     return np.float32(0) if value <= np.float32(0) else value  # NaN stays
+
+
+def compile_all() -> None:
+    """Compile every loop, or read it where it is kept compiled: what may fail, fails here."""
+    maps, halved, nothing = np.zeros((2, 2), np.uint16), np.zeros((1, 1), np.uint16), np.zeros((0, 0), np.uint16)
+    place, one, two = np.zeros((1, 1), np.uint8), np.zeros(1, np.float32), np.zeros((2, 1), np.float32)
+    norm_relu(maps, one, one, one, one, 0.1, 1e-5, True, nothing, maps, two)
+    norm_relu_back(maps, maps, maps, one, two, maps, nothing, two)
+    norm_pool_relu(maps, one, one, one, one, 0.1, 1e-5, True, halved, place, two)
+    norm_pool_relu_back(halved, place, maps, one, two, maps, two)
+    pool_relu(maps, 1, halved, place)
+    pool_relu_back(halved, place, 1, maps)
 
 
 @_loop
@@ -125,12 +143,18 @@ def norm_relu_back(
     rows, width = maps.shape
     columns = width // len(weight)
     middle = _repeated(moments[0], columns)
-    total, product = np.zeros(width, np.float32), np.zeros(width, np.float32)
-    for i in range(rows):
+    total, product = np.zeros(width), np.zeros(width)
+    some, products = np.empty(width, np.float32), np.empty(width, np.float32)
+    for start in range(0, rows, _AT_ONCE):
+        some[:], products[:] = 0, 0
+        for i in range(start, min(start + _AT_ONCE, rows)):
+            for j in range(width):
+                slope = _up(gradient[i, j]) if out[i, j] else np.float32(0)
+                some[j] += slope
+                products[j] += slope * (_up(maps[i, j]) - middle[j])
         for j in range(width):
-            slope = _up(gradient[i, j]) if out[i, j] else np.float32(0)
-            total[j] += slope
-            product[j] += slope * (_up(maps[i, j]) - middle[j])
+            total[j] += some[j]
+            product[j] += products[j]
     a, b, c = _coefficients(rows * columns, total, product, weight, moments, to_norm)
     if to_shortcut.size:
         for i in range(rows):
@@ -246,8 +270,8 @@ def _normalisation(
             running_variance[c] += momentum * (variance[c] * count / (count - 1) - running_variance[c])
     for c in range(channels):
         moments[0, c], moments[1, c] = mean[c], 1 / np.sqrt(variance[c] + epsilon)
-        factor[c] = weight[c] * moments[1, c]
-        offset[c] = bias[c] - mean[c] * factor[c]
+        factor[c] = _plain(weight[c] * moments[1, c])
+        offset[c] = _plain(bias[c] - mean[c] * factor[c])
     return factor, offset
 
 
@@ -256,15 +280,24 @@ def _moments(maps: Bits, channels: int) -> tuple[Floats, Floats]:
     """Return the mean and the biased variance of each channel, ``[C]``."""
     rows, width = maps.shape
     columns = width // channels
-    # Off a sample's value, so that the squares of maps far from zero lose no digits.
-    shift, total, square = np.empty(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
-    for j in range(width):
-        shift[j] = _up(maps[0, j])
-    for i in range(rows):
+    # About a mean of some rows, so that the squares of maps far from zero lose no digits.
+    shift = np.zeros(width, np.float32)
+    sampled = min(rows, _AT_ONCE)
+    for i in range(sampled):
         for j in range(width):
-            away = _up(maps[i, j]) - shift[j]
-            total[j] += away
-            square[j] += away * away
+            shift[j] += _up(maps[i, j]) / np.float32(sampled)
+    total, square = np.zeros(width), np.zeros(width)
+    some, squares = np.empty(width, np.float32), np.empty(width, np.float32)
+    for start in range(0, rows, _AT_ONCE):
+        some[:], squares[:] = 0, 0
+        for i in range(start, min(start + _AT_ONCE, rows)):
+            for j in range(width):
+                away = _up(maps[i, j]) - shift[j]
+                some[j] += away
+                squares[j] += away * away
+        for j in range(width):
+            total[j] += some[j]
+            square[j] += squares[j]
     mean, variance = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for c in range(channels):
         middle = 0.0
@@ -364,5 +397,5 @@ def _coefficients(
         slant = -factor * inverse * inverse * paired / count
         level = -factor * summed / count - slant * mean
         for j in range(k, width, channels):
-            a[j], b[j], c[j] = factor, slant, level
+            a[j], b[j], c[j] = _plain(factor), _plain(slant), _plain(level)
     return a, b, c

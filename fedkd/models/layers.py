@@ -2,7 +2,8 @@
 
 In bfloat16 on a CPU it is computed in one go, if numba is installed (:mod:`fedkd.models.fused`); everywhere else by
 torch's operators of those names, one after another. Parameters and buffers are named as in
-:class:`torch.nn.BatchNorm2d`.
+:class:`torch.nn.BatchNorm2d`. What replaces layers of that class by others, as ``convert_sync_batchnorm`` does, takes
+the rest of these away.
 """
 
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ class NormReLU(nn.BatchNorm2d):
 
     def forward(self, maps: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return ``[B, C, H, W]`` for maps, and perhaps a shortcut, of that shape."""
-        if fused.takes(maps, self) and (shortcut is None or _are_alike(maps, shortcut)):
-            return fused.norm_relu(maps, self, shortcut)
+        out = fused.norm_relu(maps, self, shortcut)
+        if out is not None:
+            return out
         normalised = super().forward(maps)
         return F.relu(normalised if shortcut is None else normalised + shortcut)
 
@@ -33,9 +35,8 @@ class NormPoolReLU(nn.BatchNorm2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return ``[B, C, ⌈H/2⌉, ⌈W/2⌉]``."""
-        if fused.takes(maps, self, even=True):
-            return fused.norm_pool_relu(maps, self)
-        return _pool_relu(super().forward(maps))
+        out = fused.norm_pool_relu(maps, self)
+        return _pool_relu(super().forward(maps)) if out is None else out
 
 
 class PoolReLU(nn.Module):
@@ -43,7 +44,8 @@ class PoolReLU(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return ``[B, C, ⌈H/2⌉, ⌈W/2⌉]``."""
-        return fused.pool_relu(maps) if fused.takes(maps, even=True) else _pool_relu(maps)
+        out = fused.pool_relu(maps)
+        return _pool_relu(maps) if out is None else out
 
 
 class PositionMean(nn.Module):
@@ -71,10 +73,6 @@ def subsampled(maps: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
     if not fused.lies_well(maps):
         return F.pad(maps[:, :, ::stride, ::stride], (0, 0, 0, 0, *padding))
     return F.pad(maps.permute(0, 2, 3, 1)[:, ::stride, ::stride], padding).permute(0, 3, 1, 2)
-
-
-def _are_alike(maps: Tensor, others: Tensor) -> bool:
-    return (maps.shape, maps.dtype, maps.device) == (others.shape, others.dtype, others.device)
 
 
 def _pool_relu(maps: Tensor) -> Tensor:
