@@ -300,6 +300,11 @@ def test_a_model_computes_the_same_with_and_without(name, monkeypatch):
     assert torch.equal(gradients, slopes) == (name == "cnn-small")  # pooling alone rounds nothing
 
 
+def assert_succeeds(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_numba_a_fast_model_still_learns():
     script = (
         "import sys, torch\n"
@@ -311,8 +316,7 @@ def test_without_numba_a_fast_model_still_learns():
         "loss = training.fit(model, x, y, epochs=1, how=training.Optimization(fast=True), seed=0)\n"
         "sys.exit(not 0 < loss < 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_succeeds(script)
 
 
 def test_numba_is_not_imported_by_what_does_not_need_it():
@@ -324,8 +328,7 @@ def test_numba_is_not_imported_by_what_does_not_need_it():
         "training.fit(model, x, y, epochs=1, how=how, seed=0)\n"
         "sys.exit('numba' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_succeeds(script)
 
 
 def test_a_second_process_finds_the_loops_compiled_though_its_code_lies_elsewhere(tmp_path):

@@ -35,6 +35,7 @@ def norm_relu(maps: Tensor, norm: nn.BatchNorm2d, shortcut: Tensor | None = None
         maps.device,
     ):
         return None
+    _count_batch(norm)
     out: Tensor = _NormReLU.apply(maps, norm.weight, norm.bias, shortcut, norm)
     return out
 
@@ -46,6 +47,7 @@ def norm_pool_relu(maps: Tensor, norm: nn.BatchNorm2d) -> Tensor | None:
     """
     if not (_takes(maps) and _is_even(maps) and _can_normalise(maps, norm)):
         return None
+    _count_batch(norm)
     out: Tensor = _NormPoolReLU.apply(maps, norm.weight, norm.bias, norm)
     return out
 
@@ -94,6 +96,11 @@ def _can_normalise(maps: Tensor, norm: nn.BatchNorm2d) -> bool:
     return maps.numel() > maps.shape[1] if norm.training else not torch.is_grad_enabled()
 
 
+def _count_batch(norm: nn.BatchNorm2d) -> None:
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+
+
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType | None:
     """Return the loops, compiled, or None without numba, or if it cannot compile them here, which is said once."""
@@ -115,7 +122,7 @@ class _NormReLU(Function):
     ) -> Tensor:
         out, ctx.moments = _new(*maps.shape), np.empty((2, maps.shape[1]), np.float32)
         beside = _NO_ROWS if shortcut is None else _rows(shortcut)
-        _loops().norm_relu(_rows(maps), *_settings(norm), beside, _rows(out), ctx.moments)
+        _loops().norm_relu(_rows(maps), _settings(norm), beside, _rows(out), ctx.moments)
         ctx.save_for_backward(maps, out, weight)
         ctx.has_shortcut = shortcut is not None
         return out
@@ -137,7 +144,7 @@ class _NormPoolReLU(Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         (out, ctx.places), ctx.moments = _pooled(maps), np.empty((2, maps.shape[1]), np.float32)
-        _loops().norm_pool_relu(_rows(maps), *_settings(norm), _rows(out), ctx.places, ctx.moments)
+        _loops().norm_pool_relu(_rows(maps), _settings(norm), _rows(out), ctx.places, ctx.moments)
         ctx.save_for_backward(maps, weight)
         return out
 
@@ -177,9 +184,7 @@ def _loops() -> ModuleType:
 
 
 def _settings(norm: nn.BatchNorm2d) -> tuple[Any, ...]:
-    """Return what the loops ask of a normalisation; running moments are written where they lie."""
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    """Return a normalisation as the loops take it; the running moments are written where they lie."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None  # `_can_normalise` saw to it
     return (

@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 Places = NDArray[np.uint8]
+Norm = tuple[Floats, Floats, Floats, Floats, float, float, bool]
+"""Batch normalisation: weight, bias, running mean and variance, ``[C]`` each, momentum, ε, whether it is in training.
+
+In training the batch's own moments normalise, and the running ones are moved towards them, the variance towards the
+unbiased one.
+"""
 F = TypeVar("F", bound=Callable[..., object])
 
 _AT_ONCE = 64  # rows that are summed in float32, before their sum goes into one in float64
@@ -65,47 +71,28 @@ def compile_all() -> None:
     """Compile every loop, or read it where it is kept compiled: what may fail, fails here."""
     maps, halved, nothing = np.zeros((2, 2), np.uint16), np.zeros((1, 1), np.uint16), np.zeros((0, 0), np.uint16)
     place, one, two = np.zeros((1, 1), np.uint8), np.zeros(1, np.float32), np.zeros((2, 1), np.float32)
-    norm_relu(maps, one, one, one, one, 0.1, 1e-5, True, nothing, maps, two)
+    norm = (one, one, one, one, 0.1, 1e-5, True)
+    norm_relu(maps, norm, nothing, maps, two)
     norm_relu_back(maps, maps, maps, one, two, maps, nothing, two)
-    norm_pool_relu(maps, one, one, one, one, 0.1, 1e-5, True, halved, place, two)
+    norm_pool_relu(maps, norm, halved, place, two)
     norm_pool_relu_back(halved, place, maps, one, two, maps, two)
     pool_relu(maps, 1, halved, place)
     pool_relu_back(halved, place, 1, maps)
 
 
 @_loop
-def norm_relu(
-    maps: Bits,
-    weight: Floats,
-    bias: Floats,
-    running_mean: Floats,
-    running_variance: Floats,
-    momentum: float,
-    epsilon: float,
-    training: bool,
-    shortcut: Bits,
-    out: Bits,
-    moments: Floats,
-) -> None:
+def norm_relu(maps: Bits, norm: Norm, shortcut: Bits, out: Bits, moments: Floats) -> None:
     """Write ReLU(batch normalisation of maps + shortcut).
 
     Args:
         maps: ``[R, M]``.
-        weight: of the normalisation, as all up to ``running_variance`` ``[C]``.
-        bias: of the normalisation.
-        running_mean: moved towards the batch's by ``momentum`` in training; normalises otherwise.
-        running_variance: the same, towards the unbiased variance.
-        momentum: how far.
-        epsilon: added to the variance.
-        training: whether the batch's own moments normalise.
+        norm: the normalisation.
         shortcut: ``[R, M]``; ``[0, 0]`` if there is none.
         out: ``[R, M]``, written.
         moments: ``[2, C]``, written: the mean, and 1 / the standard deviation.
     """
     rows, width = maps.shape
-    factor, offset = _normalisation(
-        maps, weight, bias, running_mean, running_variance, momentum, epsilon, training, moments
-    )
+    factor, offset = _normalisation(maps, norm, moments)
     a, b = _repeated(factor, width // len(factor)), _repeated(offset, width // len(offset))
     if shortcut.size:
         for i in range(rows):
@@ -170,27 +157,13 @@ def norm_relu_back(
 
 
 @_loop
-def norm_pool_relu(
-    maps: Bits,
-    weight: Floats,
-    bias: Floats,
-    running_mean: Floats,
-    running_variance: Floats,
-    momentum: float,
-    epsilon: float,
-    training: bool,
-    out: Bits,
-    place: Places,
-    moments: Floats,
-) -> None:
+def norm_pool_relu(maps: Bits, norm: Norm, out: Bits, place: Places, moments: Floats) -> None:
     """Write ReLU(max over 2×2 windows of the batch normalisation of maps), and the place of each maximum.
 
     Maps are of an even height and width; out and place are ``[R/2, M/2]``. A place is 0 to 3, row by row, of the first
     of equals in its window, and 4 where out is 0. All else is as in :func:`norm_relu`.
     """
-    factor, offset = _normalisation(
-        maps, weight, bias, running_mean, running_variance, momentum, epsilon, training, moments
-    )
+    factor, offset = _normalisation(maps, norm, moments)
     _pool(maps, factor, offset, out, place)
 
 
@@ -247,18 +220,9 @@ def pool_relu_back(gradient: Bits, place: Places, channels: int, to_maps: Bits) 
 
 
 @_loop
-def _normalisation(
-    maps: Bits,
-    weight: Floats,
-    bias: Floats,
-    running_mean: Floats,
-    running_variance: Floats,
-    momentum: float,
-    epsilon: float,
-    training: bool,
-    moments: Floats,
-) -> tuple[Floats, Floats]:
+def _normalisation(maps: Bits, norm: Norm, moments: Floats) -> tuple[Floats, Floats]:
     """Return factor and offset of batch normalisation, ``[C]``."""
+    weight, bias, running_mean, running_variance, momentum, epsilon, training = norm
     channels = len(weight)
     factor, offset = np.empty(channels, np.float32), np.empty(channels, np.float32)
     mean, variance = running_mean, running_variance
