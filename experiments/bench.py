@@ -2,7 +2,9 @@
 
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedkd.errors import SettingError
 
@@ -20,17 +22,26 @@ BENCHES = {
 }
 
 
-def bench(name: str, json_path: Path | None, *, quick: bool) -> None:
+def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[str, Any] | None = None) -> None:
     """Run a benchmark: a table on the screen, and the figures as JSON where a path is given.
 
+    Args:
+        name: which one.
+        json_path: the file of figures.
+        quick: a small size.
+        options: of `gpu`, those that were given: ``actors``, ``fleets``, ``compiled``, ``seconds``.
+
     Raises:
-        SettingError: no benchmark of that name, or no place for its figures.
+        SettingError: no benchmark of that name, an option that it does not have, or no place for its figures.
     """
     if name not in BENCHES:
         raise SettingError("NAME", name, "one of " + ", ".join(BENCHES))
+    options = options or {}
+    if options and name != "gpu":
+        raise SettingError(f"--{next(iter(options))}", next(iter(options.values())), "left out: it is of `bench gpu`")
     if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")
-    importlib.import_module(BENCHES[name]).main(json_path, quick=quick)
+    importlib.import_module(BENCHES[name]).main(json_path, quick=quick, **options)
     if quick:
         print("--quick shows that the benchmark runs; its figures mean nothing")

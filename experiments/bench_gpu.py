@@ -4,233 +4,196 @@ Two fleets on synthetic images of 32×32×3: ResNet-18 with its stem for small i
 is counted is the images of training steps, in the wall time of the rounds after the first with training, by the relay's
 own clock; the proxy set is predicted in that time too. The bare loop has one compiled bfloat16 ResNet-18 and data that
 lie on the GPU; it trains, predicts as many images for each that it trains on as a peer does, and does nothing else. The
-plain loop is the mixed fleet's work, model after model in float32.
+plain loop is the mixed fleet's work, model after model in float32. A trace shows what single phases do on the device.
 
-Nothing is fetched: `fedkd bench gpu` needs no network. Without a GPU it says so, and what it would do; `--quick` then
-exercises the same code on the CPU at a tiny size, whose figures say nothing about a GPU.
+Whole, it takes most of an hour, most of which is compiling: the telling rows come first, the file is written after
+each, and ``--seconds`` ends it in time. Nothing is fetched. Without a GPU it says so, and what it would do; ``--quick``
+then exercises the same code on the CPU at a tiny size, whose figures say nothing about a GPU.
 """
 
 import json
+import math
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.launch import Federation, launch
+from experiments import gpu_rows
+from experiments.gpu_rows import FIGURES, FULL, QUICK, SETTINGS, Figures, Row, Size
+from experiments.gpu_watch import Watch
 from experiments.measuring import leave
 from experiments.project import OWN_FOLDER
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, SettingError
 
-ACTORS = (1, 2, 4, 8)
-MIXED = "cnn-small,cnn-wide,resnet8,resnet20,resnet18"
-FULL = {
-    "peers": 32, "private": 1000, "proxy": 2000, "test": 200, "rounds": 3, "batch": 128, "side": 32, "steps": 300,
-    "fleets": {"resnet18": "resnet18", "mixed": MIXED}, "actors": ACTORS,
-}  # fmt: skip
-QUICK = {
-    "peers": 2, "private": 40, "proxy": 48, "test": 20, "rounds": 1, "batch": 16, "side": 8, "steps": 16,
-    "fleets": {"mixed": "mlp,cnn-small"}, "actors": (1,),
-}  # fmt: skip
-SETTINGS = {
-    "partition": "iid",
-    "strategy": "averaged",
-    "schedule": "alternate",  # as the plain loop does
-    "divergence": "kl",
-    "pretrain-epochs": 0,
-    "distill-epochs": 1,
-    "local-epochs": 1,
-    "controls": "",
-    "fast": True,
-}
+_LONGEST = {"bare": 120, "plain": 180, "trace": 90, "fleet": 180, "compiled": 420}
+"""Seconds after which a row is given up."""
 
-Size = dict[str, Any]
-Figures = dict[str, Any]
+_LEAST = {"bare": 30, "plain": 15, "trace": 20, "fleet": 25, "compiled": 90}
+"""Seconds below which a row is not begun."""
+
+_DOWN = 15.0
+"""Seconds that a run may take to go down."""
 
 
-def run(*, quick: bool = False) -> Figures:
-    """Measure the bare loop, the plain loop, and both fleets by number of actors and with and without compiling.
+def main(
+    json_path: Path | None = None,
+    *,
+    quick: bool = False,
+    actors: Sequence[int] = (),
+    fleets: Sequence[str] = (),
+    compiled: bool | None = None,
+    seconds: float = math.inf,
+) -> None:
+    """Measure row after row, print each, and write all that there are to a file after each.
 
     Args:
+        json_path: the file.
         quick: a tiny size, on the CPU where there is no GPU, without compiling.
+        actors: how many share the GPU, in turns; empty: 1, 2, 4 and 8.
+        fleets: ``resnet18``, ``mixed``; empty: both.
+        compiled: only compiled (True) or only as they are (False); None: both.
+        seconds: that all may take.
 
-    Returns:
-        ``{"ratio", "plain_ratio", "device", "bare", "plain", "rows": [{"fleet", "actors", "compiled",
-        "images_per_second"}]}``: ``ratio`` the best of the first fleet over the bare loop, ``plain_ratio`` the best of
-        the mixed one over the plain loop. Without a GPU, and not ``quick``, ``{"ratio": None, "missing": why}``.
+    The file has ``ratio``, the best of the first fleet over the bare loop, and ``plain_ratio``, the best of the mixed
+    one over the plain loop; ``bare`` and ``plain`` in images a second; ``rows`` with ``fleet``, ``actors``,
+    ``compiled``, ``images_per_second``, ``peak_mib``, ``before_mib``, ``busy_percent`` and ``seconds``; ``trace``, the
+    lines of :func:`experiments.gpu_trace.trace`; and ``missing``, by row the reason why it is not there.
 
     Raises:
-        FedkdError: a run failed.
+        SettingError: no such fleet, or no number of actors or seconds.
+        FedkdError: no row could be measured.
     """
     import torch
 
-    gpu = torch.cuda.is_available()
-    if not gpu and not quick:
-        return {"ratio": None, "missing": _missing(FULL)}
+    if not seconds > 0:
+        raise SettingError("--seconds", seconds, "a number above 0")
     size: Size = dict(QUICK if quick else FULL)
-    device = "cuda" if gpu else "cpu"
+    gpu = torch.cuda.is_available()
+    ways = (False,) if quick else (False, True) if compiled is None else (compiled,)
+    wanted = gpu_rows.rows(
+        size, actors=tuple(actors) or size["actors"], fleets=tuple(fleets) or tuple(size["fleets"]), compiled=ways
+    )
+    if not gpu and not quick:
+        said = _no_gpu(size, wanted)
+        print(said)
+        leave({"ratio": None, "missing": dict.fromkeys((row.name for row in wanted), said)}, json_path)
+        return
+    found: Figures = {
+        "ratio": None, "plain_ratio": None,
+        "device": torch.cuda.get_device_name() if gpu else "cpu: there is no GPU, the figures say nothing about one",
+        "size": size, "settings": SETTINGS, "bare": None, "plain": None, "rows": [], "trace": [], "missing": {},
+    }  # fmt: skip
+    print(f"{size['peers']} peers on {found['device']}")
+    _measure_all(wanted, found, size, "cuda" if gpu else "cpu", json_path, ends=time.monotonic() + seconds)
+    for what, over in (("ratio", "the bare loop"), ("plain_ratio", "the plain loop of the mixed fleet")):
+        print(f"best of {over}: {found[what]:.2f}" if found[what] else f"no ratio to {over}: a row is missing")
+    if len(found["missing"]) == len(wanted):
+        raise FedkdError(f"no row could be measured; the first: {next(iter(found['missing'].values()))}")
+
+
+def _measure_all(
+    wanted: Sequence[Row], found: Figures, size: Size, device: str, json_path: Path | None, *, ends: float
+) -> None:
+    watch, took = Watch(), dict[str, float]()
+    watch.start()
     with tempfile.TemporaryDirectory(prefix="fedkd-gpu-") as name:
         folder = Path(name)
-        np.savez(folder / "data.npz", **images(size))
-        bare = bare_loop(size, device)
-        plain = _plain(folder / "data.npz", size, device)
-        rows = [
-            _fleet(folder, size, fleet, actors, device, compiled=compiled)
-            for fleet in size["fleets"]
-            for compiled in ((False, True) if gpu and not quick else (False,))
-            for actors in size["actors"]
-        ]
-
-    def best(fleet: str) -> float:
-        return max(row["images_per_second"] for row in rows if row["fleet"] == fleet)
-
-    return {
-        "ratio": best(next(iter(size["fleets"]))) / bare,
-        "plain_ratio": best("mixed") / plain,
-        "device": torch.cuda.get_device_name() if gpu else "cpu: there is no GPU, the figures say nothing about one",
-        "size": size,
-        "settings": SETTINGS,
-        "bare": bare,
-        "plain": plain,
-        "rows": rows,
-    }
+        np.savez(folder / "data.npz", **gpu_rows.images(size))
+        for row in wanted:
+            kind = "compiled" if row.compiled else row.kind
+            left = ends - time.monotonic() - (_DOWN if row.kind == "fleet" else 0.0)
+            if left < max(_LEAST[kind], took.get(kind, 0.0)):
+                problem: str | Figures = f"no time: {max(0.0, left):.0f} s were left"
+                seconds = 0.0
+            else:
+                first, began = len(watch.samples), time.monotonic()
+                problem = _run(row, folder, size, device, min(float(_LONGEST[kind]), left))
+                seconds = time.monotonic() - began
+                if not isinstance(problem, str):
+                    problem |= {"seconds": round(seconds, 1), **watch.since(first)}
+                    # What the first compiled row has compiled lies in a cache for the others.
+                    took[kind] = max(took.get(kind, 0.0), seconds * (0.5 if row.compiled else 0.9))
+            _note(row, problem, found)
+            print(_line(row, found), flush=True)
+            leave(found, json_path)
 
 
-def main(json_path: Path | None = None, *, quick: bool = False) -> None:
-    """Print a table of :func:`run`, and write it to ``json_path`` if given."""
-    from rich.console import Console
-    from rich.table import Table
+def _run(row: Row, folder: Path, size: Size, device: str, limit: float) -> str | Figures:
+    """Measure a row in a process of its own; return its figures, or why there are none."""
+    command = [sys.executable, "-m", "experiments.gpu_rows", "--row", row.name, "--folder", str(folder)]
+    with subprocess.Popen(
+        [*command, "--size", json.dumps(size), "--device", device],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=OWN_FOLDER,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # a launch takes its Flower and Ray down with it
+            try:
+                process.communicate(timeout=_DOWN)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            return f"not done in {limit:.0f} s"
+    for line in said.splitlines():
+        if line.startswith(FIGURES):
+            return dict(json.loads(line.removeprefix(FIGURES)))
+    return " | ".join(said.strip().splitlines()[-3:])[-500:] or f"exit status {process.returncode}"
 
-    result = run(quick=quick)
-    if "missing" in result:
-        print(result["missing"])
-        leave(result, json_path)
+
+def _note(row: Row, figures: str | Figures, found: Figures) -> None:
+    """Put a row's figures, or why there are none, among what was found, and work the ratios out anew."""
+    if isinstance(figures, str):
+        found["missing"][row.name] = figures
         return
-    table = Table(title=f"{result['size']['peers']} peers on {result['device']}", box=None)
-    for column in ("fleet", "actors", "compiled", "images/s", "over bare", "over plain"):
-        table.add_column(column, justify="left" if column == "fleet" else "right")
-    for row in result["rows"]:
-        speed, first = row["images_per_second"], row["fleet"] != "mixed"
-        table.add_row(
-            row["fleet"],
-            str(row["actors"]),
-            "yes" if row["compiled"] else "no",
-            f"{speed:,.0f}",
-            f"{speed / result['bare']:.2f}" if first else "",
-            "" if first else f"{speed / result['plain']:.2f}",
-        )
-    Console().print(table)
-    print(f"bare loop: {result['bare']:,.0f} images/s; plain loop of the mixed fleet: {result['plain']:,.0f} images/s")
-    leave(result, json_path)
+    if row.kind == "trace":
+        found["trace"] = figures["phases"]
+    elif row.kind == "fleet":
+        found["rows"].append({"fleet": row.fleet, "actors": row.actors, "compiled": row.compiled, **figures})
+    else:
+        found[row.kind], found[f"{row.kind}_run"] = figures["images_per_second"], figures
+    first = next(iter(found["size"]["fleets"]))
+    for what, fleet, over in (("ratio", first, found["bare"]), ("plain_ratio", "mixed", found["plain"])):
+        speeds = [line["images_per_second"] for line in found["rows"] if line["fleet"] == fleet]
+        found[what] = max(speeds) / over if speeds and over else None
 
 
-def bare_loop(size: Size, device: str) -> float:
-    """Return the images a second that one model trains on while it also predicts as many of them as a peer would.
-
-    It is compiled on a GPU, bfloat16 and channels last, with all data on the device.
-
-    Args:
-        size: ``steps``, ``batch``, ``side``, ``proxy``, ``private``, and ``fleets``, whose first model is trained.
-        device: ``cuda`` or ``cpu``.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    from fedkd.models import build
-
-    name = next(iter(size["fleets"].values())).split(",")[0]
-    model = build(name, input_shape=(3, size["side"], size["side"]), num_classes=10, seed=0)
-    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    if device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        model.compile(mode="reduce-overhead", dynamic=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    count = 8 * size["batch"]
-    x = torch.randn(count, 3, size["side"], size["side"], device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(10, (count,), device=device)
-
-    @torch.no_grad()
-    def predict() -> None:
-        model.eval()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            model(x)
-        model.train()
-
-    def work(steps: int) -> None:
-        owed = 0.0  # images still to be predicted
-        for step in range(steps):
-            index = torch.arange(size["batch"], device=device) + step % 8 * size["batch"]
-            with torch.autocast(device, dtype=torch.bfloat16):
-                loss = F.cross_entropy(model(x[index]), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            owed += size["batch"] * size["proxy"] / (size["proxy"] + size["private"])
-            if owed >= count:
-                predict()
-                owed -= count
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    work(min(40, size["steps"]))  # compiling and the choice of kernels, for training and for predicting
-    began = time.perf_counter()
-    work(size["steps"])
-    return float(size["steps"] * size["batch"] / (time.perf_counter() - began))
+def _line(row: Row, found: Mapping[str, Any]) -> str:
+    """Return a row as a line of the terminal."""
+    if row.name in found["missing"]:
+        return f"{row.name:<22} MISSING: {found['missing'][row.name]}"
+    if row.kind == "trace":
+        return "\n".join(_phase(line) for line in found["trace"])
+    own = found[f"{row.kind}_run"] if row.kind != "fleet" else found["rows"][-1]
+    text = f"{row.name:<22} {own['images_per_second']:>10,.0f} images/s"
+    over = "plain" if row.fleet == "mixed" else "bare"
+    if row.kind == "fleet" and found[over]:
+        text += f", {own['images_per_second'] / found[over]:.2f} of {over}"
+    if "peak_mib" in own:
+        text += f", {own['peak_mib'] - own['before_mib']:,.0f} MiB, busy {own['busy_percent']:.0f} %"
+    return f"{text}, in {own['seconds']:.0f} s"
 
 
-def images(size: Size) -> dict[str, np.ndarray]:
-    """Return noise of ``side`` × ``side`` × 3 as arrays of an npz source; no speed depends on what is in an image."""
-    stream = np.random.default_rng(0)
-    counts = {"train": size["proxy"] + size["peers"] * size["private"], "test": size["test"]}
-    found = {}
-    for part, count in counts.items():
-        found[f"x_{part}"] = stream.integers(0, 256, (count, size["side"], size["side"], 3), dtype=np.uint8)
-        found[f"y_{part}"] = np.arange(count) % 10
-    return found
+def _phase(line: Mapping[str, Any]) -> str:
+    way = f"{line['model']}, {line['phase']}{', fast' * line['fast']}"
+    text = f"trace: {way:<28} {line['wall_ms']:.2f} ms a step"
+    if "gpu_ms" in line:
+        text += f", {line['gpu_ms']:.2f} of them in kernels, {line['launches']:.0f} launches; waits: {line['waits']}"
+    return text
 
 
-def _trained(size: Size) -> int:
-    """Return how many images a round trains on, over all peers."""
-    return int(size["peers"] * (size["proxy"] + size["private"]))
-
-
-def _plain(data: Path, size: Size, device: str) -> float:
-    options = [f"--{key}={size[key]}" for key in ("peers", "proxy", "rounds", "batch")]
-    command = [sys.executable, "-m", "experiments.plain_loop", str(data), *options, "--seed=0", f"--device={device}"]
-    done = subprocess.run(
-        [*command, f"--models={size['fleets']['mixed']}"], capture_output=True, text=True, check=False, cwd=OWN_FOLDER
-    )
-    if done.returncode:
-        raise FedkdError(f"the plain loop failed: {done.stderr.strip()[-500:]}")
-    return float(_trained(size) / min(json.loads(done.stdout)["seconds"]))
-
-
-def _fleet(folder: Path, size: Size, fleet: str, actors: int, device: str, *, compiled: bool) -> Figures:
-    place = folder / f"{fleet}-{actors}-{compiled}"
-    settings = {
-        **SETTINGS, "dataset": f"npz:{folder / 'data.npz'}", "models": size["fleets"][fleet], "rounds": size["rounds"],
-        "proxy-size": size["proxy"], "batch-size": size["batch"], "compiled": compiled, "eval-every": size["rounds"],
-        "device": device, "out-dir": str(place),
-    }  # fmt: skip
-    share = {"gpus_per_peer": 1 / actors, "gpus": 1} if device == "cuda" else {}
-    outcome = launch(OWN_FOLDER, settings, Federation(peers=size["peers"], actors=actors, **share), out=lambda _: None)
-    if not outcome.completed:
-        raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-    seconds = json.loads((place / "summary.json").read_text(encoding="utf-8"))["round_seconds"][1:]
-    # Kernels are chosen, and models compiled, in the first round with training; a run of one has no other.
-    counted = seconds[1:] or seconds
-    speed = _trained(size) * len(counted) / sum(counted)
-    return {"fleet": fleet, "actors": actors, "compiled": compiled, "images_per_second": speed}
-
-
-def _missing(size: Size) -> str:
+def _no_gpu(size: Size, wanted: Sequence[Row]) -> str:
     fleets = " and ".join(f"{size['peers']} peers of {models}" for models in size["fleets"].values())
     return (
-        "There is no GPU here that PyTorch can use: the figures are missing. Where there is one, this command trains "
-        f"{fleets}, with {', '.join(map(str, size['actors']))} actors on the GPU, as they are and compiled, and sets "
-        "their images a second against one bare compiled bfloat16 loop and against the plain loop of every model. "
-        "`fedkd bench gpu --quick` runs the same code here on the CPU, at a tiny size."
+        "There is no GPU here that PyTorch can use: the figures of "
+        f"{', '.join(row.name for row in wanted)} are missing. Where there is one, this command trains {fleets}, with "
+        "one actor and with several on the GPU, as they are and compiled, and sets their images a second against one "
+        "bare compiled bfloat16 loop and against the plain loop of every model. `fedkd bench gpu --quick` runs the "
+        "same code here on the CPU, at a tiny size."
     )

@@ -50,6 +50,14 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _whole(option: str, word: str) -> int:
+    """Read one of several numbers that an option holds."""
+    try:
+        return int(word)
+    except ValueError as error:
+        raise SettingError(option, word, "whole numbers with commas between them") from error
+
+
 @contextmanager
 def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]]:
     """Yield what makes a taker of lines also write for TensorBoard, where a folder for that is given."""
@@ -206,11 +214,31 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which one.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     quick: Annotated[bool, typer.Option(help="A small size, to see that it runs.")] = False,
+    actors: Annotated[
+        str | None, typer.Option(help="`gpu`: how many share the GPU, e.g. 1,4; default: 1,2,4,8.")
+    ] = None,
+    fleet: Annotated[
+        str | None, typer.Option(help="`gpu`: resnet18, mixed, or both with a comma; default: both.")
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compiled/--plain", help="`gpu`: only compiled, or only as they are; default: both."),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="`gpu`: what all may take; the telling rows come first.")
+    ] = None,
 ) -> None:
     """Run a benchmark and print its table."""
     from experiments.bench import bench as run_bench
+    from fedkd.rules import split_list
 
-    run_bench(name, json_path, quick=quick)
+    given = {
+        "actors": None if actors is None else [_whole("--actors", word) for word in split_list(actors)],
+        "fleets": None if fleet is None else split_list(fleet),
+        "compiled": compiled,
+        "seconds": seconds,
+    }
+    run_bench(name, json_path, quick=quick, options={key: value for key, value in given.items() if value is not None})
 
 
 @app.command(cls=WithSettings, epilog=f"Recipes that come with fedkd: {', '.join(_RECIPES)}.")

@@ -193,8 +193,8 @@ class Int8(Codec):
 
     def _decode(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> Logits:
         scale, zero = _finite("scale", arrays["scale"]), _finite("zero", arrays["zero"])
-        if scale.min() < 0:
-            raise _refusal("scale", "at least 0", scale.min())
+        if np.min(scale) < 0:
+            raise _refusal("scale", "at least 0", np.min(scale))
         _finite("scale", np.float32(255) * scale + zero, "such that zero + 255·scale is finite")
         logits = np.multiply(arrays["codes"], scale[:, None], dtype=np.float32, order="C")
         logits += zero[:, None]
@@ -256,8 +256,8 @@ class TopK(Codec):
     def _decode(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> Logits:
         P, C = shape
         classes = arrays["classes"].astype(np.intp)
-        if classes.max() >= C:
-            raise _refusal("classes", f"indices below {C}", classes.max())
+        if np.max(classes) >= C:
+            raise _refusal("classes", f"indices below {C}", np.max(classes))
         if (classes[:, 1:] <= classes[:, :-1]).any():
             raise _refusal("classes", "rising along each row", "a row where it does not")
         values = _finite("values", arrays["values"].astype(np.float32))
@@ -363,7 +363,7 @@ def _blocks(rows: int) -> Iterator[slice]:
 
 def _half(values: Logits) -> Array:
     """Round to fp16, to the nearest and ties to even; clip what fp16 cannot hold."""
-    if max(-values.min(), values.max()) > FP16_MAX:
+    if max(-np.min(values), np.max(values)) > FP16_MAX:
         values = np.clip(values, -FP16_MAX, FP16_MAX)
     # numpy converts one number at a time. torch, which peers have loaded anyway, gives the same bits at memory speed.
     if torch := sys.modules.get("torch"):
@@ -404,7 +404,7 @@ def _check_logits(logits: Logits) -> None:
 
 def _check_size(logits: Logits, most: float) -> None:
     # The extremes propagate NaN, and cost a tenth of looking at each entry.
-    if not (logits.min() >= -most and logits.max() <= most):
+    if not (np.min(logits) >= -most and np.max(logits) <= most):
         sample, label = np.argwhere(~(np.abs(logits) <= most))[0]
         found = f"{logits[sample, label]} for sample {sample}, class {label}"
         raise _refusal("logits", f"finite and within ±{most:g}", found)

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Reliability(NamedTuple):
-    """The bins of a reliability diagram, each ``[bins]`` in float64; NaN where a bin is empty."""
+    """The bins of a reliability diagram, each ``[bins]`` in float64 on the CPU; NaN where a bin is empty."""
 
     confidence: Tensor
     accuracy: Tensor
@@ -80,10 +80,12 @@ def reliability(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Reliabilit
     if bins < 1:
         raise ValueError(f"Expected argument `bins` to be >= 1, but got {bins!r}.")
     confidence, top = logits.double().softmax(dim=-1).max(dim=-1)
+    # On the CPU: a GPU adds weights up in another order each time, and so to other last bits.
+    confidence, right = confidence.cpu(), (top == labels).double().cpu()
     bin_of = (confidence * bins).long().clamp_max(bins - 1)
     count = torch.bincount(bin_of, minlength=bins)
     mean_confidence = torch.bincount(bin_of, weights=confidence, minlength=bins) / count
-    share_right = torch.bincount(bin_of, weights=(top == labels).double(), minlength=bins) / count
+    share_right = torch.bincount(bin_of, weights=right, minlength=bins) / count
     return Reliability(mean_confidence, share_right, count)
 
 
