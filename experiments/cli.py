@@ -167,6 +167,7 @@ def run(
     it began.
     """
     from experiments.launch import Federation, launch
+    from experiments.preflight import check_machine
     from experiments.project import OWN_FOLDER, Project
 
     project = Project.read(app_folder)
@@ -180,6 +181,7 @@ def run(
         gpus=gpus,
         ray_address=None if ray_address in ("", "local") else ray_address,
     )
+    check_machine(federation)
     config = None
     if own and _may_share(settings):
         federation, settings["peers"] = federation.sharing(), federation.peers
@@ -267,6 +269,7 @@ def compare(
     """
     from experiments.compare import compare as run_comparison
     from experiments.launch import Federation
+    from experiments.preflight import check_machine
     from experiments.project import Project
     from experiments.recipe import find, read
 
@@ -274,6 +277,7 @@ def compare(
     changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
     chosen = read(find(recipe), quick=quick, changes=changes)
     federation = Federation(peers=1, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer, actors=actors, gpus=gpus)
+    check_machine(federation)
     place = folder or Path("runs") / f"compare-{chosen.name}"
     command = shlex.join(["fedkd", *sys.argv[1:]])
     with _board(tensorboard) as follow:
@@ -328,12 +332,14 @@ def tune(
     Settings are chosen by accuracy on a part of the training set that no peer holds, never by the test set.
     """
     from experiments.launch import Federation
+    from experiments.preflight import check_machine
     from experiments.project import Project
     from experiments.tune import Stopped
     from experiments.tune import tune as search
 
     settings = Project.read().settings(pairs or [], cwd=Path.cwd())
     federation = Federation(peers=peers, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer)
+    check_machine(federation)
     own = {key: value for key, value in settings.items() if key != "out-dir"}
     try:
         found = search(

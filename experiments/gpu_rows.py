@@ -110,13 +110,13 @@ def rows(
     first = next(iter(size["fleets"]))
     middle, ends = actors[len(actors) // 2 :][:1], (actors[0], actors[-1])
     order = list(dict.fromkeys([*middle, *ends, *actors]))
-    found = [Row("bare"), Row("trace")] if first in fleets else [Row("trace")]
+    found = [Row("bare")] if first in fleets else []
     for how in sorted(compiled):
         for fleet in fleets:
             if fleet == "mixed" and Row("plain") not in found:
                 found.append(Row("plain"))
             found += [Row("fleet", fleet, count, how) for count in order]
-    return found
+    return [*found, Row("trace")]
 
 
 def measure(row: Row, folder: Path, size: Size, device: str) -> Figures:

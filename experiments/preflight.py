@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedkd.config import PEER, RunConfig
 from fedkd.errors import SettingError
@@ -14,6 +15,9 @@ from fedkd.plugins import is_callable_spec
 from fedkd.rules import STRATEGIES, split_list
 from strategies.resuming import resumed
 from strategies.topology import topology
+
+if TYPE_CHECKING:
+    from experiments.launch import Federation
 
 
 def check(config: RunConfig, peers: int, *, app: Path, cwd: Path, files: bool = True) -> RunConfig:
@@ -38,6 +42,36 @@ def check(config: RunConfig, peers: int, *, app: Path, cwd: Path, files: bool = 
     if not config.trials:
         _check_graph(config, config.peers or peers)
     return config
+
+
+def check_machine(federation: "Federation") -> None:
+    """Refuse peers that this machine has not the CPUs or GPUs for: Flower would wait for them, or fail in a minute.
+
+    Args:
+        federation: the peers' shares; what a Ray cluster has is the cluster's to tell.
+
+    Raises:
+        SettingError: a peer is to have more than there is.
+    """
+    if federation.ray_address:
+        return
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if federation.cpus_per_peer > cpus:
+        raise SettingError("--cpus-per-peer", federation.cpus_per_peer, f"at most {cpus}, as many as are here")
+    asked = {"--gpus-per-peer": federation.gpus_per_peer, "--gpus": federation.gpus or 0}
+    if not any(asked.values()):
+        return  # importing torch to count none would cost every run seconds
+    import torch
+
+    gpus = torch.cuda.device_count()
+    for option, value in asked.items():
+        if value > gpus:
+            here = f"at most {gpus}, as many GPUs as PyTorch sees here" if gpus else (
+                "0, or left out, to compute on the CPU: PyTorch sees no GPU here (`fedkd doctor`)"
+            )  # fmt: skip
+            raise SettingError(option, value, here)
+    if federation.gpus is not None and federation.gpus_per_peer > federation.gpus:
+        raise SettingError("--gpus-per-peer", federation.gpus_per_peer, f"at most --gpus {federation.gpus}")
 
 
 def with_own_code(python_path: str, *, app: Path, cwd: Path) -> str:

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import bench_gpu, bench_loop
+from experiments import bench_gpu, bench_loop, gpu_rows
+from experiments.bench import bench
 from experiments.project import OWN_FOLDER
+from fedkd.errors import SettingError
 
 HAS_FASHION = Path(os.environ.get("FEDKD_DATA", "-"), "FashionMNIST").is_dir()
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,14 +48,68 @@ def test_images_are_those_of_fashion_mnist_where_they_are() -> None:
 
 @no_gpu
 def test_without_a_gpu_the_benchmark_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_gpu.main(tmp_path / "gpu.json")
+    bench_gpu.main(tmp_path / "gpu.json", actors=[1, 4], fleets=["resnet18"], compiled=False)
     assert "no GPU" in capsys.readouterr().out
     content = figures(tmp_path / "gpu.json")
-    assert content["ratio"] is None and "32 peers of resnet18" in str(content["missing"])
+    assert content["ratio"] is None
+    assert list(content["missing"]) == ["bare", "resnet18/4", "resnet18/1", "trace"]
+    assert "32 peers of resnet18" in content["missing"]["bare"]
 
 
 def test_the_bare_loop_of_the_gpu_runs_on_a_cpu() -> None:
-    assert bench_gpu.bare_loop(bench_gpu.QUICK, "cpu") > 0
+    assert gpu_rows.bare_loop(gpu_rows.QUICK, "cpu") > 0
+
+
+def test_the_telling_rows_come_first_and_a_figure_after_what_it_is_set_against() -> None:
+    found = gpu_rows.rows(gpu_rows.FULL, actors=(1, 2, 4, 8), fleets=("resnet18", "mixed"), compiled=(False, True))
+    names = [row.name for row in found]
+    assert names[0] == "bare" and names[-1] == "trace"
+    assert names.index("plain") < min(i for i, name in enumerate(names) if name.startswith("mixed/"))
+    compiled = [row.compiled for row in found if row.kind == "fleet"]
+    assert compiled == sorted(compiled)  # minutes of compiling cost no other row its time
+    assert len(names) == len(set(names)) == 2 * 2 * 4 + 3
+    assert [gpu_rows.Row.parse(name) for name in names] == found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fleets": ["resnet19"]}, "`--fleet` to be of mixed"),
+        ({"actors": [4, 0]}, "`--actors` to be whole numbers >= 1"),
+        ({"seconds": 0.0}, "`--seconds` to be a number above 0"),
+    ],
+)
+def test_a_row_that_does_not_exist_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        bench_gpu.main(quick=True, **options)
+    assert said in str(refused.value)
+
+
+def test_what_does_not_fit_is_said_to_be_missing_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = {"bare": {"images_per_second": 200.0}, "plain": {"images_per_second": 50.0}, "mixed/2": "out of memory"}
+    left: list[set[str]] = []
+
+    def run(row: gpu_rows.Row, folder: Path, size: gpu_rows.Size, device: str, limit: float) -> Any:
+        path = tmp_path / "gpu.json"
+        left.append({row["fleet"] for row in json.loads(path.read_text())["rows"]} if path.exists() else set())
+        return measured.get(row.name, {"images_per_second": 100.0})
+
+    monkeypatch.setattr(bench_gpu, "_run", run)
+    monkeypatch.setitem(bench_gpu._LEAST, "trace", 1e9)
+    bench_gpu.main(tmp_path / "gpu.json", quick=True, actors=[1, 2], seconds=1000)
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["ratio"] == 0.5 and content["plain_ratio"] == 2.0
+    assert content["missing"]["mixed/2"] == "out of memory" and content["missing"]["trace"].startswith("no time: ")
+    assert [(row["fleet"], row["actors"]) for row in content["rows"]] == [("mixed", 1)]
+    assert left[-1] == {"mixed"} or len(left) == 4  # a row's figures lie in the file before the next one runs
+    assert "MISSING: out of memory" in capsys.readouterr().out
+
+
+def test_options_of_one_benchmark_are_refused_by_the_others() -> None:
+    with pytest.raises(SettingError, match="it is of `bench gpu`"):
+        bench("losses", None, quick=True, options={"actors": [1]})
 
 
 @pytest.mark.flower
@@ -75,4 +132,8 @@ def test_bench_gpu_exercises_its_code_on_the_cpu_and_says_so(
     content = figures(tmp_path / "gpu.json")
     (row,) = content["rows"]
     assert content["ratio"] == row["images_per_second"] / content["bare"]
+    assert content["plain_ratio"] == row["images_per_second"] / content["plain"]
+    assert content["missing"] == {} and {line["phase"] for line in content["trace"]} == {
+        "train", "distil", "both", "predict",
+    }  # fmt: skip
     assert "the figures say nothing about" in str(content["device"]) and "no GPU" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What README.md and docs/ say, held against the program. That the site builds is for the CI to see."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -151,3 +152,14 @@ def test_every_module_is_on_one_page_of_the_api():
     ]
 
     assert Counter(shown) == Counter(set(modules) - {"fedkd", "strategies", "clients"})
+
+
+def test_the_figures_of_a_gpu_on_the_page_are_those_of_their_file() -> None:
+    found = json.loads(read("docs/performance/gpu.json"))
+    page = read("docs/performance.md")
+    for row in [*found["rows"], {"images_per_second": found["bare"]}, {"images_per_second": found["plain"]}]:
+        assert f"| {row['images_per_second']:,.0f} |" in page
+    first, mixed = found["rows"]
+    assert f"{first['images_per_second'] / found['bare']:.2f} of the bare loop" in page
+    assert f"{mixed['images_per_second'] / found['plain']:.2f} of the plain loop" in page
+    assert all(sum(line["waits"].values()) == 1 for line in found["trace"])

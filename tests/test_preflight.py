@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from experiments import preflight
 from experiments.cli import app
-from experiments.launch import STOPPED, Outcome
+from experiments.launch import STOPPED, Federation, Outcome
+from experiments.preflight import check_machine
 from experiments.project import OWN_FOLDER
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, SettingError
 
 
 class Launched(list):
@@ -154,3 +155,30 @@ def test_after_ctrl_c_the_command_that_goes_on_is_told(launched, tmp_path, setti
 
     assert result.exit_code == 130
     assert ("go on: fedkd run resume=run" in result.output.splitlines()) == hint
+
+
+@pytest.mark.parametrize(
+    ("federation", "gpus", "said"),
+    [
+        (Federation(peers=2, cpus_per_peer=10**6), 0, "`--cpus-per-peer` to be at most"),
+        (Federation(peers=2, gpus_per_peer=0.25), 0, "PyTorch sees no GPU here"),
+        (Federation(peers=2, gpus_per_peer=2), 1, "at most 1"),
+        (Federation(peers=2, gpus=2), 1, "`--gpus`"),
+        (Federation(peers=2, gpus_per_peer=1, gpus=0), 1, "at most --gpus 0"),
+    ],
+)
+def test_more_than_the_machine_has_is_an_error_before_flower_starts(
+    federation: Federation, gpus: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(SettingError) as refused:
+        check_machine(federation)
+    assert said in str(refused.value)
+
+
+def test_what_the_machine_has_may_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    check_machine(Federation(peers=40, gpus_per_peer=0.25, gpus=1))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_machine(Federation(peers=2))
+    check_machine(Federation(peers=2, cpus_per_peer=10**6, gpus_per_peer=8, ray_address="head:6379"))
