@@ -140,13 +140,13 @@ class Learner:
         distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
     def _judge(self, model: nn.Module, heard: Heard, round: int) -> Heard:
-        """Decide whom to believe: whole teachers (``robust = agreement``) and sample by sample (``regime = dp``)."""
-        if self.config.robust != "agreement" and self.config.regime != "dp":
+        """Decide whom to believe: whole teachers (``robust = agreement``), each sample (``regime = partitioned``)."""
+        if self.config.robust != "agreement" and self.config.regime != "partitioned":
             return heard
         own, weights, logits = predict(model, self._proxy(round), fast=self.how.fast), heard.weights, heard.logits
         if self.config.robust == "agreement":
             weights = weights * agreement_weights(logits, own)
-        if self.config.regime == "dp":
+        if self.config.regime == "partitioned":
             logits = teacher_or_self(logits, own)
         return Heard(logits, weights, heard.features)
 

@@ -46,6 +46,7 @@ CONTROLS = ("isolated", "pooled")
 PEER = "{peer}"
 """Stands for a peer's number in the `dataset` of a simulation whose peers have data of their own."""
 OPTIMIZERS = ("adam", "adamw", "sgd")
+_FORMER_DP = "partitioned (it was `dp` before, which is no differential privacy: for that see `privacy-epsilon`)"
 
 
 def _setting(default: Scalar, rule: Rule, help: str) -> Any:
@@ -145,7 +146,9 @@ class RunConfig:
     )
     trim: float = _setting(0.2, between(0, 0.49), "`trimmed`: share of the teachers cut at each end")
     regime: str = _setting(
-        "vanilla", one_of("vanilla", "tuned", "dml", "dp"), "how teacher, student and labels are weighed"
+        "vanilla",
+        one_of("vanilla", "tuned", "dml", "partitioned", former={"dp": _FORMER_DP}),
+        "how teacher, student and labels are weighed",
     )
     tune_temperatures: str = _setting("1,2,4,8,16", TEMPERATURE_LIST, "`tuned`: temperatures tried")
     tune_weights: str = _setting("0.1,0.3,0.5,0.7,0.9,1", NUMBERS, "`tuned`: weights tried")
@@ -342,7 +345,7 @@ class RunConfig:
         yield "match-gradients", f"false {needs}", blind and self.match_gradients
         yield "t2-scaling", f"false {needs}", blind and self.t2_scaling
         yield "kd-warm-up", f"0 {needs}", blind and self.kd_warm_up > 0
-        yield "regime", f"vanilla, dml or dp {needs}", blind and tuned and len(numbers(self.tune_weights)) > 1
+        yield "regime", f"vanilla, dml or partitioned {needs}", blind and tuned and len(numbers(self.tune_weights)) > 1
 
     def effective(self) -> "RunConfig":
         """Return the settings that a run really uses.
@@ -413,7 +416,7 @@ def _checked(spec: "dataclasses.Field[Scalar]", name: str, value: Scalar) -> Sca
         raise SettingError(name, value, words[kind])
     rule: Rule = spec.metadata["rule"]
     if not rule.accepts(value):
-        raise SettingError(name, value, rule.phrase)
+        raise SettingError(name, value, rule.former.get(value, rule.phrase))
     return value
 
 
