@@ -28,6 +28,7 @@ _KEYS: dict[str, type] = {
     "num-partitions": int,
     "model": str,
     "checkpoint": str,
+    "held-out": str,
     "dataset": str,
     "data-dir": str,
     "proxy": str,
@@ -54,7 +55,9 @@ _RULES = {
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }
-_PATHS = ("peer-config", "state-dir", "data-dir", "checkpoint", "dataset", "proxy", "identity", "trusted-keys")
+_PATHS = (
+    "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
+)  # fmt: skip
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
 
@@ -142,6 +145,7 @@ class Place:
         simulated: whether it is a stand-in on the machine that runs them all.
         model: its own model; empty: the one dealt out by ``models``.
         checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
+        held_out: file of the indices that it never trains on; empty: the one dealt out by ``held-out``.
         dataset: its own data; empty: its part of the common ``dataset``.
         proxy: its own copy of the public proxy set; empty: the common ``proxy``.
         data_dir: where its data sets lie.
@@ -161,6 +165,7 @@ class Place:
     simulated: bool = True
     model: str = ""
     checkpoint: str = ""
+    held_out: str = ""
     dataset: str = ""
     proxy: str = ""
     data_dir: str = ""
@@ -240,6 +245,7 @@ class Place:
             "device": self.device,
             "models": self.model,
             "checkpoints": self.checkpoint,
+            "held_out": self.held_out,
         }
         if self.simulated:
             return replace(config, **{key: value for key, value in own.items() if value})  # type: ignore[arg-type]
@@ -274,8 +280,19 @@ class Place:
         path = self.checkpoint or _dealt(config.checkpoints, self.index)
         return None if path in ("", "-") else Path(path).expanduser()
 
+    def held_out_path(self, config: RunConfig) -> str:
+        """Return the file of what this peer's owner held out, empty where none is known."""
+        path = self.held_out or _dealt(config.held_out, self.index)
+        return "" if path == "-" else path
 
-_TEXTS = ("model", "checkpoint", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
+    def held_out_paths(self, config: RunConfig) -> tuple[str, ...]:
+        """Return the files of what this peer and all that share its data set hold out."""
+        own = self.held_out or self.dataset
+        paths = [self.held_out_path(config)] if own else split_list(config.held_out)
+        return tuple(path for path in dict.fromkeys(paths) if path not in ("", "-"))
+
+
+_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
 
 
 def own_settings(node_config: Own) -> dict[str, Scalar]:
@@ -323,7 +340,7 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
     """Make a file's relative path absolute."""
     if not isinstance(value, str) or not value:
         return value
-    if key in ("checkpoint", "data-dir", "state-dir", "identity", "trusted-keys"):
+    if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
     for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
         if value.startswith(prefix):

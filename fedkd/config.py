@@ -89,6 +89,12 @@ class RunConfig:
         "model names, dealt out over the peers in order",
     )
     checkpoints: str = _setting("", ANY, "checkpoint paths, dealt out like `models`; `-` or empty: none")
+    held_out: str = _setting(
+        "",
+        ANY,
+        "files of the indices of training samples that the `checkpoints` were not trained on, dealt out alike; peers "
+        "choose by them and never train on them; `-` or empty: none is known",
+    )
     pretrain_epochs: int = _setting(20, at_least(0), "epochs on private data before round 1")
     optimizer: str = _setting("adam", one_of(*OPTIMIZERS), "optimiser of every training phase")
     learning_rate: float = _setting(0.001, above(0), "learning rate of every training phase")
@@ -154,7 +160,9 @@ class RunConfig:
     tune_weights: str = _setting("0.1,0.3,0.5,0.7,0.9,1", NUMBERS, "`tuned`: weights tried")
     tune_every: int = _setting(0, at_least(0), "`tuned`: search again every n rounds; 0: before round 1 only")
     validation_share: float = _setting(
-        0.2, between(0.01, 0.9), "`tuned`: share of the private data held out in a search"
+        0.2,
+        between(0.01, 0.9),
+        "`tuned`: share of the private data that is held out before the start, unless a `held-out` part is known",
     )
     cakd_alpha: float = _setting(1.0, at_least(0), "`cakd`, `dkd`: weight of the strongly correlated classes' part")
     cakd_beta: float = _setting(8.0, at_least(0), "`cakd`, `dkd`: weight of the other classes' part")
