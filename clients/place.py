@@ -58,6 +58,7 @@ _RULES = {
 _PATHS = (
     "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
 )  # fmt: skip
+_SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`, or its `trusted-keys`)"
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
 
@@ -105,7 +106,7 @@ class Limits:
             allowed = f"one of {', '.join(self.strategies)} (this peer's `allowed-strategies`)"
             raise SettingError("strategy", config.strategy, allowed)
         if self.sealed and not config.sealed:
-            raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`, or its `trusted-keys`)")
+            raise SettingError("sealed", config.sealed, _SEALED)
         _check_kind(config, kind)
         self._check_privacy(config, kind)
         for asked in _will_be_asked(config) if kind == "introduce" else (kind,):

@@ -16,6 +16,16 @@ from fedkd.errors import SettingError
 
 _LOCAL = ("127.0.0.1", "localhost")
 
+_SEALED = """\
+# Sealed runs alone: there the trusted keys prove who sent what, and the SuperLink reads nothing. With false, plain runs
+# too, in which no key matters: whoever carries the mail could then ask for one.
+require-sealed = true
+"""
+_SEALED_IN_A_TRIAL = """\
+# A trial of `init --demo`: plain runs too, in which no key matters. A real site says true, or leaves this line out.
+require-sealed = false
+"""
+
 
 def create(deployment: Deployment, *, demo: bool) -> None:
     """Write a deployment's folder.
@@ -69,6 +79,7 @@ def _write_keys(deployment: Deployment) -> None:
 def _peer_toml(deployment: Deployment, index: int, *, demo: bool) -> str:
     model = MODELS[index % len(MODELS)] if demo else ""
     dataset, proxy = ("npz:data.npz", "npz:proxy.npz") if demo else ("", "")
+    sealed = _SEALED_IN_A_TRIAL if demo else _SEALED
     return f"""\
 # This peer's own configuration. The server cannot change it and never names a file that is opened here.
 # Relative paths start at this file's folder.
@@ -89,10 +100,7 @@ trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peer
 
 # What the server may ask for. A run that asks for more is refused with the limit's name.
 allowed-strategies = "averaged,pairwise,gossip"
-# Plain runs too, in which no key matters. With true, or without this line, only sealed runs: there the trusted keys
-# prove who sent what, and the SuperLink reads nothing.
-require-sealed = false
-max-epochs = 200            # in one message, of all it asks for together
+{sealed}max-epochs = 200            # in one message, of all it asks for together
 max-payload = {256 * 2**20}     # bytes in one message
 max-seconds = 86400.0       # for one message; to be taken out with `worker = false`, where nothing could hold it
 # max-epsilon = 8.0         # demands differential privacy: the most that all it ever publishes may amount to, with
