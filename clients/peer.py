@@ -330,6 +330,10 @@ class Peer:
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
         letters, refused = [], []
+        if not self.place.simulated:
+            features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
+            bounds = self.place.limits.bounds
+            bounds.check_decoded(len(mail.letters), self.config.travelling, self.classes + features)
         for letter in mail.letters:
             try:
                 letters.append(self._decode(self._unsealed(letter, mail, memo), letter.weight))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from clients.bounds import NAMES, Bounds
 from fedkd.config import PEER, RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
@@ -45,6 +46,7 @@ _KEYS: dict[str, type] = {
     "max-delta": float,
     "identity": str,
     "trusted-keys": str,
+    **dict.fromkeys(NAMES, int),
 }
 _RULES = {
     "name": NAME,
@@ -75,6 +77,7 @@ class Limits:
         epsilon: the ε that all it ever publishes may amount to; None: it demands no differential privacy. With a
             limit, what it measures stays with it too.
         delta: the δ that goes with it.
+        bounds: the most of every other quantity.
     """
 
     strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
@@ -84,6 +87,7 @@ class Limits:
     seconds: float = 24 * 3600.0
     epsilon: float | None = None
     delta: float = 1e-5
+    bounds: Bounds = field(default_factory=Bounds)
 
     def check_payload(self, size: int) -> None:
         """Refuse a mail whose arrays are larger than this peer allows.
@@ -111,8 +115,7 @@ class Limits:
         self._check_privacy(config, kind)
         for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
             self._check_epochs(_epochs(config, asked))
-        if config.threads > (cpus := os.cpu_count() or 1):
-            raise SettingError("threads", config.threads, f"at most {cpus}, the CPUs of this peer")
+        self.bounds.check(config)
 
     def _check_epochs(self, epochs: Mapping[str, int]) -> None:
         if (total := sum(epochs.values())) > self.epochs:
@@ -207,6 +210,7 @@ class Place:
         limits.setdefault("sealed", bool(own.get("trusted-keys")))
         if "strategies" in limits:
             limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
+        bounds = Bounds(**{key.replace("-", "_"): int(own[key]) for key in NAMES if key in own})
         texts = {key.replace("-", "_"): str(own.get(key, "")) for key in _TEXTS}
         return cls(
             name=name,
@@ -217,7 +221,7 @@ class Place:
             simulated=simulated,
             worker=bool(own.get("worker", True)),
             idle_seconds=float(own.get("idle-seconds", cls.idle_seconds)),
-            limits=Limits(**limits),  # type: ignore[arg-type]
+            limits=Limits(**limits, bounds=bounds),  # type: ignore[arg-type]
             **texts,
         )
 

@@ -89,6 +89,7 @@ num-partitions = {deployment.peers}             # how many peers there are
 
 model = {json.dumps(model)}                # a name such as resnet20, or package.module:factory
 checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
+held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
 dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH or package.module:function
 proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers; its fingerprint is compared
 state-dir = "state"
@@ -102,6 +103,7 @@ trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peer
 allowed-strategies = "averaged,pairwise,gossip"
 {sealed}max-epochs = 200            # in one message, of all it asks for together
 max-payload = {256 * 2**20}     # bytes in one message
+max-batch-size = 1024       # samples in a training step; less where the model or the images are large
 max-seconds = 86400.0       # for one message; to be taken out with `worker = false`, where nothing could hold it
 # max-epsilon = 8.0         # demands differential privacy: the most that all it ever publishes may amount to, with
 # max-delta = 1e-5          # this; what it measures then stays in its own measured.jsonl (docs/security.md)
