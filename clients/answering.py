@@ -59,6 +59,8 @@ def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
     if not place.simulated:
         place.limits.check_payload(wire_bytes(content))
     mail = unpack_mail(content)
+    if not place.simulated:
+        place.limits.bounds.check_mail(mail)
     config = RunConfig.from_mapping(mail.settings)
     if not place.simulated:
         place.limits.check(config, mail.kind)

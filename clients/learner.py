@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.flow import Flow
-from clients.site import Site, proxy_subset
+from clients.site import Labelled, Site, proxy_subset
 from fedkd import metrics
 from fedkd.config import RunConfig
 from fedkd.decoupled import warm_up
@@ -42,12 +42,6 @@ class Heard:
     weights: Tensor
     features: Sequence[Sequence[Tensor]] = ()
     flow_weights: Sequence[float] | None = None
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    inputs: Tensor
-    labels: Tensor
 
 
 class Learner:
@@ -85,7 +79,7 @@ class Learner:
 
     def local(self, model: nn.Module, *, round: int, epochs: int) -> float:
         """Train on private labels alone; return the loss."""
-        return self._fit(model, _Labelled(self.site.inputs, self.site.labels), round, epochs)
+        return self._fit(model, Labelled(self.site.inputs, self.site.labels), round, epochs)
 
     def alone(self, model: nn.Module, *, round: int) -> float:
         """Train as in a round, on the same private batches, without teachers: the isolated control."""
@@ -108,18 +102,18 @@ class Learner:
         Returns:
             ``kd_loss``, ``local_loss``, and the ``temperature`` and ``kd_weight`` that were used.
         """
-        private = _Labelled(self.site.inputs, self.site.labels)
+        private = Labelled(self.site.inputs, self.site.labels)
         if heard is None:
             return {"kd_loss": math.nan, "local_loss": self.alone(model, round=round)}
         with self.watch.phase("distil"):
             return self._taught(model, private, heard, round, memo)
 
-    def _taught(self, model: nn.Module, private: _Labelled, heard: Heard, round: int, memo: Memo) -> dict[str, float]:
+    def _taught(self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo) -> dict[str, float]:
         heard = self._judge(model, heard, round)
         if heard.features and self.config.flow_auxiliary:
             heard = self._through_auxiliary(heard, round)
         if self.config.regime == "tuned" and self._search_is_due(round, memo):
-            self._search(model, heard, round, memo)
+            self._search(model, private, heard, round, memo)
         if self.config.match_gradients and "gradient_factor" not in memo:
             own = predict(model, self._proxy(round), fast=self.how.fast)
             memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.weights)
@@ -140,18 +134,18 @@ class Learner:
         distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
     def _judge(self, model: nn.Module, heard: Heard, round: int) -> Heard:
-        """Decide whom to believe: whole teachers (``robust = agreement``) and sample by sample (``regime = dp``)."""
-        if self.config.robust != "agreement" and self.config.regime != "dp":
+        """Decide whom to believe: whole teachers (``robust = agreement``), each sample (``regime = partitioned``)."""
+        if self.config.robust != "agreement" and self.config.regime != "partitioned":
             return heard
         own, weights, logits = predict(model, self._proxy(round), fast=self.how.fast), heard.weights, heard.logits
         if self.config.robust == "agreement":
             weights = weights * agreement_weights(logits, own)
-        if self.config.regime == "dp":
+        if self.config.regime == "partitioned":
             logits = teacher_or_self(logits, own)
         return Heard(logits, weights, heard.features)
 
     def _step(
-        self, model: nn.Module, private: _Labelled, heard: Heard, distillation: Distillation, round: int
+        self, model: nn.Module, private: Labelled, heard: Heard, distillation: Distillation, round: int
     ) -> tuple[float, float]:
         teachers = distillation.prepare(heard.logits, heard.weights)
         seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
@@ -172,7 +166,7 @@ class Learner:
         weights = heard.flow_weights or heard.weights.tolist()
         return Flow.from_config(self.config, model).beside(model, heard.features, weights, round=round)
 
-    def _fit(self, model: nn.Module, private: _Labelled, round: int, epochs: int) -> float:
+    def _fit(self, model: nn.Module, private: Labelled, round: int, epochs: int) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
         with self.watch.phase("train"):
             return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed)
@@ -206,41 +200,28 @@ class Learner:
             return True
         return self.config.tune_every > 0 and (round - 1) % self.config.tune_every == 0
 
-    def _search(self, model: nn.Module, heard: Heard, round: int, memo: Memo) -> None:
-        """Try every temperature and weight on a copy for one round; keep the best on held-out private samples.
+    def _search(self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo) -> None:
+        """Try every temperature and weight on a copy for one round; keep the best on the held-out private samples.
 
-        Source: ``tuned`` of arXiv 2402.14922 [paper]; this grid and the held-out split are [ours].
+        Source: ``tuned`` of arXiv 2402.14922 [paper]; this grid and what is held out are [ours].
         """
-        part, held_out = self._held_out()
+        held_out = self.site.held_out
         best: tuple[float, float] | None = None
         for temperature, weight in itertools.product(
             numbers(self.config.tune_temperatures), numbers(self.config.tune_weights)
         ):
             candidate = copy.deepcopy(model)
             distillation = Distillation.from_config(self.config, temperature=temperature, weight=weight)
-            self._step(candidate, part, heard, distillation, round)
+            self._step(candidate, private, heard, distillation, round)
             logits = predict(candidate, held_out.inputs, fast=self.how.fast)
             score = (metrics.accuracy(logits, held_out.labels), -metrics.nll(logits, held_out.labels))
             if best is None or score > best:
                 best = score
                 memo["temperature"], memo["kd_weight"] = temperature, weight
 
-    def _held_out(self) -> tuple[_Labelled, _Labelled]:
-        """Split the private data into a part to train on and a held-out one, the same in every search."""
-        count = len(self.site.labels)
-        order = torch.randperm(
-            count, generator=torch.Generator().manual_seed(derive(self.config.seed, "validation", self.index))
-        ).to(self.site.labels.device)
-        size = min(max(1, round(self.config.validation_share * count)), count - 1)
-        return _take(self.site, order[size:]), _take(self.site, order[:size])
-
     def _proxy(self, round: int) -> Tensor:
         inputs = self.site.commons.proxy_inputs
         return inputs[proxy_subset(self.config, round, inputs.device)]
-
-
-def _take(site: Site, index: Tensor) -> _Labelled:
-    return _Labelled(site.inputs[index], site.labels[index])
 
 
 def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | None:

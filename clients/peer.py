@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.flow import Flow
+from clients.holding_out import choices_are_due
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
 from clients.private import Private, withhold
@@ -131,6 +132,8 @@ class Peer:
                 "model": name,
                 "parameters": models.parameters_count(model),
                 "samples": len(self.site.labels),
+                "held-out": len(self.site.held_out.labels),
+                "chosen-unseen": int(self._chosen_unseen),
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
                 "source": source_hash(),
@@ -215,6 +218,13 @@ class Peer:
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         self._learner().local(model, round=0, epochs=epochs)
         return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
+
+    @property
+    def _chosen_unseen(self) -> bool:
+        """Whether all that is chosen by accuracy at this peer, if anything, is known to be chosen on unseen data."""
+        cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
+        brought = self.place.checkpoint_path(self.config) is not None and not cold
+        return not (choices_are_due(self.config) and brought and not self.place.held_out_path(self.config))
 
     @property
     def _warm_key(self) -> tuple[str, str]:
@@ -320,6 +330,10 @@ class Peer:
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
         letters, refused = [], []
+        if not self.place.simulated:
+            features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
+            bounds = self.place.limits.bounds
+            bounds.check_decoded(len(mail.letters), self.config.travelling, self.classes + features)
         for letter in mail.letters:
             try:
                 letters.append(self._decode(self._unsealed(letter, mail, memo), letter.weight))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from clients.bounds import NAMES, Bounds
 from fedkd.config import PEER, RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models import names
@@ -28,6 +29,7 @@ _KEYS: dict[str, type] = {
     "num-partitions": int,
     "model": str,
     "checkpoint": str,
+    "held-out": str,
     "dataset": str,
     "data-dir": str,
     "proxy": str,
@@ -44,6 +46,7 @@ _KEYS: dict[str, type] = {
     "max-delta": float,
     "identity": str,
     "trusted-keys": str,
+    **dict.fromkeys(NAMES, int),
 }
 _RULES = {
     "name": NAME,
@@ -54,7 +57,10 @@ _RULES = {
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }
-_PATHS = ("peer-config", "state-dir", "data-dir", "checkpoint", "dataset", "proxy", "identity", "trusted-keys")
+_PATHS = (
+    "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
+)  # fmt: skip
+_SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`, or its `trusted-keys`)"
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
 
@@ -71,6 +77,7 @@ class Limits:
         epsilon: the ε that all it ever publishes may amount to; None: it demands no differential privacy. With a
             limit, what it measures stays with it too.
         delta: the δ that goes with it.
+        bounds: the most of every other quantity.
     """
 
     strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
@@ -80,6 +87,7 @@ class Limits:
     seconds: float = 24 * 3600.0
     epsilon: float | None = None
     delta: float = 1e-5
+    bounds: Bounds = field(default_factory=Bounds)
 
     def check_payload(self, size: int) -> None:
         """Refuse a mail whose arrays are larger than this peer allows.
@@ -102,13 +110,12 @@ class Limits:
             allowed = f"one of {', '.join(self.strategies)} (this peer's `allowed-strategies`)"
             raise SettingError("strategy", config.strategy, allowed)
         if self.sealed and not config.sealed:
-            raise SettingError("sealed", config.sealed, "true (this peer's `require-sealed`, or its `trusted-keys`)")
+            raise SettingError("sealed", config.sealed, _SEALED)
         _check_kind(config, kind)
         self._check_privacy(config, kind)
         for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
             self._check_epochs(_epochs(config, asked))
-        if config.threads > (cpus := os.cpu_count() or 1):
-            raise SettingError("threads", config.threads, f"at most {cpus}, the CPUs of this peer")
+        self.bounds.check(config)
 
     def _check_epochs(self, epochs: Mapping[str, int]) -> None:
         if (total := sum(epochs.values())) > self.epochs:
@@ -142,6 +149,7 @@ class Place:
         simulated: whether it is a stand-in on the machine that runs them all.
         model: its own model; empty: the one dealt out by ``models``.
         checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
+        held_out: file of the indices that it never trains on; empty: the one dealt out by ``held-out``.
         dataset: its own data; empty: its part of the common ``dataset``.
         proxy: its own copy of the public proxy set; empty: the common ``proxy``.
         data_dir: where its data sets lie.
@@ -161,6 +169,7 @@ class Place:
     simulated: bool = True
     model: str = ""
     checkpoint: str = ""
+    held_out: str = ""
     dataset: str = ""
     proxy: str = ""
     data_dir: str = ""
@@ -201,6 +210,7 @@ class Place:
         limits.setdefault("sealed", bool(own.get("trusted-keys")))
         if "strategies" in limits:
             limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
+        bounds = Bounds(**{key.replace("-", "_"): int(own[key]) for key in NAMES if key in own})
         texts = {key.replace("-", "_"): str(own.get(key, "")) for key in _TEXTS}
         return cls(
             name=name,
@@ -211,7 +221,7 @@ class Place:
             simulated=simulated,
             worker=bool(own.get("worker", True)),
             idle_seconds=float(own.get("idle-seconds", cls.idle_seconds)),
-            limits=Limits(**limits),  # type: ignore[arg-type]
+            limits=Limits(**limits, bounds=bounds),  # type: ignore[arg-type]
             **texts,
         )
 
@@ -240,6 +250,7 @@ class Place:
             "device": self.device,
             "models": self.model,
             "checkpoints": self.checkpoint,
+            "held_out": self.held_out,
         }
         if self.simulated:
             return replace(config, **{key: value for key, value in own.items() if value})  # type: ignore[arg-type]
@@ -274,8 +285,19 @@ class Place:
         path = self.checkpoint or _dealt(config.checkpoints, self.index)
         return None if path in ("", "-") else Path(path).expanduser()
 
+    def held_out_path(self, config: RunConfig) -> str:
+        """Return the file of what this peer's owner held out, empty where none is known."""
+        path = self.held_out or _dealt(config.held_out, self.index)
+        return "" if path == "-" else path
 
-_TEXTS = ("model", "checkpoint", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
+    def held_out_paths(self, config: RunConfig) -> tuple[str, ...]:
+        """Return the files of what this peer and all that share its data set hold out."""
+        own = self.held_out or self.dataset
+        paths = [self.held_out_path(config)] if own else split_list(config.held_out)
+        return tuple(path for path in dict.fromkeys(paths) if path not in ("", "-"))
+
+
+_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
 
 
 def own_settings(node_config: Own) -> dict[str, Scalar]:
@@ -323,7 +345,7 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
     """Make a file's relative path absolute."""
     if not isinstance(value, str) or not value:
         return value
-    if key in ("checkpoint", "data-dir", "state-dir", "identity", "trusted-keys"):
+    if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
     for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
         if value.startswith(prefix):

@@ -2,7 +2,7 @@
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.holding_out import named_part, split_off, validation_part
 from clients.place import Place
 from fedkd.config import RunConfig
 from fedkd.data.normalize import Standardizer, standardizer
@@ -45,18 +46,28 @@ class Commons:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Private samples, standardised and on the device: ``inputs`` ``[N, ...]`` float32 and ``labels`` ``[N]`` int64."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Site:
     """One peer's view of the data.
 
     Attributes:
-        inputs: private, ``[N, ...]`` float32, standardised, on the device.
+        inputs: private and trained on, ``[N, ...]`` float32, standardised, on the device.
         labels: private, ``[N]`` int64.
-        label_share: share of each class in the private data, ``[C]``, sums to 1.
+        held_out: private and never trained on: what choices are made by; none where nothing is held out.
+        label_share: share of each class in all private data, ``[C]``, sums to 1.
         commons: what it shares with the others.
     """
 
     inputs: Tensor
     labels: Tensor
+    held_out: Labelled
     label_share: Tensor
     commons: Commons
 
@@ -73,7 +84,8 @@ class _DataSettings:
     normalize: str
     seed: int
     device: str
-    held_out: float
+    validation: float
+    named: tuple[str, ...]
     versions: tuple[str, ...]
 
 
@@ -104,15 +116,25 @@ def open_site(config: RunConfig, place: Place, device: torch.device, versions: t
     settings = _data_settings(config, place, device, versions)
     commons = _commons(settings)
     own = commons.pool if place.dataset else commons.pool[_parts(settings, _split(config, place))[place.index]]
-    return _site(own, commons, device)
+    return _site(*_split_off(own, config, place, commons), commons, device)
 
 
 def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
-    """Return the data of all peers in one site, for the pooled control of a simulation."""
+    """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation."""
     settings = _data_settings(config, place, device, ())
     commons = _commons(settings)
-    own = np.concatenate(_parts(settings, _split(config, place)))
-    return _site(commons.pool[own], commons, device)
+    parts = _parts(settings, _split(config, place))
+    halves = [
+        _split_off(commons.pool[part], config, replace(place, index=index), commons) for index, part in enumerate(parts)
+    ]
+    trained, held_out = (np.concatenate(half) for half in zip(*halves, strict=True))
+    return _site(trained, held_out, commons, device)
+
+
+def _split_off(own: np.ndarray, config: RunConfig, place: Place, commons: Commons) -> tuple[np.ndarray, np.ndarray]:
+    path = place.held_out_path(config)
+    named = named_part(path, len(commons.source.train)) if path else None
+    return split_off(own, config, place.index, named, whose=place.name)
 
 
 def file_versions(place: Place, run: str) -> tuple[str, ...]:
@@ -128,8 +150,8 @@ def file_versions(place: Place, run: str) -> tuple[str, ...]:
     if place.simulated:
         return ()
     data_dir = _data_dir(place.data_dir)
-    checkpoint = [_version(Path(place.checkpoint).expanduser())] if place.checkpoint else []
-    return (*(_source_version(spec, data_dir, run) for spec in (place.dataset, place.proxy)), *checkpoint)
+    files = [_version(Path(path).expanduser()) if path else "" for path in (place.checkpoint, place.held_out)]
+    return (*(_source_version(spec, data_dir, run) for spec in (place.dataset, place.proxy)), *files)
 
 
 def _source_version(spec: str, data_dir: Path, run: str) -> str:
@@ -163,11 +185,15 @@ def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
     return drawn.sort().values.to(device)
 
 
-def _site(own: np.ndarray, commons: Commons, device: torch.device) -> Site:
+def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device) -> Site:
+    trained, kept = _labelled(own, commons, device), _labelled(held_out, commons, device)
+    counts = torch.bincount(torch.cat([trained.labels, kept.labels]), minlength=len(commons.source.classes)).double()
+    return Site(trained.inputs, trained.labels, kept, counts / counts.sum(), commons)
+
+
+def _labelled(own: np.ndarray, commons: Commons, device: torch.device) -> Labelled:
     train, index = commons.source.train, torch.from_numpy(own)
-    labels = train.labels[index].to(device)
-    counts = torch.bincount(labels, minlength=len(commons.source.classes)).double()
-    return Site(commons.scale(train.inputs[index]).to(device), labels, counts / counts.sum(), commons)
+    return Labelled(commons.scale(train.inputs[index]).to(device), train.labels[index].to(device))
 
 
 @lru_cache(maxsize=2)
@@ -201,7 +227,7 @@ def _data_settings(config: RunConfig, place: Place, device: torch.device, versio
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
         config.proxy_size, config.normalize, config.seed, str(device),
-        config.validation_share if config.evaluate_on == "validation" else 0.0, versions,
+        config.validation_share if config.evaluate_on == "validation" else 0.0, place.held_out_paths(config), versions,
     )  # fmt: skip
 
 
@@ -235,11 +261,11 @@ def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, .
 
 def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:
     """Return what peers are measured on, and what is left for them to train on."""
-    if not settings.held_out:
+    if not settings.validation:
         return source.test, pool
-    order = np.random.default_rng(derive(settings.seed, "held-out")).permutation(len(pool))
-    size = max(1, round(settings.held_out * len(pool)))
-    return source.train.subset(pool[order[:size]]), pool[np.sort(order[size:])]
+    named = [named_part(path, len(source.train)) for path in settings.named]
+    measured = validation_part(settings.validation, pool, named, seed=settings.seed)
+    return source.train.subset(measured), pool[~np.isin(pool, measured)]
 
 
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:

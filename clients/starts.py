@@ -18,7 +18,10 @@ _EXCHANGE = {
     "controls", "eval_every", "out_dir", "run_name", "trials", "resume", "privacy_epsilon", "privacy_delta",
     "privacy_clip", "profile",
 }  # fmt: skip
-"""Settings without a say in how a peer starts. One that is not named here costs a hit, never a wrong start."""
+"""Settings without a say in how a peer starts. One that is not named here costs a hit, never a wrong start.
+
+Of the regimes one has: a tuned peer holds a part of its data out (:mod:`clients.holding_out`).
+"""
 
 _MOST_BYTES = 256 * 2**20
 
@@ -39,7 +42,8 @@ def pretrain(
         train: trains the model.
     """
     said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
-    key = repr((sorted(said.items()), place.index, place.of, place.model, place.checkpoint, place.dataset, versions))
+    tuned, own = config.regime == "tuned", (place.model, place.checkpoint, place.dataset, place.held_out)
+    key = repr((sorted(said.items()), tuned, place.index, place.of, *own, versions))
     if key in _kept:
         model.load_state_dict(_kept[key])
         _kept.move_to_end(key)

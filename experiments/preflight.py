@@ -98,9 +98,10 @@ def _check_files(config: RunConfig, peers: int) -> None:
                 raise SettingError(key, spec, f"npz:PATH of a file; there is none at {place}")
             if kind == "folder" and not (Path(place).is_dir() or Path(place.rpartition("@")[0]).is_dir()):
                 raise SettingError(key, spec, f"folder:PATH of a folder; there is none at {place}")
-    for entry in config.checkpoints.split(","):
-        if entry.strip() not in ("", "-") and not Path(entry.strip()).expanduser().is_file():
-            raise SettingError("checkpoints", entry.strip(), "files that exist, or - for none")
+    for key, dealt in (("checkpoints", config.checkpoints), ("held-out", config.held_out)):
+        for entry in dealt.split(","):
+            if entry.strip() not in ("", "-") and not Path(entry.strip()).expanduser().is_file():
+                raise SettingError(key, entry.strip(), "files that exist, or - for none")
     if config.trials and not Path(config.trials).is_file():
         raise SettingError("trials", config.trials, "a file of trials")
 

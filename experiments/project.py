@@ -87,8 +87,9 @@ def with_absolute_paths(settings: Mapping[str, Setting], *, cwd: Path, data: Pat
         for prefix in _SOURCE_PREFIXES:
             if value.startswith(prefix):
                 found[key] = prefix + _absolute(value.removeprefix(prefix), base)
-    if "checkpoints" in found:
-        found["checkpoints"] = ",".join(_absolute_if_file(p, cwd) for p in str(found["checkpoints"]).split(","))
+    for key in ("checkpoints", "held-out"):
+        if key in found:
+            found[key] = ",".join(_absolute_if_file(p, cwd) for p in str(found[key]).split(","))
     for key in _PATH_KEYS:
         if value := str(found.get(key, "")):
             found[key] = _absolute(value, cwd)

@@ -8,7 +8,8 @@ from fedkd.effect import idle
 
 SCENARIO_KEYS = (
     "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
-    "normalize", "peers", "models", "checkpoints", "pretrain-epochs", "evaluate-on",
+    "normalize", "peers", "models", "checkpoints", "held-out", "pretrain-epochs",
+    "evaluate-on",
 )  # fmt: skip
 """Settings that say which data and models are there: results under different ones are not compared."""
 
@@ -72,8 +73,9 @@ def config_of(settings: Mapping[str, Scalar]) -> RunConfig:
 
 def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:
     """Return what a trial's run of a control depends on: equal for two trials whose runs of it would be the same."""
-    common = effective(settings, CONTROL_KEYS)
-    held_out = settings["validation-share"] if settings["evaluate-on"] == "validation" else None
+    tuned = settings["regime"] == "tuned"  # then a part of each peer's data is held out of its control too
+    common = (*effective(settings, CONTROL_KEYS), tuned)
+    held_out = settings["validation-share"] if tuned or settings["evaluate-on"] == "validation" else None
     if name == "pooled":
         return (*common, held_out, settings["pooled-model"], settings["local-epochs"])
     joint = config_of(settings).joint

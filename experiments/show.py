@@ -27,6 +27,8 @@ def show(path: Path) -> None:
     console.print(again(run), markup=False, soft_wrap=True)
     for problem in run.problems:
         console.print(problem, style="red", markup=False)
+    for caveat in run.caveats:
+        console.print(caveat, style="yellow", markup=False, soft_wrap=True)
     if run.error:
         console.print(run.error, style="red", markup=False)
     if run.rows:

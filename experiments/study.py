@@ -59,6 +59,7 @@ class Run:
         problems: what could not be read, by file and line.
         error: why it did not finish.
         simulated: whether its peers were stand-ins on one machine.
+        caveats: what has to be said beside its numbers.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Run:
     problems: tuple[str, ...] = ()
     error: str = ""
     simulated: bool = True
+    caveats: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -273,8 +275,8 @@ def read_run(path: Path) -> Run:
     failure = path / "error.txt"
     text = failure.read_text(errors="replace").strip() if failure.exists() else "" if summary else "not finished"
     settings["peers"] = len({row.peer for row in rows}) or config.get("peers") or settings["peers"]
-    simulated = bool(config.get("simulated", True))
-    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text, simulated)
+    simulated, caveats = bool(config.get("simulated", True)), tuple(map(str, config.get("caveats", ())))
+    return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text, simulated, caveats)
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from experiments import preflight
 from experiments.comparison import alone
 from experiments.launch import Federation, launch
 from experiments.project import OWN_FOLDER
+from experiments.study import read_run
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 
@@ -104,6 +105,8 @@ def tune(
         if not any(told):
             raise FedkdError(outcome.reason or f"no trial finished; see the error.txt below {folder / 'trials'}")
         out(f"{_finished(study)} of {trials} trials, best {study.best_value:.1%} with {_rounded(study.best_params)}")
+    for caveat in read_run(_place(folder, study.best_trial.number, 0)).caveats:
+        out(caveat)
     best = {**base, **study.best_params}
     command = alone({**{k: v for k, v in best.items() if k not in ("evaluate-on", "controls")}}, federation)
     return Tuned(best, study.best_value, _finished(study), command)

@@ -29,7 +29,8 @@ def in_short(found: Study, *, quick: bool, waiting: int) -> list[str]:
     seeds = len({run.seed for run in found.runs})
     begun = f"{counted(len(found.runs), 'trial')} with {counted(seeds, 'seed')}; {len(found.failed)} failed"
     lines = ["This is the quick size: it shows the form of the result and decides nothing."] if quick else []
-    return [*lines, begun + (f", {waiting} more have not begun." if waiting else ".")]
+    caveats = dict.fromkeys(f"{caveat[:1].upper()}{caveat[1:]}." for run in found.runs for caveat in run.caveats)
+    return [*lines, begun + (f", {waiting} more have not begun." if waiting else "."), *caveats]
 
 
 def what_came_out(entry: Mapping[str, Any], *, chosen: bool) -> list[str]:

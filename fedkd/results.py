@@ -57,7 +57,7 @@ class PeerSummary:
         peer: its name.
         model: the name of its model.
         parameters: trainable parameters.
-        samples: private samples.
+        samples: private samples that it trains on; ``held_out``: those that it never trains on.
         before: test accuracy before round 1; ``after``: at the last measurement; ``own_*``: on its own classes.
         isolated: final test accuracy of the same peer with local training only; NaN without that control.
         temperature: the one it ended with; ``kd_weight`` likewise.
@@ -76,6 +76,7 @@ class PeerSummary:
     temperature: float = math.nan
     kd_weight: float = math.nan
     failures: Mapping[str, int] = field(default_factory=dict)
+    held_out: int = 0
 
     @property
     def gain(self) -> float:
@@ -97,6 +98,7 @@ class Summary:
         classes: their names, in the order of the logits.
         topology: degree, diameter and spectral gap of the graph; empty without one.
         privacy: the (ε, δ) that is promised and under which conditions; empty without such a promise.
+        caveats: what has to be said beside these numbers, a sentence each.
     """
 
     peers: Sequence[PeerSummary]
@@ -109,6 +111,7 @@ class Summary:
     classes: Sequence[str] = ()
     topology: Mapping[str, float | str] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    caveats: Sequence[str] = ()
 
     def mean(self, what: str) -> float:
         """Return the mean of a number over the peers that have it (``before``, ``after``, ``gain``, ...)."""

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedkd.plugins import is_callable_spec
@@ -18,10 +18,17 @@ DIVERGENCES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What is allowed for one setting: a phrase for people and the check behind it."""
+    """What is allowed for one setting: a phrase for people and the check behind it.
+
+    Attributes:
+        phrase: completes "Expected setting `key` to be ...".
+        accepts: the check.
+        former: values that had another name once, and what to say of each.
+    """
 
     phrase: str
     accepts: Callable[[Any], bool]
+    former: Mapping[Any, str] = field(default_factory=dict)
 
 
 def at_least(low: float) -> Rule:  # noqa: D103
@@ -36,8 +43,8 @@ def between(low: float, high: float) -> Rule:  # noqa: D103
     return Rule(f"a number in [{low:g}, {high:g}]", lambda v: math.isfinite(v) and low <= v <= high)
 
 
-def one_of(*names: str) -> Rule:  # noqa: D103
-    return Rule("one of " + ", ".join(names), lambda v: v in names)
+def one_of(*names: str, former: Mapping[Any, str] | None = None) -> Rule:  # noqa: D103
+    return Rule("one of " + ", ".join(names), lambda v: v in names, former or {})
 
 
 def some_of(*names: str) -> Rule:  # noqa: D103

@@ -45,6 +45,7 @@ def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
         round_seconds=ledger.seconds,
         classes=relay.members[0].classes,
         topology={"name": topology.name, **asdict(topology.stats())} if topology else {},
+        caveats=[caveat for m in relay.members if (caveat := m.caveat())],
         privacy=mechanism.statement() if (mechanism := Mechanism.from_config(config)) else {},
     )
 
@@ -109,6 +110,7 @@ def _peer_summary(own: Sequence[Row], m: Member, isolated: Sequence[float]) -> P
         model=m.model,
         parameters=m.parameters,
         samples=m.samples,
+        held_out=m.held_out,
         before=first.test_accuracy if first else math.nan,
         after=last.test_accuracy if last else math.nan,
         own_before=first.own_accuracy if first else math.nan,

@@ -27,7 +27,8 @@ class Member:
         index: its number among the peers.
         model: the name of its model.
         parameters: the size of its model.
-        samples: how many private samples it holds.
+        samples: how many private samples it trains on; ``held_out``: how many more it never trains on.
+        chosen_unseen: whether what is chosen by accuracy there is known to be chosen on data its model has not seen.
         classes: the names of its classes, in order.
         fingerprint: hash of its proxy set.
         expected: how many peers it was told there are.
@@ -46,6 +47,15 @@ class Member:
     expected: int
     simulated: bool
     public_key: str = ""
+    held_out: int = 0
+    chosen_unseen: bool = True
+
+    def caveat(self) -> str:
+        """Return what has to be said beside this peer's results; empty if nothing."""
+        if self.chosen_unseen:
+            return ""
+        known = f"checkpoint of peer {self.name}: no held-out part is known"
+        return f"{known}; what is chosen on it may have been trained on"
 
     def key_fingerprint(self) -> str:
         """Return the fingerprint of who vouches for its key, or of the key itself."""
@@ -86,6 +96,8 @@ def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
             expected=_whole(facts, "peers"),
             simulated=bool(facts["simulated"]),
             public_key=_public_key(str(facts.get("public-key", ""))) if sealed else "",
+            held_out=_whole(facts, "held-out"),
+            chosen_unseen=bool(facts["chosen-unseen"]),
         )
     except KeyError as error:
         raise RosterError(f"{answer.peer} introduced itself without {error}") from error

@@ -62,14 +62,18 @@ def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
     members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))
     for m in members[:MOST_SHOWN]:
         key = f", key {m.key_fingerprint()}" if config.sealed else ""
-        say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples{key}")
+        held_out = f" and {m.held_out:,} held out" if m.held_out else ""
+        say(f"{m.name}: {m.model}, {m.parameters:,} parameters, {m.samples:,} private samples{held_out}{key}")
     if (more := len(members) - MOST_SHOWN) > 0:
         say(f"and {more:,} more")
+    caveats = [caveat for m in members if (caveat := m.caveat())]
+    for line in caveats[:MOST_SHOWN]:
+        say(line)
     strategy = chosen(config, len(members), len(members[0].classes))
     if strategy.topology:
         say(topology_line(strategy.topology))
     relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume), began=began)
-    folder.add_facts({"peers": len(members), "simulated": post.simulated})
+    folder.add_facts({"peers": len(members), "simulated": post.simulated, "caveats": caveats})
     if relay.ledger.round < 0:
         say(f"peers {'train' if config.pretrain_epochs else 'measure'} their models ...")
     relay.run()

@@ -61,6 +61,7 @@ def test_the_readme_documents_every_setting_as_it_is():
         ("fedavg-model", "resnet9", "resnet8"),
         ("codec", "fp12", "fp16"),
         ("flow-depth", 10**9, "[1, 64]"),
+        ("regime", "dp", "partitioned (it was `dp` before, which is no differential privacy: for that see "),
     ],
 )
 def test_a_wrong_setting_names_key_value_and_what_is_allowed(name, value, allowed):
@@ -111,7 +112,7 @@ def test_keys_are_kebab_case():
         ({"regime": "dml", "schedule": "alternate"}, True, 1.0),
         ({"regime": "dml", "kd-weight": 2.0}, True, 2.0),
         ({"regime": "tuned"}, True, 0.5),
-        ({"regime": "dp"}, True, 0.5),
+        ({"regime": "partitioned"}, True, 0.5),
         ({"method": "infoflow"}, True, 0.5),
         ({"kd-weight": 0.9}, True, 0.9),
         ({"strategy": "consensus"}, False, 1.0),

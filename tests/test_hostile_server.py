@@ -11,6 +11,9 @@ from sites import make_sites
 from clients.answering import answer
 from clients.peer import Peer
 from clients.place import Limits, Place, own_settings
+from experiments.deploy.create import create
+from experiments.deploy.demo import write_demo_data
+from experiments.deploy.layout import Deployment
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.protocol import Kind, Letter, Mail, pack_mail, unpack_answer
@@ -148,3 +151,25 @@ def test_a_control_of_endless_rounds_is_refused_at_once(site, tmp_path):
     ask(site, tmp_path, "start")
     said = ask(site, tmp_path, "isolated", rounds=10**9, schedule="alternate", local_epochs=0)
     assert "`rounds × local-epochs`" in said.error and "got 1000000000" in said.error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_relay_that_says_the_run_is_not_sealed_is_refused_by_a_site_of_deploy_init(tmp_path, kind):
+    """The owner fills in model and data, and leaves the rest as `fedkd deploy init` wrote it."""
+    deployment = Deployment(tmp_path / "fed", ("127.0.0.1",), 2, 9092, 9093, 9400)
+    create(deployment, demo=False)
+    folder = deployment.peer("peer-0")
+    write_demo_data([folder], proxy_size=60)
+    filled = {"model": "mlp", "dataset": "npz:data.npz", "proxy": "npz:proxy.npz"}
+    text = (folder / "peer.toml").read_text()
+    for key, value in filled.items():
+        text = text.replace(f'{key} = ""', f'{key} = "{value}"')
+    (folder / "peer.toml").write_text(text)
+    own = {**own_settings({"peer-config": str(folder / "peer.toml")}), "name": "peer-0"}
+
+    assert not ask(own, tmp_path, "introduce", sealed=True, seed=1).error
+    said = ask(own, tmp_path, kind, letters=crafted(), sealed=False)
+
+    assert "`sealed` to be true: start the run with `sealed=true`" in said.error and "\n" not in said.error
+    assert not said.arrays and not said.metrics and not said.facts
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -199,7 +199,7 @@ def test_controls_of_a_server_free_run_do_not_count_as_bytes(tmp_path):
     assert plain.summary()["totals"]["bytes_up"] == controlled.summary()["totals"]["bytes_up"]
 
 
-@pytest.mark.parametrize("regime", ["vanilla", "tuned", "dml", "dp"])
+@pytest.mark.parametrize("regime", ["vanilla", "tuned", "dml", "partitioned"])
 @pytest.mark.parametrize("schedule", ["alternate", "mixed"])
 def test_every_regime_learns(tmp_path, regime, schedule):
     by_weight = {"tune_weights": "0.3,0.9" if schedule == "mixed" else "1"}

@@ -267,7 +267,7 @@ def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path,
         ({}, {"max-seconds": 5.0}, "`max-seconds` to be left out with `worker = false`"),
         ({}, {"idle-seconds": 5.0}, "`idle-seconds` to be left out with `worker = false`"),
         ({"pretrain-epochs": 5}, {"max-epochs": 4}, "`pretrain-epochs` .*at most 4 .* got 5"),
-        ({"threads": 4096}, {}, "`threads` .*the CPUs of this peer"),
+        ({"threads": 4096}, {}, "`threads` .*this peer's `max-threads`, by default its CPUs"),
     ],
 )
 def test_a_peer_keeps_its_own_limits(tmp_path, sites, settings, own, message):

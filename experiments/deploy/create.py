@@ -16,6 +16,16 @@ from fedkd.errors import SettingError
 
 _LOCAL = ("127.0.0.1", "localhost")
 
+_SEALED = """\
+# Sealed runs alone: there the trusted keys prove who sent what, and the SuperLink reads nothing. With false, plain runs
+# too, in which no key matters: whoever carries the mail could then ask for one.
+require-sealed = true
+"""
+_SEALED_IN_A_TRIAL = """\
+# A trial of `init --demo`: plain runs too, in which no key matters. A real site says true, or leaves this line out.
+require-sealed = false
+"""
+
 
 def create(deployment: Deployment, *, demo: bool) -> None:
     """Write a deployment's folder.
@@ -69,6 +79,7 @@ def _write_keys(deployment: Deployment) -> None:
 def _peer_toml(deployment: Deployment, index: int, *, demo: bool) -> str:
     model = MODELS[index % len(MODELS)] if demo else ""
     dataset, proxy = ("npz:data.npz", "npz:proxy.npz") if demo else ("", "")
+    sealed = _SEALED_IN_A_TRIAL if demo else _SEALED
     return f"""\
 # This peer's own configuration. The server cannot change it and never names a file that is opened here.
 # Relative paths start at this file's folder.
@@ -78,6 +89,7 @@ num-partitions = {deployment.peers}             # how many peers there are
 
 model = {json.dumps(model)}                # a name such as resnet20, or package.module:factory
 checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
+held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
 dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH or package.module:function
 proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers; its fingerprint is compared
 state-dir = "state"
@@ -89,11 +101,9 @@ trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peer
 
 # What the server may ask for. A run that asks for more is refused with the limit's name.
 allowed-strategies = "averaged,pairwise,gossip"
-# Plain runs too, in which no key matters. With true, or without this line, only sealed runs: there the trusted keys
-# prove who sent what, and the SuperLink reads nothing.
-require-sealed = false
-max-epochs = 200            # in one message, of all it asks for together
+{sealed}max-epochs = 200            # in one message, of all it asks for together
 max-payload = {256 * 2**20}     # bytes in one message
+max-batch-size = 1024       # samples in a training step; less where the model or the images are large
 max-seconds = 86400.0       # for one message; to be taken out with `worker = false`, where nothing could hold it
 # max-epsilon = 8.0         # demands differential privacy: the most that all it ever publishes may amount to, with
 # max-delta = 1e-5          # this; what it measures then stays in its own measured.jsonl (docs/security.md)

@@ -130,12 +130,11 @@ def _regimes(frame: pd.DataFrame) -> str:
         gains = {r: fmean(v[s] - before[s] for s in v) for r, v in ends.items()}
         relative = 100 * (gains["tuned"] / gains[best] - 1) if gains[best] > 0 else math.nan
         difference = _points(statistics.compare("tuned", ends["tuned"], best, ends[best]))
-        accuracies = (_spelled(ends[regime]) for regime in ("vanilla", "dml", "dp", "tuned"))
+        accuracies = (_spelled(ends[regime]) for regime in ("vanilla", "dml", "partitioned", "tuned"))
         share = "—" if math.isnan(relative) else f"{relative:+.0f} %"
         rows.append([partition, _spelled(before), *accuracies, f"{difference} (`{best}`)", share])
-    return _markdown(
-        ["partition", "before", "vanilla", "dml", "dp", "tuned", "tuned less the best untuned", "gain, relative"], rows
-    )
+    tuned = ("tuned", "tuned less the best untuned", "gain, relative")
+    return _markdown(["partition", "before", "vanilla", "dml", "partitioned", *tuned], rows)
 
 
 def _balance(frame: pd.DataFrame) -> str:
