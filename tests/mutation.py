@@ -5,10 +5,10 @@
     python tests/mutation.py --sample 40 fedkd/codec.py # a sample, the same every time
     python tests/mutation.py --survivors                # what the last run of a module left, again
 
-cosmic-ray makes the changes. Its own way to try one, a new process and a changed file on disk, would take a day: here a
-process that has read the libraries forks, gives the child the changed module from memory, and runs in it the quick tests
-that execute the changed statement, shortest first, until one fails. Which those are is measured once per version of the
-code. What runs in processes of their own (workers, Flower) sees the code as it is on disk: such tests kill nothing here.
+cosmic-ray makes the changes. Its own way to try one, a new process and a changed file on disk, would take a day. Here a
+process that has read the libraries forks, gives the child the changed module from memory, and runs in it the quick
+tests that execute the changed statement, shortest first, until one fails. Which those are is measured once per version
+of the code. Processes that a test starts (workers, Flower) see the code as it is on disk.
 
 A survivor is a test to write, or a line in ``equivalent.toml`` with the reason why nobody could see the difference.
 """
@@ -61,20 +61,19 @@ _COMPARE = "Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt G
 OPERATORS = [
     *(f"ReplaceBinaryOperator_{name}" for name in _BINARY.split()),
     *(f"ReplaceComparisonOperator_{name}" for name in _COMPARE.split()),
-    "ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not", "ReplaceUnaryOperator_Delete_Invert",
-    "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd",
-    "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ExceptionReplacer", "NumberReplacer", "ZeroIterationForLoop",
+    *(f"ReplaceUnaryOperator_Delete_{name}" for name in ("USub", "Not", "Invert")),
+    "AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer",
+    "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop", "ExceptionReplacer",
 ]  # fmt: skip
 
 HEAVY = (
     "torch", "torchvision", "numpy", "scipy.stats", "scipy.special", "scipy.optimize", "sklearn.datasets", "networkx",
     "pandas", "matplotlib.pyplot", "hypothesis", "hypothesis.extra.numpy", "typer", "rich", "safetensors.numpy",
     "safetensors.torch", "flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.clientapp", "flwr.simulation",
-    "dp_accounting.pld.privacy_loss_mechanism", "cryptography.hazmat.primitives.ciphers.aead", "pytest", "pytest_cov.plugin",
+    "dp_accounting.pld.privacy_loss_mechanism", "cryptography.hazmat.primitives.ciphers.aead", "pytest",
+    "pytest_cov.plugin",
 )  # fmt: skip
-
-
-PLUGINS = ("-p", "pytest_timeout", "-p", "pytest_cov.plugin", "-p", "_hypothesis_pytestplugin")
+PLUGINS = ("-p", "pytest_timeout", "-p", "pytest_cov.plugin", "-p", "_hypothesis_pytestplugin", "-p", "xdist.plugin")
 
 
 @dataclass(frozen=True)
@@ -208,13 +207,16 @@ def _first(hook: Any) -> Any:
 
 
 class _Watch:
-    """Has hypothesis report the first failure it finds, and notes how long each test took that passed."""
+    """Puts a changed module in its place, has hypothesis report the first failure it finds, and times the tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, finder: _Changed | None = None) -> None:
+        self._finder = finder
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
 
     def pytest_configure(self) -> None:
+        if self._finder is not None:
+            sys.meta_path.insert(0, self._finder)  # before pytest's own, which reads a doctest's module from disk
         from hypothesis import Phase, settings
 
         settings.register_profile("hasty", settings(), phases=[Phase.explicit, Phase.generate], derandomize=True)
@@ -277,14 +279,9 @@ def try_mutant(mutant: Mutant, measured: Measured, budget: float) -> bool:
         return False
 
     def work() -> int:
-        sys.meta_path.insert(0, _Changed(mutant))
-        return _pytest(["-x", *tests], _Watch())
+        return _pytest(["-x", *tests], _Watch(_Changed(mutant)))
 
     return _in_child(work, 30 + 8 * sum(measured.seconds[test] for test in tests)) != 0
-
-
-def _print(text: object) -> None:
-    print(text, flush=True)
 
 
 def measure(only: str = "") -> Measured:
@@ -347,9 +344,9 @@ def _module(path: str, chosen: Sequence[Mutant], measured: Measured, budget: flo
             survivors.append(mutant)
             print(mutant, flush=True)
     killed = len(counted) - len(survivors)
+    share, seconds = killed / max(1, len(counted)), time.monotonic() - began
     print(
-        f"{path}: {killed} of {len(counted)} killed ({killed / max(1, len(counted)):.0%}), {len(equivalent)} equivalent, "
-        f"{time.monotonic() - began:.0f} s",
+        f"{path}: {killed} of {len(counted)} noticed ({share:.0%}), {len(equivalent)} equivalent, {seconds:.0f} s",
         flush=True,
     )
     _note(path).write_text(json.dumps([[mutant.operator, mutant.occurrence] for mutant in survivors]))
