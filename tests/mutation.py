@@ -157,6 +157,9 @@ def _same(source: str, code: str) -> bool:
                 node.annotation = ast.Constant(None)
             elif isinstance(node, ast.FunctionDef):
                 node.returns = None
+            elif isinstance(node, ast.arguments):  # nor do callers care whether they may leave out a name
+                node.args, node.posonlyargs, node.kwonlyargs = [*node.posonlyargs, *node.args, *node.kwonlyargs], [], []
+                node.defaults, node.kw_defaults = [*node.defaults, *filter(None, node.kw_defaults)], []
     one, other = map(ast.dump, trees)
     return one == other
 
