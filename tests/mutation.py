@@ -210,19 +210,22 @@ def _first(hook: Any) -> Any:
 
 
 class _Watch:
-    """Puts a changed module in its place, has hypothesis report the first failure it finds, and times the tests."""
+    """Puts a changed module in its place, picks the tests, has hypothesis look for less long, and notes the times."""
 
-    def __init__(self, finder: _Changed | None = None) -> None:
-        self._finder = finder
+    def __init__(self, mutant: Mutant | None = None, tests: Sequence[str] = ()) -> None:
+        self._mutant, self._order = mutant, {test: place for place, test in enumerate(tests)}
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
 
     def pytest_configure(self) -> None:
-        if self._finder is not None:
-            sys.meta_path.insert(0, self._finder)  # before pytest's own, which reads a doctest's module from disk
+        if self._mutant is not None:
+            sys.meta_path.insert(
+                0, _Changed(self._mutant)
+            )  # before pytest's own, which reads a doctest's module from disk
         from hypothesis import Phase, settings
 
-        settings.register_profile("hasty", settings(), phases=[Phase.explicit, Phase.generate], derandomize=True)
+        phases = [Phase.explicit, Phase.generate]
+        settings.register_profile("hasty", settings(), phases=phases, derandomize=True, max_examples=30)
         settings.load_profile("hasty")
 
     @_first
@@ -230,6 +233,10 @@ class _Watch:
         for item in items:  # doctests, which tests/conftest.py does not see on their own
             if not any(map(item.get_closest_marker, ("slow", "flower"))):
                 item.add_marker("quick")
+        if self._order:
+            items[:] = sorted(
+                (item for item in items if item.nodeid in self._order), key=lambda i: self._order[i.nodeid]
+            )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
@@ -282,7 +289,8 @@ def try_mutant(mutant: Mutant, measured: Measured, budget: float) -> bool:
         return False
 
     def work() -> int:
-        return _pytest(["-x", *tests], _Watch(_Changed(mutant)))
+        files = dict.fromkeys(test.partition("::")[0] for test in tests)
+        return _pytest(["-x", *files], _Watch(mutant, tests))
 
     return _in_child(work, 30 + 8 * sum(measured.seconds[test] for test in tests)) != 0
 
@@ -331,7 +339,9 @@ def _measure(unit: Sequence[str], data: Path, clock: Path) -> int:
 def _is_equivalent(mutant: Mutant, known: Sequence[dict[str, Any]]) -> bool:
     """Whether ``equivalent.toml`` names the line, and the change where it names one."""
     return any(
-        mutant.path == one["file"] and mutant.before == one["line"] and one.get("becomes") in (None, mutant.after)
+        mutant.path == one["file"]
+        and mutant.before == one["line"]
+        and mutant.after in one.get("becomes", [mutant.after])
         for one in known
     )
 
