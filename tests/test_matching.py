@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkd.config import RunConfig
+from fedkd.errors import SettingError
+from strategies.gossip import Gossip
 from strategies.matching import gossip_draw, hears, round_robin
+from strategies.pairwise import Pairwise
+from strategies.strategy import Strategy
 
 
 @given(peers=st.integers(2, 60), round=st.integers(1, 1000))
@@ -125,3 +130,49 @@ def test_gossip_reaches_everyone_in_logarithmic_time(peers: int, fanout: int) ->
     """Seeds 0 to 19: within log2(N) + 4 rounds; one rumour takes log3(N) + O(log log N) (Karp et al., FOCS 2000)."""
     slowest = max(rounds_until_everyone_heard_of_everyone(peers, fanout, seed) for seed in range(20))
     assert slowest <= math.log2(peers) + 4
+
+
+def strategy(kind: type[Strategy], peers: int, **settings: str | int) -> Strategy:
+    changed = {name.replace("_", "-"): value for name, value in settings.items()}
+    return kind(RunConfig.from_mapping({"strategy": kind.__name__.lower(), **changed}), peers, 10)
+
+
+@given(peers=st.integers(2, 9), fanout=st.integers(1, 4), seed=st.integers(0, 99), round=st.integers(1, 50))
+def test_gossip_draws_among_neighbours_and_the_styles_are_three_readings_of_one_draw(
+    peers: int, fanout: int, seed: int, round: int
+) -> None:
+    def arrows(**settings: str | int) -> set[tuple[int, int]]:
+        made = strategy(Gossip, peers, fanout=fanout, seed=seed, topology="ring", **settings)
+        for _ in range(2):  # whoever asks first
+            found = {(peer, other) for peer in reversed(range(peers)) for other in made.teachers(peer, round)}
+        assert all(other in made.neighbours(peer, round) for peer, other in found)
+        return found
+
+    pulled = arrows(gossip_style="pull")
+
+    neighbours = 1 if peers == 2 else 2
+    assert len(pulled) == peers * min(fanout, neighbours)
+    assert arrows(gossip_style="push") == {(other, peer) for peer, other in pulled}
+    assert arrows(gossip_style="push-pull") == pulled | {(other, peer) for peer, other in pulled}
+    assert arrows(mode="async", updates=9) == pulled
+
+
+@given(peers=st.integers(2, 9), round=st.integers(1, 30))
+def test_in_a_tournament_partners_hear_each_other_and_without_one_every_neighbour_is_heard(
+    peers: int, round: int
+) -> None:
+    tournament = strategy(Pairwise, peers, matching="round-robin")
+    heard = [list(tournament.teachers(peer, round)) for peer in range(peers)]
+    assert {(i, j) for i, others in enumerate(heard) for j in others} == {
+        pair for i, j in round_robin(peers, round) for pair in ((i, j), (j, i))
+    }
+
+    ring = strategy(Pairwise, peers, topology="ring")
+    assert all(tuple(ring.teachers(peer, round)) == ring.neighbours(peer, round) for peer in range(peers))
+
+
+def test_one_peer_alone_meets_nobody_and_a_tournament_needs_that_everyone_may_meet() -> None:
+    assert list(strategy(Pairwise, 1, matching="round-robin").teachers(0, 1)) == []
+    assert list(strategy(Gossip, 1).teachers(0, 1)) == []
+    with pytest.raises(SettingError, match=r"`topology`.*complete"):
+        strategy(Pairwise, 4, matching="round-robin", topology="ring")

@@ -18,7 +18,7 @@ from sites import make_sites
 
 import clients.private
 from clients.place import Place, own_settings
-from clients.private import BudgetError, Private
+from clients.private import BudgetError, Private, withhold
 from clients.site import proxy_subset
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
@@ -421,3 +421,106 @@ def test_the_benchmark_sets_accuracy_beside_epsilon(tmp_path, capsys):
     assert many == few > 0  # what the samples cost is in the sensitivity, not in z
     assert found["ratio"] > 0
     assert "AUC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draw", [secret_normal, lambda shape: reproducible_normal(shape, 5)])
+def test_the_noise_before_it_is_scaled_is_standard_normal_in_every_place(draw):
+    drawn = draw((400, 50))
+
+    assert drawn.shape == (400, 50) and np.isfinite(drawn).all()
+    assert kstest(drawn.ravel(), "norm").pvalue > 1e-6
+    assert len(np.unique(drawn)) == drawn.size  # 53 bits each: none twice
+    assert abs(np.corrcoef(drawn.ravel()[:-1], drawn.ravel()[1:])[0, 1]) < 0.05
+
+
+def test_what_is_spent_grows_with_the_cost_from_nothing_to_more_than_a_number_says():
+    costs = [0.0, 1e-9, 1e-3, 1e-2, 1.0, 100.0, 1e4]
+    found = [spent(cost, 1e-5) for cost in costs]
+
+    assert found[0] == 0 and found == sorted(found) and math.isfinite(found[-1]) and len(set(found[2:])) == 5
+    assert spent(-1.0, 1e-5) == 0
+    assert spent(1e-3, 0.1) == 0  # all that such a release could tell is within δ
+    assert spent(1e9, 1e-5) == math.inf
+    for cost, epsilon in zip(costs[2:], found[2:], strict=True):
+        if epsilon < 500:  # beyond, the independent formula overflows
+            assert exact_delta(epsilon, math.sqrt(cost)) == pytest.approx(1e-5, rel=1e-3)
+
+
+@given(scale=st.floats(0.01, 100), clip=st.floats(0.1, 10))
+def test_without_noise_what_is_published_is_a_multiple_of_what_was_clipped(scale, clip):
+    """Shrinking moves all rows alike and nobody's classes: what the softmax sees of a row is tempered, not turned."""
+    made = replace(mechanism(), clip=clip)
+    logits = (scale * np.random.default_rng(0).standard_normal((6, 4))).astype(np.float32)
+
+    published = made.publish(logits, np.zeros((6, 4)))
+
+    kept = clipped(logits, clip)
+    factor = float((published * kept).sum() / (kept * kept).sum())
+    assert 0 < factor < 1
+    # Up to the grid of 2⁻¹⁶ of the deviation.
+    np.testing.assert_allclose(published, factor * kept, atol=factor * made.deviation(6) * 2.0**-15)
+
+
+def test_the_more_noise_a_release_has_the_less_it_is_believed_as_a_posterior_mean_would():
+    """For logits of that norm in every direction, shrinking is what brings noisy ones nearest to them."""
+    made, classes = replace(mechanism(), noise_multiplier=0.02), 8
+    stream = np.random.default_rng(1)
+    logits = stream.standard_normal((300, classes))
+    logits -= logits.mean(axis=1, keepdims=True)
+    logits *= made.clip / np.linalg.norm(logits, axis=1, keepdims=True)
+
+    published = made.publish(logits.astype(np.float32), stream.standard_normal((300, classes)))
+
+    def miss(factor):
+        return float(np.square(factor * published - logits).mean())
+
+    assert miss(1.0) < miss(0.9) and miss(1.0) < miss(1.1)
+
+
+@pytest.mark.parametrize("above", [1.001, 2.0])
+def test_a_run_that_asks_for_more_than_the_budget_is_not_begun(tmp_path, above):
+    with pytest.raises(SettingError, match="`privacy-epsilon`"):
+        private(tmp_path, privacy_epsilon=3.0 * above).check_budget()
+    with pytest.raises(BudgetError, match="the budget is spent"):
+        private(tmp_path, privacy_epsilon=3.0 * above, rounds=0).publish(LOGITS, round=0)
+
+
+def test_what_a_run_has_released_already_does_not_count_against_it_again(tmp_path):
+    peer = private(tmp_path, rounds=3)
+    for round in (0, 1):
+        peer.publish(LOGITS, round=round)
+
+    private(tmp_path, rounds=3).check_budget()  # two more, which the promise holds
+    with pytest.raises(SettingError):
+        private(tmp_path, run="b", rounds=3).check_budget()
+    for round in (2, 3):
+        peer.publish(LOGITS, round=round)
+    assert peer.epsilon == pytest.approx(3.0)
+
+
+def test_a_peer_without_a_limit_or_on_this_machine_has_no_budget(tmp_path):
+    for round in range(3):
+        endless = private(tmp_path, run=f"{round}", rounds=0)
+        endless._place = replace(endless._place, limits=replace(endless._place.limits, epsilon=None))
+        endless.check_budget()
+        endless.publish(LOGITS, round=0)
+    assert endless.epsilon > 3.0
+    peer = private(tmp_path)
+    peer._place = replace(peer._place, simulated=True)
+    peer.check_budget()
+
+
+def test_what_is_kept_of_privacy_is_its_owners_alone(tmp_path):
+    peer = private(tmp_path)
+    peer.publish(LOGITS, round=0)
+    withhold(peer._place, "a", 0, {"test_accuracy": 0.5})
+
+    for path in (tmp_path / "north").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    assert stat.S_IMODE((tmp_path / "north").stat().st_mode) == 0o700
+    fresh = Place.of_own(own_settings({"name": "south"}), name="south", root=tmp_path, simulated=False)
+    withhold(fresh, "a", 0, {"test_accuracy": 0.5})
+    withhold(fresh, "a", 1, {"test_accuracy": 0.75})
+    assert stat.S_IMODE((tmp_path / "south").stat().st_mode) == 0o700
+    lines = [json.loads(line) for line in (tmp_path / "south" / "measured.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["round"], line["test_accuracy"]) for line in lines] == [("a", 0, 0.5), ("a", 1, 0.75)]

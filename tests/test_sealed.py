@@ -5,6 +5,12 @@ import pytest
 from federation import federate, local_grid
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
+from fedkd.codec import BadKnowledge, codec
+from fedkd.knowledge import encode_features
+from fedkd.protocol import Packed
+from fedkd.sealing import Keys, Sealer, pack
+from strategies.sealed import address, check_sealed, most_sealed
+
 SERVER_FREE = ["averaged", "pairwise", "gossip"]
 
 
@@ -94,8 +100,6 @@ def test_a_letter_older_than_one_already_heard_is_a_replay(tmp_path):
 
 
 def test_a_relay_that_swaps_a_key_later_is_refused(tmp_path):
-    from fedkd.sealing import Keys
-
     grid = local_grid(tmp_path, 3)
 
     def swap(partition, message):
@@ -146,3 +150,52 @@ def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
     resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"), sealed=True, rounds=3)
 
     assert resumed.timeless_rows() == whole.timeless_rows()
+
+
+@pytest.mark.parametrize("spec", ["fp32", "fp16", "int8", "topk:2", "fp32+zstd", "int8+zstd", "topk:2+zstd"])
+@pytest.mark.parametrize(("layers", "dimensions"), [(0, 8), (1, 8), (3, 64)])
+def test_the_largest_sealed_letter_fits_its_bound_and_no_much_larger_one_does(spec, layers, dimensions):
+    shape, names = (300, 10), ("a", "b", "c")
+    made = codec(spec)
+    stream = np.random.default_rng(0)  # of numbers that nothing compresses
+    bits = np.nan_to_num(stream.integers(0, 2**32, shape, np.uint32).view(np.float32), posinf=1, neginf=1)
+    logits = bits.clip(-1e30, 1e30) if spec.startswith("fp32") else stream.random(shape, np.float32)
+    arrays = dict(made.encode(logits))
+    arrays |= encode_features([np.ones((shape[0], dimensions), np.float32)] * layers)
+    keys = {name: Keys.generate() for name in names}
+    sealer = Sealer(keys["a"], "a", "run")
+    payload, wraps = sealer.seal_for(pack(arrays), to={name: keys[name].public_bytes for name in names}, round=1)
+    letter = {
+        "sealed": np.frombuffer(payload, np.uint8),
+        "wraps": np.stack([np.frombuffer(w, np.uint8) for w in wraps]),
+    }
+
+    most = most_sealed(made, shape, layers=layers, dimensions=dimensions)
+
+    check_sealed(letter, receivers=3, most=most)
+    # What the bound leaves beyond that are the names and the frame, not another letter.
+    assert len(payload) <= most < len(payload) + 4096 + 0.02 * len(payload)
+    check_sealed({**letter, "sealed": np.zeros(most, np.uint8)}, receivers=3, most=most)
+    for wrong in (
+        {**letter, "sealed": np.zeros(most + 1, np.uint8)},
+        {**letter, "sealed": letter["sealed"].astype(np.uint16)},
+        {**letter, "sealed": letter["sealed"][None]},
+        {**letter, "wraps": letter["wraps"][:2]},
+        {**letter, "wraps": letter["wraps"][:, 1:]},
+        {**letter, "more": letter["sealed"]},
+        {"wraps": letter["wraps"]},
+        {"sealed": letter["sealed"]},
+        {},
+    ):
+        with pytest.raises(BadKnowledge, match=f"at most {most} bytes and 3 wraps"):
+            check_sealed(wrong, receivers=3, most=most)
+
+
+def test_each_receiver_gets_the_one_wrap_that_is_for_it():
+    arrays = Packed.of({"sealed": np.arange(9, dtype=np.uint8), "wraps": np.arange(180, dtype=np.uint8).reshape(3, 60)})
+
+    for receiver in range(3):
+        mine = address(arrays, receiver)
+        assert set(mine) == {"sealed", "wrap"}
+        np.testing.assert_array_equal(mine["wrap"], arrays["wraps"][receiver])
+        np.testing.assert_array_equal(mine["sealed"], arrays["sealed"])

@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import networkx as nx
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.rules import TOPOLOGIES
 from strategies.topology import Topology, topology
@@ -217,3 +220,86 @@ def test_importing_costs_no_torch() -> None:
     check = "import sys, strategies.topology, strategies.matching; print({'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["k-regular", "small-world"])
+@pytest.mark.parametrize("peers", [4, 5, 9, 10])
+def test_every_degree_that_a_refusal_allows_works_and_no_other(name: str, peers: int) -> None:
+    works, said = set(), set()
+    for degree in range(-1, peers + 2):
+        try:
+            found = topology(name, peers, degree=degree, probability=0.0, seed=0)
+        except SettingError as error:
+            if "graphs were drawn" in str(error):
+                assert degree == 1  # pairs that nothing connects
+            else:
+                said.add(tuple(map(int, re.findall(r"from (\d+) to (\d+)", str(error))[0])))
+        else:
+            works.add(degree)
+            assert {len(found.neighbours(peer, 1)) for peer in range(peers)} == {degree}
+    ((least, most),) = said
+    even = name == "small-world" or peers % 2 == 1
+    assert works == {degree for degree in range(least, most + 1) if degree > 1 and not (even and degree % 2)}
+
+
+def test_a_torus_has_the_sides_nearest_to_a_square_and_wraps_around() -> None:
+    found = topology("torus", 24, seed=0)  # 4 rows of 6
+    steps = {(a - b) % 24 for a in range(24) for b in found.neighbours(a, 1)}
+    assert nx.is_isomorphic(union(found), nx.grid_2d_graph(4, 6, periodic=True))
+    assert {len(found.neighbours(peer, 1)) for peer in range(24)} == {4} and {6, 18} <= steps
+    with pytest.raises(SettingError, match="possible for 13 peers"):
+        topology("torus", 13, seed=0)
+
+
+def test_the_most_probable_edges_make_everyone_a_neighbour_and_a_probability_is_named_that_connects() -> None:
+    assert topology("erdos-renyi", 7, probability=1.0, seed=0).edges == topology("complete", 7, seed=0).edges
+    with pytest.raises(SettingError) as refused:
+        topology("erdos-renyi", 40, probability=0.0, seed=0)
+    around = float(re.findall(r"around ([\d.]+)", str(refused.value))[0])
+    assert topology("erdos-renyi", 40, probability=around, seed=0).stats().diameter < 40
+    with pytest.raises(SettingError):
+        topology("erdos-renyi", 40, probability=around / 10, seed=0)  # far below it no graph is connected
+
+
+def test_left_out_degree_and_probability_are_the_settings() -> None:
+    config = RunConfig()
+    for name in ("k-regular", "small-world", "erdos-renyi"):
+        usual = topology(name, 30, degree=config.topology_degree, probability=config.topology_probability, seed=2)
+        assert topology(name, 30, seed=2) == usual
+
+
+def test_of_many_peers_without_a_path_some_are_named_and_of_a_long_line_its_beginning(tmp_path: Path) -> None:
+    def refusal(text: str, peers: int) -> str:
+        (tmp_path / "sites.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(SettingError) as refused:
+            topology(f"file:{tmp_path / 'sites.txt'}", peers, seed=0)
+        return str(refused.value)
+
+    apart = "".join(f"{i} {i + 1}\n" for i in range(24) if i != 10)  # 0 to 10 and 11 to 24
+    assert "peers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … have" in refusal(apart, 25)
+    assert "peers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 have" in refusal(apart.replace("9 10\n", "10 11\n"), 25)
+    long = "0 " + "1" * 400
+    assert long[:40] in (said := refusal(long, 3)) and long not in said
+    assert "peers 1 have no path" in refusal("# 0 1\n0 2 # 0 1\n", 3)
+
+
+def test_a_graph_that_does_not_mix_has_no_gap_and_one_that_mixes_at_once_the_whole() -> None:
+    pair = topology("complete", 2, seed=0)
+    assert pair.stats().spectral_gap == pytest.approx(1) and pair.edges == ((0, 1),)
+    for name, peers in [("ring", 50), ("star", 9), ("exponential", 6), ("exponential", 33)]:
+        found = topology(name, peers, seed=0)
+        gap, period = found.stats().spectral_gap, (peers - 1).bit_length() if found.directed else 1
+        mixed = reduce(np.matmul, (found.mixing_matrix(round) for round in range(period, 0, -1)))
+        values = np.random.default_rng(0).standard_normal(peers)
+        values -= values.mean()
+        contraction = np.linalg.norm(mixed @ values) / np.linalg.norm(values)
+        assert 0 <= gap < 1 and contraction <= (1 - gap) ** period + 1e-12  # the bound, one period long
+        worst = np.linalg.svd(mixed - 1 / peers)[2][0]
+        assert np.linalg.norm(mixed @ worst) == pytest.approx((1 - gap) ** period, abs=1e-9)
+
+
+def test_degrees_are_those_of_one_round() -> None:
+    stats = topology("star", 9, seed=0).stats()
+    assert (stats.degree_min, stats.degree_max, stats.degree_mean) == (1, 8, 16 / 9)
+    stats = topology("exponential", 9, seed=0).stats()
+    assert (stats.degree_min, stats.degree_max, stats.degree_mean) == (1, 1, 1)
