@@ -3,7 +3,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,6 @@ def test_the_app_ships_the_defaults_of_the_dataclass():
 
     assert app == RunConfig().to_mapping()
     assert RunConfig.from_mapping(app) == RunConfig()
-
-
-def test_flower_installs_nothing_for_a_run_whatever_extras_there_are():
-    """Flower's `uv sync` resolves all extras: a package that is not excluded would be fetched before every run."""
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = content["project"]["optional-dependencies"].values()
-    named = chain(content["project"]["dependencies"], *extras)
-
-    assert {re.split(r"[^\w.-]", name)[0] for name in named} == set(content["tool"]["uv"]["exclude-dependencies"])
 
 
 def test_the_readme_documents_every_setting_as_it_is():

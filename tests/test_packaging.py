@@ -226,3 +226,17 @@ def test_every_extra_that_a_user_may_need_is_among_these():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
     assert set(declared) - {"dev", "docs"} == {"fast", "zstd", "tune", "tensorboard", "privacy"}
+
+
+def test_uv_installs_what_the_project_needs(tmp_path):
+    uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
+    if uv is None:
+        pytest.skip("there is no uv here")
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "uv" not in about["tool"]  # what is left out there is left out of every user's environment, silently
+    done = run(uv, "pip", "compile", "-q", "--no-header", "--no-annotate", ROOT / "pyproject.toml", cwd=tmp_path)
+    if done.returncode and re.search("fetch|connect|timed out|dns", done.stderr, re.IGNORECASE):
+        pytest.skip("uv reaches no package index")
+    assert done.returncode == 0, done.stderr
+    chosen = {re.split(r"[^\w.-]", line)[0] for line in done.stdout.splitlines() if line}
+    assert {re.split(r"[^\w.-]", need)[0] for need in about["project"]["dependencies"]} <= chosen
