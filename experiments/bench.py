@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.outputs import is_json_with, refuse_foreign_file
 from fedkd.errors import SettingError
 
 BENCHES = {
@@ -42,6 +43,8 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
     if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")
+    if json_path is not None:
+        refuse_foreign_file(json_path, key="--json", ours=is_json_with(json_path, ("machine", "versions", "commit")))
     importlib.import_module(BENCHES[name]).main(json_path, quick=quick, **options)
     if quick:
         print("--quick shows that the benchmark runs; its figures mean nothing")

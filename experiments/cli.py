@@ -116,11 +116,10 @@ def _finished(run: Path) -> bool:
     return True
 
 
-def _say_how_to_go_on(config: "RunConfig") -> None:
-    """Give the command that resumes a run, if a round of it has closed."""
+def _say_how_to_go_on(config: "RunConfig", folder: Path) -> None:
+    """Give the command that resumes the run in a folder, if a round of it has closed."""
     from strategies.trials import resumable
 
-    folder = Path(config.resume or config.out_dir)
     if config.trials or not resumable(config) or not (folder / "relay.safetensors").exists():
         return
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -195,11 +194,12 @@ def run(
         )  # fmt: skip
         if config.resume and _finished(Path(config.resume)):
             return
+        preflight.check_folder(config)
     scratch = None
-    if federation.ray_address:  # the cluster's machines share the results' folder, so they can find the app there
-        scratch = Path(str(settings.get("out-dir") or settings.get("resume") or Path.cwd()))
-        scratch.mkdir(parents=True, exist_ok=True)
-    with _board(tensorboard) as follow:
+    with _board(tensorboard) as follow, project.new_folder(settings, cwd=Path.cwd()) as settings:
+        if federation.ray_address:  # the cluster's machines share the results' folder, so they can find the app there
+            scratch = Path(str(settings.get("out-dir") or settings.get("resume") or Path.cwd()))
+            scratch.mkdir(parents=True, exist_ok=True)
         out = follow(typer.echo)
         outcome = launch(project.folder, settings, federation, out=out, verbose=verbose, scratch=scratch)
     if outcome.completed:
@@ -207,7 +207,7 @@ def run(
     else:
         typer.echo(f"error: {outcome.reason or outcome.status}", err=True)
         if config:
-            _say_how_to_go_on(config)
+            _say_how_to_go_on(config, Path(str(settings.get("resume") or settings.get("out-dir", ""))))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -340,10 +340,9 @@ def tune(
     settings = Project.read().settings(pairs or [], cwd=Path.cwd())
     federation = Federation(peers=peers, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer)
     check_machine(federation)
-    own = {key: value for key, value in settings.items() if key != "out-dir"}
     try:
         found = search(
-            own, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose
+            settings, federation, folder, trials=trials, seeds=seeds, batch=batch, out=typer.echo, verbose=verbose
         )
     except Stopped as stopped:
         typer.echo(f"error: {stopped}", err=True)

@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import preflight
 from experiments.comparison import Comparison, alone, comparison_runs
 from experiments.launch import Federation, Outcome, launch
+from experiments.outputs import REPORT, is_json_with, refuse_foreign
 from experiments.project import OWN_FOLDER
 from experiments.recipe import Planned, Recipe, plan
+from fedkd.claim import held
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
 from fedkd.results import RunFolder
@@ -21,6 +23,8 @@ from strategies.trials import Trial
 
 _ELSEWHERE = {"out-dir", "run-name", "resume"}
 """Settings that say where a run lies, and nothing of what it computes."""
+
+_WRITTEN = ("comparison.json", "trials.jsonl", *REPORT)
 
 _TRIAL = re.compile(r"^trial (\d+)/(\d+) ")
 
@@ -65,30 +69,31 @@ def compare(
 
     Raises:
         FedkdError: the recipe's settings do not go together or name what is not there, the folder holds results under
-            others, or the run did not start.
+            others or files of somebody else's, or the run did not start.
     """
     from experiments.report import write_report
 
     folder = folder.expanduser().absolute()
+    refuse_foreign(folder, _WRITTEN, key="--out", ours=is_json_with(folder / "comparison.json", ("trials", "recipe")))
     earlier = _measured(folder)
     planned = plan(recipe, begun={name: str(settings.get("controls", "")) for name, settings in earlier.items()})
     trials = [Trial(p.name, RunConfig.from_mapping({**p.settings, "out-dir": _place(folder, p)})) for p in planned]
     _refuse_other_settings(trials, earlier, folder)
     for trial in trials:
         if not trial.finished():
+            trial.refuse_taken()
             preflight.check(trial.config, trial.config.peers, app=OWN_FOLDER, cwd=recipe.cwd)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _write_trials(folder, planned)
     commands = {trial.name: alone(trial.settings, federation) for trial in planned}
     about = Comparison(
         recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands, quick=recipe.quick
     )
-    about.write(folder)
     peers = replace(federation, peers=max(trial.peers for trial in planned)).sharing()
-    outcome = _run(trials, file, peers, out=out, verbose=verbose)
-    done = [trial.name for trial in trials if trial.finished()]
-    failed = tuple(trial.name for trial in planned if trial.name not in done)
-    report = write_report(comparison_runs(folder), folder, about) if done else None
+    with held(folder):
+        about.write(folder)
+        outcome = _run(trials, _write_trials(folder, planned), peers, out=out, verbose=verbose)
+        done = [trial.name for trial in trials if trial.finished()]
+        failed = tuple(trial.name for trial in planned if trial.name not in done)
+        report = write_report(comparison_runs(folder), folder, about) if done else None
     exit_code = outcome.exit_code if outcome and outcome.signal else int(bool(failed))
     if outcome and not outcome.completed and not outcome.signal:
         out(f"error: {outcome.reason or outcome.status}")
@@ -108,8 +113,12 @@ def _refuse_other_settings(trials: Sequence[Trial], earlier: Mapping[str, Mappin
     """Refuse trials that would take the place of others: a name tells only what is varied.
 
     Raises:
-        FedkdError: a trial of that name was run under other settings.
+        FedkdError: a trial of that name was run under other settings, or none there is of this comparison.
     """
+    if earlier and not earlier.keys() & {trial.name for trial in trials}:
+        raise FedkdError(
+            f"The comparison in {folder} is about other trials: {next(iter(earlier))}. Take another --out."
+        )
     differing: dict[str, tuple[Scalar | None, Scalar | None]] = {}
     for trial in trials:
         now = trial.config.effective().to_mapping()

@@ -9,12 +9,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkd.claim import refuse_held, refuse_taken
 from fedkd.config import PEER, RunConfig
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
 from fedkd.rules import STRATEGIES, split_list
 from strategies.resuming import resumed
 from strategies.topology import topology
+from strategies.trials import read_trials
 
 if TYPE_CHECKING:
     from experiments.launch import Federation
@@ -72,6 +74,25 @@ def check_machine(federation: "Federation") -> None:
             raise SettingError(option, value, here)
     if federation.gpus is not None and federation.gpus_per_peer > federation.gpus:
         raise SettingError("--gpus-per-peer", federation.gpus_per_peer, f"at most --gpus {federation.gpus}")
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse a run whose results would lie where others do.
+
+    Args:
+        config: as :func:`check` returns it.
+
+    Raises:
+        FedkdError: names the folder, what is there, and the way out.
+    """
+    if config.trials:
+        for trial in read_trials(Path(config.trials), config):
+            trial.refuse_taken()
+    elif config.resume:
+        refuse_held(Path(config.resume))
+    elif config.out_dir:
+        refuse_held(Path(config.out_dir))
+        refuse_taken(Path(config.out_dir))
 
 
 def with_own_code(python_path: str, *, app: Path, cwd: Path) -> str:

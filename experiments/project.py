@@ -3,10 +3,12 @@
 import difflib
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedkd.claim import new_folder
 from fedkd.errors import FedkdError, SettingError
 
 Setting = str | int | float | bool
@@ -50,18 +52,31 @@ class Project:
     def settings(self, pairs: Iterable[str], *, cwd: Path) -> dict[str, Setting]:
         """Return the settings that a user's KEY=VALUE pairs stand for, ready to leave the user's folder.
 
-        Paths become absolute, and the results of a new run get a folder below `cwd` if the user names none.
+        Paths become absolute.
 
         Raises:
             SettingError: a pair without "=", an unknown key, or a value of another type than the default's.
         """
         given = dict(self._parse(pair) for pair in pairs)
         usual = {key: self.defaults[key] for key in _PATH_KEYS if self.defaults.get(key) and not given.get(key)}
-        given = with_absolute_paths({**given, **usual}, cwd=cwd)
-        if "out-dir" in self.defaults and not given.get("out-dir") and not given.get("resume"):
-            name = given.get("run-name") or self.defaults.get("run-name") or self.name
-            given["out-dir"] = str(cwd / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
-        return given
+        return with_absolute_paths({**given, **usual}, cwd=cwd)
+
+    @contextmanager
+    def new_folder(self, settings: Mapping[str, Setting], *, cwd: Path) -> Iterator[dict[str, Setting]]:
+        """Yield settings with a new folder for the results below `cwd`, if a new run has none of the user's choice.
+
+        A folder that stays empty is removed at the end of the block.
+        """
+        if "out-dir" not in self.defaults or any(settings.get(key) for key in ("out-dir", "resume", "trials")):
+            yield dict(settings)
+            return
+        name = settings.get("run-name") or self.defaults.get("run-name") or self.name
+        path = new_folder(cwd / "runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+        try:
+            yield {**settings, "out-dir": str(path)}
+        finally:
+            with suppress(OSError):
+                path.rmdir()
 
     def _parse(self, pair: str) -> tuple[str, Setting]:
         key, equals, text = pair.partition("=")

@@ -13,6 +13,7 @@ from experiments import maps, plots, portraits
 from experiments.canvas import Figure, Table
 from experiments.checks import checks, matched_gradients
 from experiments.comparison import Comparison, again, comparison_runs
+from experiments.outputs import REPORT, is_report, refuse_foreign
 from experiments.ranks import Ranking, rank
 from experiments.statistics import MEASURES, all_pairs, price
 from experiments.study import Run, Scenario, Study, final_level, read_run, shared_seeds, study
@@ -108,10 +109,11 @@ def write_report(runs: Sequence[Path], folder: Path, about: Comparison) -> Path:
         about: title, target, commands.
 
     Raises:
-        FedkdError: nothing to report about, or a folder that is not a run's.
+        FedkdError: nothing to report about, a folder that is not a run's, or files of somebody else's where it goes.
     """
     from jinja2 import Environment
 
+    refuse_foreign(folder, REPORT, key="--out", ours=is_report(folder) or _is_comparison(folder))
     found = study([read_run(path) for path in runs])
     if len(found.failed) == len(found.runs):
         why = (found.runs[0].error or "nothing was measured").splitlines()[-1]

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.settings import NO_VARIANT, SCENARIO_KEYS, control_group, control_groups, effective, label
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
-from fedkd.results import Row, read_row
+from fedkd.results import Row, read_row, refuse_mixture
 
 _OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
 
@@ -250,7 +250,7 @@ def read_run(path: Path) -> Run:
     """Read a run's folder. A line of ``rounds.jsonl`` that cannot be read is named and costs nothing else.
 
     Raises:
-        FedkdError: it is not the folder of a run.
+        FedkdError: it is not the folder of a run, or what two runs left is mixed there.
     """
     try:
         config = json.loads((path / "config.json").read_text())
@@ -266,12 +266,15 @@ def read_run(path: Path) -> Run:
             rows.append(read_row(line))
         except ValueError as error:
             problems.append(f"{rounds}, line {number}: left out, not a row ({_brief(str(error))})")
+    run = str(config.get("run", ""))
+    refuse_mixture((row.run for row in rows), run, rounds)
     summary: Mapping[str, Any] = {}
     if (path / "summary.json").exists():
         try:
             summary = _read_summary(path / "summary.json")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path / 'summary.json'}: left out, not a run's summary ({_brief(repr(error))})")
+    refuse_mixture([str(summary.get("run", ""))], run, path / "summary.json")
     failure = path / "error.txt"
     text = failure.read_text(errors="replace").strip() if failure.exists() else "" if summary else "not finished"
     settings["peers"] = len({row.peer for row in rows}) or config.get("peers") or settings["peers"]

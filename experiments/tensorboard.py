@@ -12,6 +12,7 @@ from fedkd.results import Row
 
 _MEASURES = tuple(field.name for field in fields(Row) if field.type is float)
 _OF_THE_MEAN = {"test_accuracy": "accuracy", "worst": "worst", "spread": "spread", "ece": "ece", "bytes": "bytes"}
+_OURS = ".fedkd"  # the end of our event files' names
 _BEGUN, _GONE_ON, _TRIAL = "results go to ", ("round ", "results: "), "trial "
 
 
@@ -81,9 +82,9 @@ class Board:
 
     def _add(self, place: Path, round: int, values: dict[str, float]) -> None:
         if place not in self._writers:
-            for earlier in place.glob("events.out.tfevents.*"):  # the same curve twice would be drawn as a zigzag
+            for earlier in place.glob(f"events.out.tfevents.*{_OURS}"):  # the same curve twice would be a zigzag
                 earlier.unlink()
-            self._writers[place] = self._new_writer(str(place))
+            self._writers[place] = self._new_writer(str(place), filename_suffix=_OURS)
         for name, value in values.items():
             if math.isfinite(value):
                 self._writers[place].add_scalar(name, value, round)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from experiments import preflight
 from experiments.comparison import alone
 from experiments.launch import Federation, launch
+from experiments.outputs import refuse_foreign
 from experiments.project import OWN_FOLDER
 from experiments.study import read_run
+from fedkd.claim import held
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 
@@ -89,7 +91,16 @@ def tune(
     config = RunConfig.from_mapping(base)
     preflight.check(config, federation.peers, app=OWN_FOLDER, cwd=Path.cwd())
     folder = folder.expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(folder, ("trials", "trials.jsonl"), key="--out", ours=(folder / _STUDY).exists())
+    with held(folder):
+        return _search(base, config, federation, folder, trials, seeds, batch, out, verbose=verbose)
+
+
+def _search(
+    base: Mapping[str, Scalar], config: RunConfig, federation: Federation, folder: Path, trials: int, seeds: int,
+    batch: int, out: Callable[[str], None], *, verbose: bool,
+) -> Tuned:  # fmt: skip
+    """Search in a folder that is held; the arguments are those of :func:`tune`."""
     study = _open(folder, {k: v for k, v in base.items() if k not in ("out-dir", "run-name")}, config.seed, seeds)
     while (missing := trials - _finished(study)) > 0:
         proposed = [study.ask() for _ in range(min(batch, missing))]

@@ -4,16 +4,18 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fedkd import __version__
-from fedkd.errors import SettingError
+from fedkd.claim import LEFT, STATES
+from fedkd.errors import FedkdError, SettingError
 
 _PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "flwr-datasets", "scikit-learn", "safetensors")
 
@@ -24,7 +26,8 @@ class Row:
 
     ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time), ``refused`` (its
     knowledge could not be used) or ``absent`` (not drawn for this round); ``error`` has the reason. ``epsilon`` is what
-    the peer's published knowledge amounts to so far, with the run's ``privacy-delta``.
+    the peer's published knowledge amounts to so far, with the run's ``privacy-delta``. ``run`` is the token of the run,
+    which the folder adds.
     """
 
     round: int
@@ -47,6 +50,7 @@ class Row:
     refused_letters: int = 0
     status: str = "ok"
     error: str = ""
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,6 @@ class Summary:
         return mean([peer.after - peer.isolated for peer in self.peers])
 
 
-_LEFT = (
-    "config.json", "rounds.jsonl", "reliability.jsonl", "relay.safetensors", "summary.json", "error.txt",
-    "accuracy.png", "topology.png", "profile.jsonl", "profile.png",
-)  # fmt: skip
-
-
 class RunFolder:
     """The folder of one run.
 
@@ -138,20 +136,30 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._run: str | None = None
         path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def run(self) -> str:
+        """The token of the run that the folder is of, as its config.json says; empty without one."""
+        if self._run is None:
+            self._run = str(self.read_config()["run"]) if (self.path / "config.json").exists() else ""
+        return self._run
 
     def write_config(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Write ``config.json``: every setting, the versions, the commit, and facts about this run."""
         self._write("config.json", {"settings": dict(settings), **facts, "environment": environment()})
+        self._run = None
 
     def add_facts(self, facts: Mapping[str, Any]) -> None:
         """Add to ``config.json`` what became known after the run began."""
         self._write("config.json", {**self.read_config(), **facts})
 
     def clear(self) -> None:
-        """Remove what an earlier run in this folder left, so that nothing of it can be taken for this one's."""
-        for name in _LEFT:
+        """Remove what an earlier try in this folder left, so that nothing of it can be taken for this one's."""
+        for name in LEFT:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / STATES, ignore_errors=True)
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -166,15 +174,20 @@ class RunFolder:
             raise SettingError("resume", str(self.path), f"the folder of a run with a config.json ({error})") from error
 
     def rewind(self, round: int) -> list[Row]:
-        """Cut the files of rows back to rounds up to one, a line cut off by a kill included; return the rows."""
+        """Cut the files of rows back to rounds up to one, a line cut off by a kill included; return the rows.
+
+        Raises:
+            FedkdError: rows of another run are among them.
+        """
         rows = []
         for line in self._lines("rounds.jsonl"):
             try:
                 row = read_row(line)
             except ValueError:
                 continue
-            if row.round <= round:
-                rows.append(row)
+            rows.append(row)
+        refuse_mixture((row.run for row in rows), self.run, self.path / "rounds.jsonl")
+        rows = [row for row in rows if row.round <= round]
         self._write_text("rounds.jsonl", "".join(row_line(row) for row in rows))
         for name in ("reliability.jsonl", "profile.jsonl"):
             if (self.path / name).exists():
@@ -188,7 +201,7 @@ class RunFolder:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Append the rows of a closed round, in one write."""
-        lines = "".join(row_line(row) for row in rows)
+        lines = "".join(row_line(replace(row, run=self.run)) for row in rows)
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(lines)
             file.flush()
@@ -196,7 +209,7 @@ class RunFolder:
 
     def write_summary(self, summary: Summary) -> None:
         """Write ``summary.json``."""
-        content = asdict(summary)
+        content = {"run": self.run, **asdict(summary)}
         for entry, peer in zip(content["peers"], summary.peers, strict=True):
             entry["gain"] = peer.gain
         content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
@@ -229,6 +242,24 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
         partial.replace(self.path / name)
+
+
+def refuse_mixture(found: Iterable[str], run: str, file: Path) -> None:
+    """Refuse what two runs left in one folder: nothing that is made of it would be true.
+
+    Args:
+        found: the tokens of runs in a file; empty for one that says none.
+        run: the run's token, as its ``config.json`` says.
+        file: where they are.
+
+    Raises:
+        FedkdError: names both runs.
+    """
+    if others := sorted(set(found) - {run, ""}):
+        raise FedkdError(
+            f"{file} is of run {others[0]}, at least in part, but the config.json beside it of run {run}: two runs are "
+            "mixed there; run it again in a folder of its own"
+        )
 
 
 def mean(values: Sequence[float]) -> float:

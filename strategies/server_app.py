@@ -3,12 +3,15 @@
 import logging
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd.claim import held, new_folder, refuse_taken
 from fedkd.config import RunConfig
 from fedkd.effect import without_effect
 from fedkd.errors import FedkdError
@@ -39,19 +42,20 @@ def main(grid: Grid, context: Context) -> None:
     federation = partial(_run, grid, context.run_id)
     if config.trials:
         run_trials(read_trials(_absolute(config.trials), config), federation, say=_say)
-    else:
-        federation(config, say=_say)
+        return
+    with _folder(config) as folder:
+        federation(config, folder, say=_say)
 
 
-def _run(grid: Grid, run_id: int, config: RunConfig, *, say: Say) -> None:
+def _run(grid: Grid, run_id: int, config: RunConfig, folder: RunFolder, *, say: Say) -> None:
     began, given = time.monotonic(), config
-    config, folder = _open(config)
+    config = resumed(config, folder.path) if config.resume else config.effective()
     chosen = strategy_class(config)
     if not config.resume:
         folder.clear()
         facts = {"run": secrets.token_hex(8), "flower_run_id": run_id, "source": source_hash()}
         folder.write_config(config.to_mapping(), facts)
-    run = str(folder.read_config()["run"])
+    run = folder.run
     say(f"results go to {folder.path}")
     for line in _overruled(given, config):
         say(line)
@@ -104,12 +108,25 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary,
     say(f"results: {folder.path}")
 
 
-def _open(config: RunConfig) -> tuple[RunConfig, RunFolder]:
-    """Return the settings and the folder of a run: new ones, or those of the run that is resumed."""
-    if not config.resume:
-        return config.effective(), RunFolder(_out_dir(config))
-    path = _absolute(config.resume)
-    return resumed(config, path), RunFolder(path)
+@contextmanager
+def _folder(config: RunConfig) -> Iterator[RunFolder]:
+    """Hold the folder of a run for the length of a block: a new one, or that of the run that is resumed.
+
+    Raises:
+        FedkdError: it is not this run's to write to.
+    """
+    if config.resume:
+        path = _absolute(config.resume)
+        resumed(config, path)
+    elif config.out_dir:
+        path = _absolute(config.out_dir)
+        refuse_taken(path)
+    else:
+        path = new_folder(STARTED_IN / "runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{config.run_name}")
+    with held(path):
+        if not config.resume:
+            refuse_taken(path)  # once more: another run may have come and gone
+        yield RunFolder(path)
 
 
 def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
@@ -133,12 +150,6 @@ def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
             f"`local-epochs` = {used.local_epochs} is for the pooled control alone: peers go by `distill-epochs`"
         )
     return lines
-
-
-def _out_dir(config: RunConfig) -> Path:
-    if config.out_dir:
-        return _absolute(config.out_dir)
-    return STARTED_IN / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.run_name}"
 
 
 def _absolute(path: str) -> Path:

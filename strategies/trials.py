@@ -1,6 +1,5 @@
 """Many trials in one run: Ray, the data and the imports are paid for once, and each trial stands alone."""
 
-import fcntl
 import json
 import shutil
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedkd.claim import STATES, held, refuse_taken
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results import RunFolder
@@ -20,8 +20,8 @@ Say = Callable[[str], None]
 class Run(Protocol):
     """Runs one federation to its end."""
 
-    def __call__(self, config: RunConfig, *, say: Say) -> None:
-        """Run it; ``say`` takes what it prints."""
+    def __call__(self, config: RunConfig, folder: RunFolder, /, *, say: Say) -> None:
+        """Run it in a folder that is held; ``say`` takes what it prints."""
 
 
 class TrialsError(FedkdError):
@@ -51,12 +51,21 @@ class Trial:
 
     def next_config(self) -> RunConfig:
         """Return the settings to run it with: resumed where a killed run can be continued."""
-        stopped = (self.folder / "relay.safetensors").exists() and (self.folder / "peers").is_dir()
+        stopped = (self.folder / "relay.safetensors").exists() and (self.folder / STATES).is_dir()
         if stopped and self._begun() and resumable(self.config):
             return replace(self.config, resume=self.config.out_dir)
         return self.config
 
+    def refuse_taken(self) -> None:
+        """Refuse a folder that holds anything but this trial's own, of an earlier try; touch nothing.
+
+        Raises:
+            SettingError: names what is there.
+        """
+        refuse_taken(self.folder, own=not self.finished() and self._begun())
+
     def _begun(self) -> bool:
+        """Tell whether a run with these settings was begun in its folder."""
         try:
             earlier = json.loads((self.folder / "config.json").read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -117,15 +126,21 @@ def run_trials(trials: Sequence[Trial], run: Run, *, say: Say) -> None:
 
 
 def _attempt(trial: Trial, run: Run) -> str:
+    """Run one trial; return what went wrong, in one line, or nothing."""
+    try:
+        trial.refuse_taken()
+        with held(trial.folder):  # a launcher that was killed with SIGKILL leaves its run behind
+            return "" if trial.finished() else _work(trial, run)
+    except FedkdError as error:  # somebody else's folder: not even an error.txt is written there
+        return str(error)
+
+
+def _work(trial: Trial, run: Run) -> str:
     """Run one trial with its lines in ``log.txt``; return what went wrong, in one line, or nothing."""
     folder = RunFolder(trial.folder)
     with (folder.path / "log.txt").open("a") as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a launcher that was killed with SIGKILL leaves its run behind
-            return f"another process, perhaps of a killed run, works in {folder.path}: end it, or let it finish"
-        try:
-            run(trial.next_config(), say=lambda line: print(line, file=log, flush=True))
+            run(trial.next_config(), folder, say=lambda line: print(line, file=log, flush=True))
         except FedkdError as error:
             folder.write_error(str(error))
             return str(error)
@@ -133,7 +148,7 @@ def _attempt(trial: Trial, run: Run) -> str:
             folder.write_error(traceback.format_exc())
             return f"{type(error).__name__}: {error}"
     (folder.path / "error.txt").unlink(missing_ok=True)
-    shutil.rmtree(folder.path / "peers", ignore_errors=True)  # models of hundreds of trials would fill a disk
+    shutil.rmtree(folder.path / STATES, ignore_errors=True)  # models of hundreds of trials would fill a disk
     return ""
 
 

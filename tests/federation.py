@@ -35,7 +35,7 @@ class Finished:
         return [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text().splitlines()]
 
     def timeless_rows(self) -> list[dict[str, Any]]:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in self.rows()]
+        return [{name: value for name, value in row.items() if name not in ("seconds", "run")} for row in self.rows()]
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())

@@ -145,17 +145,21 @@ def test_paths_are_the_users(toy, tmp_path):
 
 
 def test_results_go_below_the_users_folder_by_default(toy, tmp_path):
-    settings = Project.read(toy).settings(["run-name=first"], cwd=tmp_path)
+    project = Project.read(toy)
+    with project.new_folder(project.settings(["run-name=first"], cwd=tmp_path), cwd=tmp_path) as settings:
+        out_dir = Path(str(settings["out-dir"]))
+        assert out_dir.is_dir() and out_dir.parent == tmp_path / "runs" and out_dir.name.endswith("-first")
 
-    out_dir = Path(str(settings["out-dir"]))
-    assert out_dir.parent == tmp_path / "runs" and out_dir.name.endswith("-first")
     assert "data-dir" not in settings
+    assert not out_dir.exists()  # nothing was written there
 
 
 def test_a_run_that_goes_on_has_its_folder_already(toy, tmp_path):
     (toy / "pyproject.toml").write_text(PYPROJECT + 'resume = ""\n')
 
-    assert Project.read(toy).settings(["resume=runs/a"], cwd=tmp_path) == {"resume": str(tmp_path / "runs/a")}
+    project = Project.read(toy)
+    with project.new_folder(project.settings(["resume=runs/a"], cwd=tmp_path), cwd=tmp_path) as settings:
+        assert settings == {"resume": str(tmp_path / "runs/a")}
 
 
 def test_a_folder_without_an_app_is_refused(tmp_path):

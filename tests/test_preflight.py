@@ -146,9 +146,13 @@ def test_a_run_is_not_resumed_under_other_settings_or_among_others(launched, tmp
 
 
 @pytest.mark.parametrize(("settings", "hint"), [({}, True), ({"mode": "async", "strategy": "gossip"}, False)])
-def test_after_ctrl_c_the_command_that_goes_on_is_told(launched, tmp_path, settings, hint):
-    make_run(tmp_path / "run", [[0.3, 0.3], [0.6, 0.7]], **settings)
-    (tmp_path / "run" / "summary.json").unlink()
+def test_after_ctrl_c_the_command_that_goes_on_is_told(launched, tmp_path, monkeypatch, settings, hint):
+    def launch(*arguments, **options):
+        make_run(tmp_path / "run", [[0.3, 0.3], [0.6, 0.7]], **settings)
+        (tmp_path / "run" / "summary.json").unlink()
+        return Outcome("1", STOPPED, "stopped by SIGINT", {"app": 1.0}, (), signal=2)
+
+    monkeypatch.setattr("experiments.launch.launch", launch)
     words = [f"{key}={value}" for key, value in settings.items()]
 
     result = CliRunner().invoke(app, ["run", "out-dir=run", "--peers", "2", *words], catch_exceptions=False)

@@ -1,12 +1,13 @@
 """Many trials in one run: each gives what it gives alone, and none costs another."""
 
-import fcntl
 import json
+import os
 
 import pytest
 from federation import SMALL, federate, local_grid
 from flwr.app import Context, RecordDict
 
+from fedkd.claim import LOCK, held
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from strategies.server_app import app as server_app
@@ -28,7 +29,7 @@ def run_trials(path, trials, *, grid=None):
 
 def timeless(folder):
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "run")} for row in rows]
 
 
 def fails(settings_value):
@@ -125,13 +126,35 @@ def test_a_baseline_that_brings_its_own_loss_is_skipped_too(tmp_path):
     assert (tmp_path / "one" / "summary.json").stat().st_mtime_ns == written
 
 
-def test_a_trial_whose_settings_changed_runs_again(tmp_path):
+def test_a_trial_whose_settings_changed_does_not_take_the_place_of_the_other(tmp_path):
     run_trials(tmp_path, {"one": {}})
-    before = timeless(tmp_path / "one")
+    before = (tmp_path / "one" / "rounds.jsonl").read_text()
 
-    run_trials(tmp_path, {"one": {"seed": 5}})
+    with pytest.raises(TrialsError, match=r"one: .*`out-dir` .*a run left .*rounds\.jsonl.* there: take another"):
+        run_trials(tmp_path, {"one": {"seed": 5}})
 
-    assert timeless(tmp_path / "one") != before
+    assert (tmp_path / "one" / "rounds.jsonl").read_text() == before
+    assert not (tmp_path / "one" / "error.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.md", "config.json", "log.txt", "error.txt", "accuracy.png"])
+def test_a_trial_touches_no_file_of_somebody_else(tmp_path, name):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / name).write_text("mine")
+
+    with pytest.raises(TrialsError, match=f"a new or empty folder; it holds {name}"):
+        run_trials(tmp_path, {"one": {}})
+
+    assert {path.name: path.read_text() for path in (tmp_path / "one").iterdir()} == {name: "mine"}
+
+
+def test_a_trial_that_failed_before_any_result_gives_way_to_other_settings(tmp_path):
+    with pytest.raises(TrialsError, match="telepathy"):
+        run_trials(tmp_path, {"one": {"divergence": "no_module:telepathy"}})
+
+    run_trials(tmp_path, {"one": {"divergence": "td"}})
+
+    assert timeless(tmp_path / "one") and not (tmp_path / "one" / "error.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,15 +188,13 @@ def test_a_trial_that_another_process_works_in_is_left_alone(tmp_path):
     taken, free = (Trial(name, RunConfig(out_dir=str(tmp_path / name))) for name in ("taken", "free"))
     ran, said = [], []
 
-    def run(config, *, say):
+    def run(config, folder, *, say):
         ran.append(config.out_dir)
         (tmp_path / "free" / "summary.json").write_text('{"mean": {"before": 0.1, "after": 0.5}}')
 
-    (tmp_path / "taken").mkdir()
-    with (tmp_path / "taken" / "log.txt").open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    with held(tmp_path / "taken"):
         run_each([taken, free], run, say=said.append)
 
     assert ran == [str(tmp_path / "free")]
-    assert "FAILED: another process" in said[0] and str(tmp_path / "taken") in said[0]
-    assert not (tmp_path / "taken" / "error.txt").exists()
+    assert f"FAILED: process {os.getpid()} on " in said[0] and f"writes to {tmp_path / 'taken'}: end it" in said[0]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == [LOCK]

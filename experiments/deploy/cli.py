@@ -100,7 +100,9 @@ def run(
     from experiments.project import Project
 
     project = Project.read()
-    settings = project.settings(pairs or [], cwd=Path.cwd())
-    if reason := run_on(Deployment.read(folder), project.folder, settings, out=typer.echo):
+    deployment = Deployment.read(folder)
+    with project.new_folder(project.settings(pairs or [], cwd=Path.cwd()), cwd=Path.cwd()) as settings:
+        reason = run_on(deployment, project.folder, settings, out=typer.echo)
+    if reason:
         typer.echo(f"error: {reason}", err=True)
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from experiments.bundle import bundled
 from experiments.deploy.layout import CONNECTION, Deployment
 from experiments.deploy.trial import flower, require_up
 from experiments.launch import COMPLETED, Setting, run_config
+from experiments.preflight import check_folder
 from experiments.quiet import QuietLog
 from experiments.superlink import FlowerCommand, LaunchError
 from fedkd.config import RunConfig
@@ -36,7 +37,7 @@ def run(
     """
     if not settings.get("resume"):  # else the settings are those of the run that is resumed
         settings = {**settings_of(deployment), **settings}
-    RunConfig.from_mapping(settings)
+    check_folder(RunConfig.from_mapping(settings))
     require_up(deployment)
     with flower(deployment) as flwr, tempfile.TemporaryDirectory(prefix="fedkd-") as scratch:
         bundle = bundled(app, Path(scratch) / "bundle")
