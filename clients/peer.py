@@ -21,6 +21,7 @@ from clients.holding_out import choices_are_due
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
 from clients.private import Private, withhold
+from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
 from clients.site import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.starts import pretrain
 from clients.store import Store
@@ -34,6 +35,7 @@ from fedkd.knowledge import decode_features, without_features
 from fedkd.memory import keep_freed_memory
 from fedkd.profile import Stopwatch
 from fedkd.protocol import Answer, Arrays, Letter, Mail
+from fedkd.rules import split_list
 from fedkd.seeding import derive
 from fedkd.source import source_hash, source_root
 from fedkd.training import predict
@@ -84,8 +86,11 @@ class Peer:
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
         self.learner = self._learner()
         self.codec = codec(config.codec)
-        self.store = Store(place.state_dir, run)
-        self.secrets = _secrets(place, run) if config.sealed else None
+        self.store = Store(run_folder(place.state_dir, run), run)
+        refuse_other_data(self.store.folder, self.site.fingerprints)
+        if not place.simulated:
+            make_room(self.store.folder)
+        self.secrets = _secrets(place, self.store) if config.sealed else None
         self.private = Private.of(config, place, run)
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
@@ -93,12 +98,15 @@ class Peer:
     def answer(self, mail: Mail) -> Answer:
         """Do what a mail asks for."""
         started = time.perf_counter()
+        use(self.store.folder)
         try:
             with self.watch.phase("other"):
                 answer: Answer = getattr(self, f"_{mail.kind}")(mail)
         finally:
             spent = self.watch.take()  # after an error too: it is not the next mail's
         seconds = time.perf_counter() - started
+        if mail.kind == self._last and (mail.kind == "isolated" or mail.round == self.config.rounds):
+            close(self.store.folder)
         if self.place.withholds:  # here, where every kind of answer passes
             answer, spent = self._withheld(answer, mail), {}
         told = spent if self.config.profile else {}
@@ -149,6 +157,7 @@ class Peer:
     def _start(self, mail: Mail) -> Answer:
         """Round 0: load or make the model, pre-train it on private data, and answer with its first knowledge."""
         self.store.begin()
+        remember_data(self.store.folder, self.site.fingerprints)
         if self.secrets:
             self.secrets.pin(mail.keys)
         if self.config.strategy == "fedavg" and self.config.fedavg_start == "cold":
@@ -225,6 +234,13 @@ class Peer:
         cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
         brought = self.place.checkpoint_path(self.config) is not None and not cold
         return not (choices_are_due(self.config) and brought and not self.place.held_out_path(self.config))
+
+    @property
+    def _last(self) -> str:
+        """The kind of the last mail of a run; none that could be told comes last in one without a barrier."""
+        if "isolated" in split_list(self.config.controls):
+            return "isolated"
+        return "learn" if self.config.mode == "sync" else ""
 
     @property
     def _warm_key(self) -> tuple[str, str]:
@@ -394,10 +410,10 @@ class Peer:
         return Answer(self.place.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
 
 
-def _secrets(place: Place, run: str) -> "Secrets":
+def _secrets(place: Place, store: Store) -> "Secrets":
     from clients.secrets import Secrets  # only sealed mail pays for the import of the ciphers
 
-    return Secrets(place.state_dir, place.name, run, identity=place.identity, trusted=place.trusted_keys)
+    return Secrets(store.folder, place.name, store.run, identity=place.identity, trusted=place.trusted_keys)
 
 
 def _weights(model: nn.Module) -> dict[str, np.ndarray]:

@@ -1,19 +1,19 @@
 """A peer's side of differential privacy: noise that nobody else knows, and a budget that outlives runs."""
 
 import fcntl
-import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from clients.place import Place
+from clients.runs import run_folder
 from clients.store import write_whole
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
@@ -35,18 +35,12 @@ class _Ledger:
     """What ``privacy.json`` holds.
 
     Attributes:
-        spent: Σ 1/z² over all releases.
-        run: the token of the run that published last.
-        rounds: those of this run whose releases are among them.
+        spent: Σ 1/z² over all releases of all runs.
+        runs: the rounds whose releases are among them, by the name of the run's folder.
     """
 
     spent: float = 0.0
-    run: str = ""
-    rounds: tuple[int, ...] = ()
-
-    def made(self, run: str) -> tuple[int, ...]:
-        """Return the rounds whose releases a run has made, as far as is remembered."""
-        return self.rounds if run == self.run else ()
+    runs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Private:
@@ -59,14 +53,15 @@ class Private:
         run: the run's token.
 
     A deployed peer draws its noise from the operating system, and before a release is sent it keeps it in ``releases``
-    and writes its cost into ``privacy.json``, both in its folder: runs add up until the peer's ``max-epsilon`` is
-    reached, and a round that is asked for again, by a resumed run or another server, gets the same release again, which
-    tells nothing new and costs nothing. A simulated peer's noise comes from the run's seed, so that a run can be
-    repeated; it hides nothing from whoever knows the seed.
+    of the run's folder and writes its cost into ``privacy.json`` of its own: runs add up, those side by side too, until
+    the peer's ``max-epsilon`` is reached, and a round that is asked for again, by a resumed run or another server, gets
+    the same release again, which tells nothing new and costs nothing. A simulated peer's noise comes from the run's
+    seed, so that a run can be repeated; it hides nothing from whoever knows the seed.
     """
 
     def __init__(self, mechanism: Mechanism, config: RunConfig, place: Place, run: str) -> None:
-        self._mechanism, self._seed, self._place, self._run = mechanism, config.seed, place, run
+        self._mechanism, self._seed, self._place = mechanism, config.seed, place
+        self._folder = run_folder(place.state_dir, run)
         self._path = place.state_dir / _BUDGET
         self.epsilon = 0.0
 
@@ -85,7 +80,7 @@ class Private:
         if self._place.simulated or self._place.limits.epsilon is None:
             return
         ledger = _read(self._path)
-        planned = self._mechanism.releases - len(ledger.made(self._run))
+        planned = self._mechanism.releases - len(self._made(ledger))
         if self._over(ledger.spent + planned * self._mechanism.cost):
             used = spent(ledger.spent, self._place.limits.delta)
             raise SettingError(
@@ -113,7 +108,7 @@ class Private:
         try:
             with _locked(self._place.state_dir):
                 ledger = _read(self._path)
-                if round not in ledger.made(self._run):
+                if round not in self._made(ledger):
                     ledger = self._release(logits, round, ledger)
                 release: Logits = np.load(self._kept(round), allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
@@ -127,19 +122,24 @@ class Private:
         if self._over(total):
             raise BudgetError(f"the budget is spent: another release would exceed {self._allowed()}")
         path = self._kept(round)
-        path.parent.mkdir(exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         release = self._mechanism.publish(logits, secret_normal(_shape(logits)))
         write_whole(path, lambda partial: _save(partial, release))
-        charged = _Ledger(total, self._run, (*ledger.made(self._run), round))
+        made = (*self._made(ledger), round)
+        others = {run: rounds for run, rounds in ledger.runs.items() if (self._folder.parent / run).is_dir()}
+        charged = _Ledger(total, {**others, self._folder.name: made})
         _write(self._path, charged)
-        for old in set(path.parent.iterdir()) - {self._kept(made) for made in charged.rounds[-_KEEP:]}:
+        for old in set(path.parent.iterdir()) - {self._kept(one) for one in made[-_KEEP:]}:
             old.unlink(missing_ok=True)
         return charged
 
+    def _made(self, ledger: _Ledger) -> tuple[int, ...]:
+        """Return the rounds whose releases this run has made."""
+        return ledger.runs.get(self._folder.name, ())
+
     def _kept(self, round: int) -> Path:
-        """Return the file of a release; the run's token is the server's word and no name for a file."""
-        run = hashlib.blake2b(self._run.encode(), digest_size=8).hexdigest()
-        return self._place.state_dir / _RELEASES / f"{run}-{round:06d}.npy"
+        """Return the file of a release."""
+        return self._folder / _RELEASES / f"{round:06d}.npy"
 
     def _over(self, cost: float) -> bool:
         limits = self._place.limits
@@ -184,8 +184,8 @@ def _read(path: Path) -> _Ledger:
     """Return what has been spent."""
     try:
         content = json.loads(path.read_text())
-        rounds = tuple(int(round) for round in content.get("rounds", ()))
-        ledger = _Ledger(float(content["spent"]), str(content.get("run", "")), rounds)
+        runs = {str(run): tuple(map(int, rounds)) for run, rounds in content.get("runs", {}).items()}
+        ledger = _Ledger(float(content["spent"]), runs)
     except FileNotFoundError:
         return _Ledger()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -196,5 +196,5 @@ def _read(path: Path) -> _Ledger:
 
 
 def _write(path: Path, ledger: _Ledger) -> None:
-    content = json.dumps({"spent": ledger.spent, "run": ledger.run, "rounds": ledger.rounds})
+    content = json.dumps({"spent": ledger.spent, "runs": dict(ledger.runs)})
     write_whole(path, lambda partial: partial.write_text(content))

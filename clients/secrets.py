@@ -14,12 +14,14 @@ from fedkd.identity import Credential, Identity, check_trusted, read_trusted
 from fedkd.protocol import Arrays, Letter
 from fedkd.sealing import Keys, Sealer, SealError, pack, unpack
 
+_KEY, _PINNED = "key.json", "peers.json"
+
 
 class Secrets:
-    """The keys of one peer in one run; made on first use, kept in the peer's folder, readable by it alone.
+    """The keys of one peer in one run; made on first use, kept in the run's folder, readable by the peer alone.
 
     Args:
-        folder: the peer's own.
+        folder: the run's, below the peer's own.
         me: the peer's name.
         run: the run's token; another run gets another pair.
         identity: file of the private key that signs the pair's public half; empty: none.
@@ -36,7 +38,7 @@ class Secrets:
         self._folder, self._me, self._run = folder, me, run
         self._trusted = read_trusted(Path(trusted)) if trusted else None
         self._keys: dict[str, bytes] = {}
-        keys = _own_keys(folder / "key.json", run)
+        keys = _own_keys(folder / _KEY, run)
         self._sealer = Sealer(keys, me, run)
         signer = Identity(Path(identity)) if identity else None
         own = signer.vouch(keys.public_bytes, name=me, run=run) if signer else Credential(keys.public_bytes)
@@ -67,7 +69,7 @@ class Secrets:
     def pin(self, keys: Mapping[str, str]) -> None:
         """Remember everyone's public key on first sight, and refuse another one for the rest of the run.
 
-        ``peers.json`` in the peer's folder then holds them, with fingerprints that people can compare.
+        ``peers.json`` in the run's folder then holds them, with fingerprints that people can compare.
 
         Args:
             keys: by name, in the order of the peers' indices, as the peers' ``public`` says them.
@@ -75,9 +77,10 @@ class Secrets:
         Raises:
             BadKnowledge: a peer's key is not the one that came at the start, or nobody vouches for it whom this peer
                 trusts: the relay would read along.
-            SealError: the file with the keys of the start cannot be read.
+            SealError: the file with the keys of the start cannot be read, or this peer's own key is not the one of the
+                start.
         """
-        path = self._folder / "peers.json"
+        path = self._folder / _PINNED
         known = _read(path, "run", "keys")
         try:
             given = {name: Credential.parse(key) for name, key in keys.items()}
@@ -90,6 +93,11 @@ class Secrets:
         public = {name: credential.public.hex() for name, credential in given.items()}
         mine = {self._me: Credential.parse(self.public).public.hex()}
         before = known["keys"] if known.get("run") == self._run else public | mine
+        if before.get(self._me) != mine[self._me]:
+            raise SealError(
+                f"{self._me}'s own key in use, of {self._folder / _KEY}, is not the one that is pinned in {path}: "
+                "nobody's mail could be opened; bring the file back, or start another run"
+            )
         if changed := sorted({name for name, _ in before.items() ^ public.items()}):
             raise BadKnowledge(f"the relay gives another public key for {', '.join(changed)} than before")
         if known.get("run") != self._run:

@@ -1,8 +1,9 @@
 """What one site holds: its private data, the common test set and the public proxy set, on its device."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Commons:
         fingerprint: hash of the raw proxy set, over content and order.
         test_inputs: ``[N, ...]`` float32.
         test_labels: ``[N]`` int64.
+        test_fingerprint: hash of the raw test set.
         scale: the standardiser, made from the public proxy set alone.
     """
 
@@ -42,6 +44,7 @@ class Commons:
     fingerprint: str
     test_inputs: Tensor
     test_labels: Tensor
+    test_fingerprint: str
     scale: Standardizer
 
 
@@ -63,6 +66,8 @@ class Site:
         held_out: private and never trained on: what choices are made by; none where nothing is held out.
         label_share: share of each class in all private data, ``[C]``, sums to 1.
         commons: what it shares with the others.
+        fingerprints: hashes of the private data, of what is held out of them, of the test set and of the proxy set, which
+            tell whether they have changed; empty for a pool. They never leave the peer.
     """
 
     inputs: Tensor
@@ -70,6 +75,7 @@ class Site:
     held_out: Labelled
     label_share: Tensor
     commons: Commons
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,17 @@ def open_site(config: RunConfig, place: Place, device: torch.device, versions: t
     """
     settings = _data_settings(config, place, device, versions)
     commons = _commons(settings)
-    own = commons.pool if place.dataset else commons.pool[_parts(settings, _split(config, place))[place.index]]
-    return _site(*_split_off(own, config, place, commons), commons, device)
+    split = None if place.dataset else _split(config, place)
+    trained, held_out = _split_off(_own(settings, split, place.index), config, place, commons)
+    # Named by the part, which is another one among more peers: that those are not the run's peers, the relay tells.
+    part = f" (part {place.index + 1} of {place.of})" if split else ""
+    fingerprints = {
+        f"private data{part}": _private_fingerprint(settings, split, place.index),
+        f"held-out samples{part}": hashlib.blake2b(held_out.tobytes(), digest_size=16).hexdigest(),
+        "test set": commons.test_fingerprint,
+        "proxy set": commons.fingerprint,
+    }
+    return replace(_site(trained, held_out, commons, device), fingerprints=fingerprints)
 
 
 def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
@@ -196,6 +211,26 @@ def _labelled(own: np.ndarray, commons: Commons, device: torch.device) -> Labell
     return Labelled(commons.scale(train.inputs[index]).to(device), train.labels[index].to(device))
 
 
+def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarray:
+    """Return the indices of a peer's private samples; without a split all that are left for the peers."""
+    pool = _commons(settings).pool
+    return pool if split is None else pool[_parts(settings, split)[index]]
+
+
+@lru_cache(maxsize=4096)
+def _private_fingerprint(settings: _DataSettings, split: _Split | None, index: int) -> str:
+    train, own = _commons(settings).source.train, torch.from_numpy(_own(settings, split, index))
+    return _fingerprint(train.inputs[own], train.labels[own])
+
+
+def _fingerprint(inputs: Tensor, labels: Tensor) -> str:
+    """Return a hash over content and order."""
+    digest = hashlib.blake2b(repr((inputs.shape, inputs.dtype)).encode(), digest_size=16)
+    for tensor in (inputs, labels):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
 @lru_cache(maxsize=2)
 def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
     """Return every peer's indices into the pool, once for all the peers that this process works for."""
@@ -249,6 +284,7 @@ def _commons(settings: _DataSettings) -> Commons:
         proxy.fingerprint,
         scale(test.inputs).to(settings.device),
         test.labels.to(settings.device),
+        _fingerprint(test.inputs, test.labels),
         scale,
     )
 

@@ -55,7 +55,7 @@ class Store:
     """The states of one peer in one run.
 
     Args:
-        folder: the peer's own.
+        folder: the run's, below the peer's own.
         run: the run's token; a state of another run is not read.
 
     A state is the model at the end of a round and a few numbers that the peer chose itself, its memo; optimisers
@@ -68,7 +68,7 @@ class Store:
         self.folder, self.run = folder, run
 
     def begin(self) -> None:
-        """Make the folder, or empty it of an earlier run's states."""
+        """Make the folder, or empty it of what an earlier start of the run left."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in self.folder.iterdir():
             if _FILE.fullmatch(path.name) or path.suffix == ".partial":

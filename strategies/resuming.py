@@ -1,11 +1,14 @@
 """Going on with a run that was stopped: it keeps its settings."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
-from fedkd.results import RunFolder
+from fedkd.results import RunFolder, environment
+from fedkd.source import source_hash
 from strategies.trials import resumable
 
 
@@ -26,6 +29,26 @@ def resumed(config: RunConfig, path: Path) -> RunConfig:
         raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
     _refuse_changes(config, earlier)
     return replace(earlier, resume=config.resume, out_dir=str(path))
+
+
+def changed_since(config: Mapping[str, Any]) -> str:
+    """Return in one line what else a run's numbers depend on and has changed since it began; empty if nothing has.
+
+    Args:
+        config: the run's ``config.json``.
+    """
+    before, now = (
+        _conditions(config.get("source"), config.get("environment", {})),
+        _conditions(source_hash(), environment()),
+    )
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = ", ".join(f"{name} {before.get(name)} → {now.get(name)}" for name in names)
+    said = "not as when the run began, so that numbers may differ from those of an uninterrupted one"
+    return f"{said}: {changed}" if changed else ""
+
+
+def _conditions(source: object, environment: Mapping[str, Any]) -> dict[str, object]:
+    return {**environment.get("versions", {}), "code": source, "platform": environment.get("platform")}
 
 
 def _refuse_changes(given: RunConfig, earlier: RunConfig) -> None:

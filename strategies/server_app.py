@@ -29,7 +29,7 @@ from strategies.introductions import introduce
 from strategies.post import Post
 from strategies.registry import strategy_class
 from strategies.relay import Relay
-from strategies.resuming import resumed
+from strategies.resuming import changed_since, resumed
 from strategies.trials import Say, read_trials, run_trials
 
 app = ServerApp()
@@ -59,6 +59,8 @@ def _run(grid: Grid, run_id: int, config: RunConfig, folder: RunFolder, *, say: 
     say(f"results go to {folder.path}")
     for line in _overruled(given, config):
         say(line)
+    if config.resume and (changed := changed_since(folder.read_config())):
+        say(changed)
     if mechanism := Mechanism.from_config(config):
         say(mechanism.line())
     post = Post(grid, time_to_live=2 * config.round_timeout)

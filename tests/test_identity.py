@@ -156,7 +156,7 @@ def test_peers_that_know_one_another_learn_as_others_do_and_fingerprints_are_tol
     trusted = read_trusted(tmp_path / "trusted-keys")
     said = capsys.readouterr().out
     assert all(f"private samples, key {fingerprint(trusted[name])}" in said for name in NAMES)
-    kept = json.loads((tmp_path / "state" / "peer-0" / "peers.json").read_text())
+    kept = json.loads(next((tmp_path / "state" / "peer-0").rglob("peers.json")).read_text())
     assert kept["fingerprints"] == {name: fingerprint(trusted[name]) for name in NAMES}
 
 

@@ -77,7 +77,7 @@ def test_knowledge_is_what_the_saved_model_says_about_the_proxy_set(run):
     place = Place("peer-0", 0, 3, state_root / "peer-0", state_root)
     site = open_site(config, place, torch.device("cpu"))
     model = models.build("mlp", input_shape=(1, 8, 8), num_classes=10, seed=0)
-    state = load_file(state_root / "peer-0" / "round-000002.safetensors")
+    state = load_file(next((state_root / "peer-0").rglob("round-000002.safetensors")))
     model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     learned = [m for m in run.grid.replies if "knowledge" in m.content and m.content["answer"]["peer"] == "peer-0"]
 

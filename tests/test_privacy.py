@@ -269,7 +269,7 @@ def test_a_release_that_was_not_charged_is_never_sent(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(clients.private, "_write", interrupt)
         private(tmp_path).publish(LOGITS, round=0)
-    kept += [path.read_bytes() for path in (tmp_path / "north" / "releases").iterdir()]
+    kept += [path.read_bytes() for path in (tmp_path / "north").rglob("*.npy")]
 
     sent = private(tmp_path).publish(LOGITS, round=0)
 
@@ -294,19 +294,32 @@ def test_releases_made_side_by_side_are_all_charged(tmp_path):
     assert {path.suffix for path in files} == {".json", ".lock", ".npy"}
 
 
-def test_two_releases_are_kept_and_none_of_an_earlier_run(tmp_path):
+def test_two_releases_of_each_run_are_kept(tmp_path):
     def kept():
-        return len(list((tmp_path / "north" / "releases").iterdir()))
+        return len(list((tmp_path / "north").rglob("*.npy")))
 
     for round in range(5):
         private(tmp_path, rounds=9).publish(LOGITS, round=round)
     assert kept() == 2
     private(tmp_path, run="b", rounds=9).publish(LOGITS, round=0)
-    assert kept() == 1
+    assert kept() == 3
     with pytest.raises(BudgetError, match="read a release"):
         private(tmp_path, run="b", rounds=9).publish(LOGITS, round=1)
         private(tmp_path, run="b", rounds=9).publish(LOGITS, round=2)
         private(tmp_path, run="b", rounds=9).publish(LOGITS, round=0)
+
+
+def test_two_runs_side_by_side_have_releases_of_their_own_and_one_budget(tmp_path):
+    def publish(run, round):
+        peer = private(tmp_path, run=run, rounds=9, privacy_epsilon=1.0)
+        return peer.publish(LOGITS, round=round).tobytes(), peer.epsilon
+
+    first = {(run, round): publish(run, round) for round in (0, 1) for run in ("a", "b")}
+    again = {(run, round): publish(run, round) for run, round in first}
+
+    assert [again[key][0] for key in again] == [first[key][0] for key in first]  # and not another one of the same round
+    spent_by = [first[key][1] for key in first]
+    assert spent_by == sorted(set(spent_by)) and {epsilon for _, epsilon in again.values()} == {spent_by[-1]}
 
 
 def test_nothing_is_published_that_could_not_be_written_down(tmp_path):
@@ -329,7 +342,7 @@ def test_a_release_that_is_gone_is_not_made_anew(tmp_path):
     """Another one would be a second release of one round, which the promise counts once."""
     private(tmp_path).publish(LOGITS, round=0)
     for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
-        damage(next((tmp_path / "north" / "releases").iterdir()))
+        damage(next((tmp_path / "north").rglob("*.npy")))
         with pytest.raises(BudgetError, match="read a release"):
             private(tmp_path).publish(LOGITS, round=0)
 

@@ -123,7 +123,9 @@ def test_sealed_mail_opens_without_rounds_too(tmp_path):
 def test_private_keys_stay_with_the_peer_and_are_readable_by_it_alone(tmp_path):
     run = federate(tmp_path, 2, sealed=True, rounds=1)
 
-    for key in (tmp_path / "state").glob("*/key.json"):
+    keys = list((tmp_path / "state").rglob("key.json"))
+    assert len(keys) == 2
+    for key in keys:
         assert key.stat().st_mode & 0o077 == 0
         private = key.read_text().split('"private": "')[1][:64]
         for message in run.grid.sent + run.grid.replies:

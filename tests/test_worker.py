@@ -142,7 +142,7 @@ def test_a_worker_that_crashes_says_why_to_its_owner_alone(tmp_path, sites, end_
 def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_path, sites, end_workers):
     place, own = place_of(sites[0], tmp_path), own_settings({**sites[0], "idle-seconds": 60})
     ask(mail("start", pretrain_epochs=1), place, own, seconds=60)
-    (state,) = place.state_dir.glob("*.safetensors")
+    (state,) = place.state_dir.rglob("*.safetensors")
     before = state.read_bytes()
     (pid,) = worker_pids(tmp_path)
     psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -154,7 +154,7 @@ def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_p
     assert refused.error.startswith("cannot write the state of round 1 to <state-dir>: ")
     assert str(tmp_path) not in refused.error
     assert state.read_bytes() == before
-    assert not list(place.state_dir.glob("*.partial"))
+    assert not list(place.state_dir.rglob("*.partial"))
     assert again.error == ""
     assert worker_pids(tmp_path) == [pid]
 
