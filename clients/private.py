@@ -14,7 +14,7 @@ import numpy as np
 
 from clients.place import Place
 from clients.runs import run_folder
-from clients.store import write_whole
+from clients.store import make_private, write_whole
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
@@ -122,7 +122,7 @@ class Private:
         if self._over(total):
             raise BudgetError(f"the budget is spent: another release would exceed {self._allowed()}")
         path = self._kept(round)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(path.parent)
         release = self._mechanism.publish(logits, secret_normal(_shape(logits)))
         write_whole(path, lambda partial: _save(partial, release))
         made = (*self._made(ledger), round)

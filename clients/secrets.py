@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clients.learner import Memo
-from clients.store import write_whole
+from clients.store import make_private, write_whole
 from fedkd.codec import BadKnowledge
 from fedkd.identity import Credential, Identity, check_trusted, read_trusted
 from fedkd.protocol import Arrays, Letter
@@ -172,5 +172,5 @@ def _read(path: Path, *names: str) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(path.parent)
     write_whole(path, lambda partial: partial.write_text(json.dumps(content)))

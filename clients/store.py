@@ -43,6 +43,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for their owner alone."""
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        path.mkdir(exist_ok=True, mode=0o700)
+
+
 def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -69,7 +75,7 @@ class Store:
 
     def begin(self) -> None:
         """Make the folder, or empty it of what an earlier start of the run left."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(self.folder)
         for path in self.folder.iterdir():
             if _FILE.fullmatch(path.name) or path.suffix == ".partial":
                 path.unlink()

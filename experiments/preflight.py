@@ -87,7 +87,8 @@ def check_folder(config: RunConfig) -> None:
     """
     if config.trials:
         for trial in read_trials(Path(config.trials), config):
-            trial.refuse_taken()
+            if not trial.finished():
+                trial.refuse_taken()
     elif config.resume:
         refuse_held(Path(config.resume))
     elif config.out_dir:

@@ -128,6 +128,8 @@ def run_trials(trials: Sequence[Trial], run: Run, *, say: Say) -> None:
 def _attempt(trial: Trial, run: Run) -> str:
     """Run one trial; return what went wrong, in one line, or nothing."""
     try:
+        if trial.finished():  # by another process, meanwhile
+            return ""
         trial.refuse_taken()
         with held(trial.folder):  # a launcher that was killed with SIGKILL leaves its run behind
             return "" if trial.finished() else _work(trial, run)

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.comparison import Comparison
 from experiments.launch import COMPLETED, Outcome
+from experiments.preflight import check_folder
 from experiments.report import describe, write_report
 from experiments.studies.__main__ import app as studies
 from fedkd.claim import LOCK, InUseError, held, refuse_held
+from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results import RunFolder
 
@@ -151,6 +153,22 @@ def test_a_run_that_failed_before_its_first_round_is_begun_again_in_its_folder(t
     assert (tmp_path / "run" / "config.json").exists()
 
     assert federate(tmp_path, 2, seed=3).summary()["peers"]
+
+
+def test_a_file_of_trials_is_looked_at_before_flower_starts(tmp_path):
+    done = RunFolder(make_run(tmp_path / "done", [[0.1], [0.2]]))
+    done.write_config(RunConfig(rounds=1).effective().to_mapping(), {"run": "feed"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.md").write_text("mine")
+
+    def check(*names):
+        lines = [{"name": name, "settings": {"rounds": 1, "out-dir": str(tmp_path / name)}} for name in names]
+        (tmp_path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        check_folder(RunConfig(trials=str(tmp_path / "trials.jsonl")))
+
+    check("done", "new")
+    with pytest.raises(SettingError, match=r"it holds notes\.md: take another"):
+        check("done", "new", "other")
 
 
 def mixed(path: Path) -> Path:

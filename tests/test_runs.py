@@ -197,6 +197,8 @@ def test_what_tells_that_data_have_changed_stays_with_the_peer(tmp_path, sites):
     kept = list((tmp_path / "state").rglob("data.json"))
     prints = re.findall(r'"private data": "([0-9a-f]{32})"', "".join(path.read_text() for path in kept))
     assert len(set(prints)) == 2 and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    folders = [folder for path in kept for folder in (path.parent, *path.parents) if folder.name in ("runs", "site-0")]
+    assert {folder.stat().st_mode & 0o777 for folder in folders if tmp_path / "state" in folder.parents} == {0o700}
     left = [str(message.content) for message in grid.sent + grid.replies]
     left += [path.read_text() for path in run.folder.glob("*.json*")]
     assert not any(fingerprint in text for fingerprint in prints for text in left)
