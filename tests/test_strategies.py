@@ -333,8 +333,7 @@ def test_the_isolated_control_takes_part_in_the_rounds_in_which_its_peer_did(tmp
         assert peer["after"] == peer["isolated"]
 
 
-def test_an_earlier_run_in_the_same_folder_leaves_nothing_behind(tmp_path):
-    federate(tmp_path, 2, controls="isolated")
+def test_an_earlier_try_in_the_same_folder_leaves_nothing_behind(tmp_path):
     grid = local_grid(tmp_path, 2)
 
     def broken(partition, message):
@@ -343,8 +342,14 @@ def test_an_earlier_run_in_the_same_folder_leaves_nothing_behind(tmp_path):
     grid.fault = broken
     with pytest.raises(RelayError):
         federate(tmp_path, 2, grid=grid, seed=1)
+    for name in ("error.txt", "profile.jsonl", "peers/peer-9/state"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
 
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
+    federate(tmp_path, 2)
+
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    assert "summary.json" in left and not any(name.startswith(("error", "profile", "peers")) for name in left)
 
 
 def test_ones_own_divergence_works_by_name(tmp_path, monkeypatch):
