@@ -6,9 +6,9 @@
     python tests/mutation.py --survivors                # what the last run of a module left, again
 
 cosmic-ray makes the changes. Its own way to try one, a new process and a changed file on disk, would take a day. Here a
-process that has read the libraries forks, gives the child the changed module from memory, and runs in it the quick
-tests that execute the changed statement, shortest first, until one fails. Which those are is measured once per version
-of the code. Processes that a test starts (workers, Flower) see the code as it is on disk.
+process that has read everything forks, the child changes the function, or reads what depends on a changed module anew,
+and runs the quick tests that execute the changed statement, shortest first, until one fails. Which those are is
+measured once per version of the code. Processes that a test starts (workers, Flower) see the code as it is on disk.
 
 A survivor is a test to write, or a line in ``equivalent.toml`` with the reason why nobody could see the difference.
 """
@@ -22,6 +22,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -32,8 +33,9 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ HEAVY = (
     "dp_accounting.pld.privacy_loss_mechanism", "cryptography.hazmat.primitives.ciphers.aead", "pytest",
     "pytest_cov.plugin",
 )  # fmt: skip
+HELPERS = tuple(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_"))
 PLUGINS = ("-p", "pytest_timeout", "-p", "pytest_cov.plugin", "-p", "_hypothesis_pytestplugin", "-p", "xdist.plugin")
 
 
@@ -289,10 +292,52 @@ def try_mutant(mutant: Mutant, measured: Measured, budget: float) -> bool:
         return False
 
     def work() -> int:
+        anew = not _put_in_place(mutant)
+        if anew:
+            rooms = ("fedkd", "clients", "strategies", "experiments", "conftest", "test_", *HELPERS)
+            for name in [name for name in sys.modules if name.startswith(rooms)]:
+                del sys.modules[name]
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        return _pytest(["-x", *files], _Watch(mutant, tests))
+        return _pytest(["-x", *files], _Watch(mutant if anew else None, tests))
 
     return _in_child(work, 30 + 8 * sum(measured.seconds[test] for test in tests)) != 0
+
+
+def _put_in_place(mutant: Mutant) -> bool:
+    """Give a function that is imported already its changed code; False where that is not all that has changed."""
+    module = sys.modules.get(mutant.path.removesuffix(".py").replace("/", "."))
+    statement = _statement(mutant)
+    if module is None or statement is None:
+        return False
+    old, new = (_functions(text) for text in ((ROOT / mutant.path).read_text(encoding="utf-8"), mutant.code))
+    changed = [name for name in new if new[name] != old.get(name)]
+    if len(changed) != 1 or old.keys() != new.keys():
+        return False
+    found: Any = module
+    for part in changed[0].split("."):
+        found = vars(found).get(part)
+        if found is None:
+            return False
+    for inner in ("fget", "__func__", "func", "__wrapped__"):
+        found = getattr(found, inner, found)
+    if not isinstance(found, types.FunctionType) or found.__code__.co_name != changed[0].split(".")[-1]:
+        return False
+    found.__code__ = new[changed[0]].replace(co_filename=found.__code__.co_filename)
+    return True
+
+
+def _functions(source: str) -> dict[str, types.CodeType]:
+    """Return the code of the functions of a module and of its classes' methods, by qualified name."""
+    found = {}
+    waiting = [compile(source, "", "exec")]
+    while waiting:
+        for constant in waiting.pop().co_consts:
+            if isinstance(constant, types.CodeType):
+                if constant.co_flags & inspect.CO_NEWLOCALS:
+                    found[constant.co_qualname] = constant
+                else:
+                    waiting.append(constant)  # a class
+    return found
 
 
 def measure(only: str = "") -> Measured:
@@ -352,6 +397,9 @@ def _module(path: str, chosen: Sequence[Mutant], measured: Measured, budget: flo
     began = time.monotonic()
     equivalent = [mutant for mutant in chosen if _is_equivalent(mutant, known)]
     counted = [mutant for mutant in chosen if mutant not in equivalent]
+    source = (ROOT / path).read_text(encoding="utf-8")
+    if counted and try_mutant(replace(counted[0], code=source), measured, budget):
+        raise SystemExit(f"{path}: its tests fail on the code as it is")
     for mutant in counted:
         if not try_mutant(mutant, measured, budget):
             survivors.append(mutant)
@@ -389,6 +437,8 @@ def main() -> int:
     gc.freeze()  # pytest collects twice, and half a million of the libraries' objects take it seconds
     STATE.mkdir(parents=True, exist_ok=True)
     measured = measure(options.tests)
+    _pytest(["--collect-only", "-qq", *dict.fromkeys(test.partition("::")[0] for test in measured.seconds)], _Watch())
+    gc.freeze()
     known = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutant", [])
     total = noticed = 0
     for path in options.modules or MODULES:

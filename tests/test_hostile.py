@@ -146,6 +146,8 @@ def test_fedavg_refuses_by_name_what_does_not_fit_its_average(tmp_path, change):
         series(test_accuracy=[0.5]),
         series(test_accuracy=[0.5] * 4),
         series(test_accuracy=[0.5, 1e308]),
+        series(test_accuracy=[0.5, 1.001]),
+        series(test_accuracy=[-0.001, 0.5]),
         series(confidence=[0.5, 0.5]),
         lambda content: content.update({"answer": ConfigRecord({**content["answer"], "error": "no"})}),
     ],
@@ -161,7 +163,9 @@ def test_an_isolated_control_without_a_curve_costs_its_own_number_only(tmp_path,
     assert len(run.summary()["isolated_by_round"]) == 2
 
 
-@pytest.mark.parametrize("spoil", [without_metric("test_accuracy"), metrics(test_accuracy=7.0)])
+@pytest.mark.parametrize(
+    "spoil", [without_metric("test_accuracy")] + [metrics(test_accuracy=value) for value in (7.0, 1.001, -0.001)]
+)
 def test_a_pooled_control_without_an_accuracy_is_said_to_have_no_result(tmp_path, spoil, capsys):
     grid = tampered(local_grid(tmp_path, 2), spoil, kind="pooled", peer=0)
 
@@ -169,6 +173,16 @@ def test_a_pooled_control_without_an_accuracy_is_said_to_have_no_result(tmp_path
 
     assert "control pooled: no result" in capsys.readouterr().out
     assert run.summary()["pooled"] is None and run.summary()["mean"]["after"] is not None
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_worst_and_the_best_accuracy_of_a_control_are_possible(tmp_path, value):
+    grid = tampered(local_grid(tmp_path, 2), series(test_accuracy=[1 - value, value]), kind="isolated")
+    run = federate(tmp_path / "isolated", 2, grid=grid, controls="isolated", rounds=1)
+    assert run.summary()["peers"][1]["isolated"] == value
+
+    grid = tampered(local_grid(tmp_path, 2), metrics(test_accuracy=value), kind="pooled", peer=0)
+    assert federate(tmp_path / "pooled", 2, grid=grid, controls="pooled", rounds=1).summary()["pooled"] == value
 
 
 def test_a_link_that_breaks_in_a_control_does_not_cost_the_summary(tmp_path, capsys):

@@ -225,7 +225,7 @@ def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_
 def test_every_extra_that_a_user_may_need_is_among_these():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
-    assert set(declared) - {"dev", "docs"} == {"fast", "zstd", "tune", "tensorboard", "privacy"}
+    assert set(declared) - {"dev", "docs", "mutation"} == {"fast", "zstd", "tune", "tensorboard", "privacy"}
 
 
 def test_uv_installs_what_the_project_needs(tmp_path):
