@@ -47,11 +47,11 @@ def named_part(path: str, count: int) -> np.ndarray:
     return np.unique(np.array(words, dtype=np.int64))
 
 
-def validation_part(config_share: float, pool: np.ndarray, named: Sequence[np.ndarray], *, seed: int) -> np.ndarray:
+def validation_part(share: float, pool: np.ndarray, named: Sequence[np.ndarray], *, seed: int) -> np.ndarray:
     """Draw what `evaluate-on=validation` measures on, out of what every named part holds out.
 
     Args:
-        config_share: of the pool.
+        share: of the pool.
         pool: indices of the training set that are left for the peers, ``[n]``.
         named: parts that owners held out, as indices.
         seed: of the draw.
@@ -65,7 +65,7 @@ def validation_part(config_share: float, pool: np.ndarray, named: Sequence[np.nd
     if not len(candidates):
         raise SettingError("held-out", "no common index", "files that share indices, under evaluate-on validation")
     order = np.random.default_rng(derive(seed, "held-out")).permutation(len(candidates))
-    return candidates[order[: max(1, round(config_share * len(pool)))]]
+    return candidates[order[: max(1, round(share * len(pool)))]]
 
 
 def split_off(
