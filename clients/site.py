@@ -66,8 +66,8 @@ class Site:
         held_out: private and never trained on: what choices are made by; none where nothing is held out.
         label_share: share of each class in all private data, ``[C]``, sums to 1.
         commons: what it shares with the others.
-        fingerprints: hashes of the private data, of what is held out of them, of the test set and of the proxy set: they
-            tell whether something has changed, and never leave the peer. Empty for a pool.
+        fingerprints: hashes of the private data, of what is held out of them, of the test set and of the proxy set:
+            they tell whether something has changed, and never leave the peer. Empty for a pool.
     """
 
     inputs: Tensor
