@@ -139,7 +139,7 @@ def others(field):
         "strategy": ["pairwise", "gossip", "consensus"],
         "topology": ["ring"], "matching": ["round-robin"], "gossip_style": ["push"], "mode": ["async"],
         "consensus": ["ds-fl"], "fedavg_start": ["distilled"], "divergence": ["js"], "combine": ["pairwise"],
-        "average": ["logits"], "reduction": ["sum"], "robust": ["median"], "regime": ["tuned", "dml", "dp"],
+        "average": ["logits"], "reduction": ["sum"], "robust": ["median"], "regime": ["tuned", "dml", "partitioned"],
         "cakd_mode": ["scaled"], "cakd_strong": ["label"], "bdkd_rule": ["none"], "method": ["infoflow"],
         "schedule": ["alternate"], "attack": ["flip"], "codec": ["fp16"], "evaluate_on": ["validation"],
         "tune_weights": ["0.5"], "tune_temperatures": ["2"], "models": ["cnn-small"], "pooled_model": ["mlp"],
