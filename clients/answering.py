@@ -63,7 +63,7 @@ def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
         place.limits.bounds.check_mail(mail)
     config = RunConfig.from_mapping(mail.settings)
     if not place.simulated:
-        place.limits.check(config, mail.kind)
+        place.limits.check(config, mail.kind, mail.round)
     return mail, place.settings(config)
 
 

@@ -62,7 +62,7 @@ class Bounds:
         for what, asked, limit in (
             ("letters", len(mail.letters), "max-peers"),
             ("keys", len(mail.keys), "max-peers"),
-            ("rounds", max(mail.round, len(mail.rounds)), "max-rounds"),
+            ("rounds", mail.round, "max-rounds"),
             ("characters of one text", max(map(len, texts)), "max-text"),
         ):
             _refuse_more(what, asked, limit, getattr(self, limit.replace("-", "_")))

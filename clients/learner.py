@@ -21,7 +21,7 @@ from fedkd.profile import Stopwatch
 from fedkd.robust import agreement_weights
 from fedkd.rules import numbers
 from fedkd.seeding import derive
-from fedkd.training import Beside, Optimization, distil, fit, fit_alone, fit_and_distil, predict
+from fedkd.training import Beside, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""
@@ -53,6 +53,10 @@ class Learner:
         index: its number, of which its random streams are derived.
         auxiliary: makes the peer's model at double width.
         watch: told what the time goes to.
+
+    Attributes:
+        seen: private samples that models were trained on so far, each as often as it was drawn; those of a search's
+            trials, whose models are thrown away, are not among them.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Learner:
     ) -> None:
         self.config, self.site, self.index, self.auxiliary, self.watch = config, site, index, auxiliary, watch
         self.how = Optimization.from_config(config)
+        self.seen = 0
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
     def check(self) -> None:
@@ -79,7 +84,7 @@ class Learner:
 
     def local(self, model: nn.Module, *, round: int, epochs: int) -> float:
         """Train on private labels alone; return the loss."""
-        return self._fit(model, Labelled(self.site.inputs, self.site.labels), round, epochs)
+        return self._fit(model, Labelled(self.site.inputs, self.site.labels), round, epochs, self._see)
 
     def alone(self, model: nn.Module, *, round: int) -> float:
         """Train as in a round, on the same private batches, without teachers: the isolated control."""
@@ -88,7 +93,9 @@ class Learner:
         own = (self.site.inputs, self.site.labels)
         seed, epochs = derive(self.config.seed, "distil", self.index, round), self.config.distill_epochs
         with self.watch.phase("train"):
-            return fit_alone(model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed)
+            return fit_alone(
+                model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed, drawn=self._see
+            )
 
     def learn(self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo) -> dict[str, float]:
         """Train a model by one round, in place.
@@ -118,7 +125,7 @@ class Learner:
             own = predict(model, self._proxy(round), fast=self.how.fast)
             memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.weights)
         distillation = self._distillation(memo).times(warm_up(round, self.config.kd_warm_up))
-        kd_loss, local_loss = self._step(model, private, heard, distillation, round)
+        kd_loss, local_loss = self._step(model, private, heard, distillation, round, self._see)
         return {
             "kd_loss": kd_loss,
             "local_loss": local_loss,
@@ -144,8 +151,17 @@ class Learner:
             logits = teacher_or_self(logits, own)
         return Heard(logits, weights, heard.features)
 
+    def _see(self, batch: Tensor) -> None:
+        self.seen += len(batch)
+
     def _step(
-        self, model: nn.Module, private: Labelled, heard: Heard, distillation: Distillation, round: int
+        self,
+        model: nn.Module,
+        private: Labelled,
+        heard: Heard,
+        distillation: Distillation,
+        round: int,
+        drawn: Drawn | None = None,
     ) -> tuple[float, float]:
         teachers = distillation.prepare(heard.logits, heard.weights)
         seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
@@ -154,11 +170,12 @@ class Learner:
             if self.config.joint:
                 own = (private.inputs, private.labels)
                 loss = fit_and_distil(
-                    model, own, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside
-                )
+                    model, own, proxy, teachers, distillation,
+                    epochs=epochs, how=how, seed=seed, beside=beside, drawn=drawn,
+                )  # fmt: skip
                 return loss, math.nan
             loss = distil(model, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside)
-        return loss, self._fit(model, private, round, self.config.local_epochs)
+        return loss, self._fit(model, private, round, self.config.local_epochs, drawn)
 
     def _beside(self, model: nn.Module, heard: Heard, round: int) -> AbstractContextManager[Beside | None]:
         if not heard.features:
@@ -166,10 +183,10 @@ class Learner:
         weights = heard.flow_weights or heard.weights.tolist()
         return Flow.from_config(self.config, model).beside(model, heard.features, weights, round=round)
 
-    def _fit(self, model: nn.Module, private: Labelled, round: int, epochs: int) -> float:
+    def _fit(self, model: nn.Module, private: Labelled, round: int, epochs: int, drawn: Drawn | None) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
         with self.watch.phase("train"):
-            return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed)
+            return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed, drawn=drawn)
 
     def _distillation(self, memo: Memo) -> Distillation:
         found = Distillation.from_config(self.config, temperature=memo.get("temperature"), weight=memo.get("kd_weight"))

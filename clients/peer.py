@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from clients.private import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
 from clients.site import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.starts import pretrain
-from clients.store import Store
+from clients.store import Store, Trained
 from fedkd import metrics, models
 from fedkd.attacks import is_attacker, poison
 from fedkd.codec import BadKnowledge, codec
@@ -43,7 +44,6 @@ from fedkd.training import predict
 if TYPE_CHECKING:
     from clients.secrets import Secrets
 
-NOT_MEASURED = float("nan")
 NO_ROUND = -1
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
@@ -160,16 +160,25 @@ class Peer:
         remember_data(self.store.folder, self.site.fingerprints)
         if self.secrets:
             self.secrets.pin(mail.keys)
-        if self.config.strategy == "fedavg" and self.config.fedavg_start == "cold":
-            return self._average(mail, self._common())
-        model = self._build()
-        epochs = self.config.pretrain_epochs
-        train = partial(self.learner.local, model, round=0, epochs=epochs)
-        pretrain(model, self.config, self.place, self.versions, train)
+        cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
+        model = self._common() if cold else self._build()
+        trained = Trained() if cold else Trained(samples=self._pretrain(model))
         if mail.round > 0:  # a late start: the controls still look for round 0
-            self.store.save(0, model)
+            self.store.save(0, model, trained=trained)
+        if cold:
+            return self._average(mail, model)
         found, bins = self._examine(mail.round, model)
-        return self._close(mail, model, found, bins, memo={})
+        return self._close(mail, model, found, bins, memo={}, trained=trained)
+
+    def _pretrain(self, model: nn.Module) -> int:
+        """Train a model before round 1; return on how many private samples."""
+
+        def train() -> int:
+            seen = self.learner.seen
+            self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
+            return self.learner.seen - seen
+
+        return pretrain(model, self.config, self.place, self.versions, train)
 
     def _learn(self, mail: Mail) -> Answer:
         """A round: distil from the teachers, train on private data, measure, and answer with new knowledge."""
@@ -180,22 +189,33 @@ class Peer:
         model, memo = self._recall(mail.round)
         with self.watch.phase("decode"):
             heard, refused = self._hear(mail, memo)
+        trained, seen = self.store.trained(before=mail.round), self.learner.seen
         found = self.learner.learn(model, heard, round=mail.round, memo=memo)
+        trained = trained.then(mail.round, self.learner.seen - seen)
         bins: Series = {}
         if self.config.evaluates(mail.round):
             measured, bins = self._examine(mail.round, model)
             found |= measured
-        return self._close(mail, model, found, bins, memo=memo, refused=refused)
+        return self._close(mail, model, found, bins, memo=memo, trained=trained, refused=refused)
 
     def _average(self, mail: Mail, model: nn.Module) -> Answer:
-        """Federated averaging, the baseline: measure what the server averaged, train it, and send its weights."""
+        """Federated averaging, the baseline: measure what the server averaged, train it, and send its weights.
+
+        The state is the average, as it was measured.
+        """
         found, bins = self._examine(mail.round, model) if self.config.evaluates(mail.round) else ({}, {})
         found["samples"] = len(self.site.labels)
-        self.store.save(mail.round, model)
-        if mail.round == self.config.rounds:
-            return self._reply(mail, metrics=found, series=bins)
-        found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
-        return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
+        trained, arrays = self.store.trained(before=mail.round), {}
+        if mail.round < self.config.rounds:
+            average = {name: value.clone() for name, value in model.state_dict().items()}
+            seen = self.learner.seen
+            found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
+            trained = trained.then(mail.round, self.learner.seen - seen)
+            arrays = _weights(model)
+            model.load_state_dict(average)
+        self.store.save(mail.round, model, trained=trained)
+        found["samples_seen"] = trained.samples
+        return self._reply(mail, metrics=found, arrays=arrays, series=bins)
 
     def _merge(self, mail: Mail) -> Answer:
         """Distil all peers' knowledge into the common model that federated averaging starts from."""
@@ -207,26 +227,38 @@ class Peer:
         return self._reply(mail, metrics=self._measure(model), arrays=_weights(model))
 
     def _isolated(self, mail: Mail) -> Answer:
-        """The control: the same start and the same private batches in the same rounds, without any teacher."""
-        averaged = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
-        model = self._common() if averaged else self._build()
+        """The control: the same start and the same private batches, without any teacher.
+
+        In which rounds a peer drew private batches nobody knows but the peer: an answer may be late, lost or refused,
+        and a round done over. So the control goes by what the peer's state says.
+        """
+        fedavg = self.config.strategy == "fedavg"
+        model = self._common() if fedavg and self.config.fedavg_start == "cold" else self._build()
         self.store.load(0, model)
-        accuracies = [self._measure(model)["test_accuracy"]]
-        found: dict[str, float] = {}
-        for round in range(1, self.config.rounds + 1):
-            if round in mail.rounds:
-                self.learner.alone(model, round=round)
-            found = self._measure(model) if self.config.evaluates(round) else {}
-            accuracies.append(found.get("test_accuracy", NOT_MEASURED))
-        return self._reply(mail, metrics=found, series={"test_accuracy": accuracies})
+        trained = self.store.trained(before=mail.round + 1)
+        curve = [(0, self._measure(model))]
+        shown = [round + fedavg for round in trained.rounds]  # an average is measured before it is trained
+        for round, (since, until) in zip(trained.rounds, pairwise([*shown, mail.round + 1]), strict=True):
+            self.learner.alone(model, round=round)
+            if any(self.config.evaluates(measured) for measured in range(since, until)):
+                curve.append((since, self._measure(model)))
+        series = {name: [found[name] for _, found in curve] for name in curve[0][1]}
+        series["round"] = [float(round) for round, _ in curve]
+        return self._reply(mail, series=series)
 
     def _pooled(self, mail: Mail) -> Answer:
-        """The ceiling: one model on the private data of all, in a simulation; a deployed peer's limits refuse it."""
+        """The ceiling: one model on the private data of all, in a simulation; a deployed peer's limits refuse it.
+
+        It goes through as many epochs of all data as peers that take turns do of their own, which need not be as many
+        samples as these peers saw together: its number is told beside theirs.
+        """
         self.site = open_pool(self.config, self.place, self.device)
         model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
-        self._learner().local(model, round=0, epochs=epochs)
-        return self._reply(mail, metrics=self._measure(model), facts={"model": self.config.pooled_model})
+        learner = self._learner()
+        learner.local(model, round=0, epochs=epochs)
+        found = self._measure(model) | {"samples_seen": learner.seen}
+        return self._reply(mail, metrics=found, facts={"model": self.config.pooled_model})
 
     @property
     def _chosen_unseen(self) -> bool:
@@ -309,6 +341,7 @@ class Peer:
         bins: Series,
         *,
         memo: Memo,
+        trained: Trained,
         refused: list[str] | None = None,
     ) -> Answer:
         """Predict what travels next, save the state and remember the model.
@@ -318,11 +351,11 @@ class Peer:
         with self.watch.phase("encode"):
             arrays = self._knowledge(mail, model)
         with self.watch.phase("store"):
-            self.store.save(mail.round, model, memo)
+            self.store.save(mail.round, model, memo, trained)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[self._warm_key] = _Warm(mail.round, model, dict(memo))
-        found["refused_letters"] = len(refused or [])
+        found |= {"refused_letters": len(refused or []), "samples_seen": trained.samples}
         if self.private:
             found["epsilon"] = self.private.epsilon
         facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}

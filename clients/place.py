@@ -100,8 +100,13 @@ class Limits:
                 f"Expected at most {self.payload} bytes in a mail (this peer's `max-payload`), got {size}."
             )
 
-    def check(self, config: RunConfig, kind: Kind) -> None:
+    def check(self, config: RunConfig, kind: Kind, round: int = 0) -> None:
         """Refuse settings that ask for more than this peer allows.
+
+        Args:
+            config: the run's settings.
+            kind: what the peer is asked for.
+            round: of the mail: the isolated control does all rounds up to it again.
 
         Raises:
             SettingError: names the setting and the limit.
@@ -114,7 +119,7 @@ class Limits:
         _check_kind(config, kind)
         self._check_privacy(config, kind)
         for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
-            self._check_epochs(_epochs(config, asked))
+            self._check_epochs(_epochs(config, asked, round))
         self.bounds.check(config)
 
     def _check_epochs(self, epochs: Mapping[str, int]) -> None:
@@ -386,7 +391,7 @@ def _check_kind(config: RunConfig, kind: Kind) -> None:
         raise SettingError("strategy", found, "fedavg, fedavg-start distilled where knowledge is to become weights")
 
 
-def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
+def _epochs(config: RunConfig, kind: Kind, round: int) -> dict[str, int]:
     """Return the epochs that a mail costs, by the setting that asks for them.
 
     What trains nothing and still goes through the data counts too: an evaluated round of the isolated control, and a
@@ -397,7 +402,8 @@ def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
         return {"merge-epochs": config.merge_epochs}
     if kind == "isolated":
         ((setting, epochs),) = (distil if config.joint else local).items()
-        return {f"rounds × {setting}": config.rounds * max(1, epochs)}
+        rounds = max(config.rounds, round)  # without a barrier a peer may do more than `rounds`
+        return {f"rounds × {setting}": rounds * max(1, epochs)}
     if kind == "start":
         cold = config.strategy == "fedavg" and not _merges(config)
         return local if cold else {"pretrain-epochs": config.pretrain_epochs}

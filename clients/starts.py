@@ -26,12 +26,12 @@ Of the regimes one has: a tuned peer holds a part of its data out (:mod:`clients
 _MOST_BYTES = 256 * 2**20
 
 State = dict[str, Tensor]
-_kept: "OrderedDict[str, State]" = OrderedDict()  # the process's cache; what it holds can be made again
+_kept: "OrderedDict[str, tuple[State, int]]" = OrderedDict()  # the process's cache; what it holds can be made again
 
 
 def pretrain(
-    model: nn.Module, config: RunConfig, place: Place, versions: tuple[str, ...], train: Callable[[], object]
-) -> None:
+    model: nn.Module, config: RunConfig, place: Place, versions: tuple[str, ...], train: Callable[[], int]
+) -> int:
     """Bring a model to a peer's start: from this process's memory if it trained the same before, else by training.
 
     Args:
@@ -39,19 +39,24 @@ def pretrain(
         config: the run's settings as they hold at the peer.
         place: the peer.
         versions: of its files, as :func:`clients.site.file_versions` returns them.
-        train: trains the model.
+        train: trains the model, and returns the number of private samples that it was trained on.
+
+    Returns:
+        What ``train`` returned, now or then.
     """
     said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
     tuned, own = config.regime == "tuned", (place.model, place.checkpoint, place.dataset, place.held_out)
     key = repr((sorted(said.items()), tuned, place.index, place.of, *own, versions))
     if key in _kept:
-        model.load_state_dict(_kept[key])
+        state, samples = _kept[key]
+        model.load_state_dict(state)
         _kept.move_to_end(key)
-        return
-    train()
-    _kept[key] = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-    while len(_kept) > 1 and sum(_bytes(state) for state in _kept.values()) > _MOST_BYTES:
+        return samples
+    samples = train()
+    _kept[key] = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}, samples
+    while len(_kept) > 1 and sum(_bytes(state) for state, _ in _kept.values()) > _MOST_BYTES:
         _kept.popitem(last=False)
+    return samples
 
 
 def _bytes(state: State) -> int:

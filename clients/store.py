@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,6 +20,23 @@ _KEEP = 2  # the state a round starts from outlives it, so that a round can be r
 
 class StateError(FedkdError):
     """A peer's state is missing or does not fit its model."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a state has been trained on, of the peer's own data: what its isolated control is to do again.
+
+    Attributes:
+        rounds: those in which private batches were drawn, the start not among them, in their order.
+        samples: private samples that were gone through in all, the start's among them, each as often as it was drawn.
+    """
+
+    rounds: tuple[int, ...] = ()
+    samples: int = 0
+
+    def then(self, round: int, samples: int) -> "Trained":
+        """Return what it is after one more round."""
+        return Trained((*self.rounds, round) if samples else self.rounds, self.samples + samples)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -64,10 +82,10 @@ class Store:
         folder: the run's, below the peer's own.
         run: the run's token; a state of another run is not read.
 
-    A state is the model at the end of a round and a few numbers that the peer chose itself, its memo; optimisers
-    live for one phase and random streams are derived. It is one file that is renamed into place: a kill at any
-    moment leaves the old files, or the old files and the new one. Round 0, the peer as it came, is kept for the
-    controls; of the others the newest two.
+    A state is the model at the end of a round, a few numbers that the peer chose itself, its memo, and what the model
+    was trained on; optimisers live for one phase and random streams are derived. It is one file that is renamed into
+    place: a kill at any moment leaves the old files, or the old files and the new one. Round 0, the peer as it came, is
+    kept for the controls; of the others the newest two.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
@@ -99,13 +117,20 @@ class Store:
             )
         return earlier[-1]
 
-    def save(self, round: int, model: nn.Module, memo: Mapping[str, float] | None = None) -> None:
+    def save(
+        self, round: int, model: nn.Module, memo: Mapping[str, float] | None = None, trained: Trained | None = None
+    ) -> None:
         """Write the state of a round; on any error the earlier states stay as they were.
 
         Raises:
             StateError: the disk refuses (full, read-only, gone).
         """
-        head = {"run": self.run, "memo": json.dumps(dict(memo or {}))}
+        trained = trained or Trained()
+        head = {
+            "run": self.run,
+            "memo": json.dumps(dict(memo or {})),
+            "trained": json.dumps([trained.rounds, trained.samples]),
+        }
         try:
             write_whole(self._path(round), lambda partial: save_model(model, str(partial), metadata=head))
         except Exception as error:  # safetensors reports a full disk with an error type of its own
@@ -122,14 +147,32 @@ class Store:
             StateError: the file is missing, damaged or of another architecture.
         """
         try:
-            with safe_open(self._path(round), framework="pt") as file:
-                head = file.metadata()
-            if head["run"] != self.run:
-                raise StateError(f"it belongs to run {head['run']}, not to {self.run}")
+            head = self._head(round)
             load_model(model, self._path(round))
             return dict(json.loads(head["memo"]))
         except Exception as error:
             raise StateError(f"cannot read the state of round {round} in {self.folder}: {error}") from error
+
+    def trained(self, before: int) -> Trained:
+        """Return what the newest state earlier than a round has been trained on; nothing where there is no state.
+
+        Raises:
+            StateError: the file is damaged or of another run.
+        """
+        if not (earlier := [round for round in self.rounds() if round < before]):
+            return Trained()
+        try:
+            rounds, samples = json.loads(self._head(earlier[-1])["trained"])
+            return Trained(tuple(rounds), samples)
+        except Exception as error:
+            raise StateError(f"cannot read the state of round {earlier[-1]} in {self.folder}: {error}") from error
+
+    def _head(self, round: int) -> Mapping[str, str]:
+        with safe_open(self._path(round), framework="pt") as file:
+            head: Mapping[str, str] = file.metadata()
+        if head["run"] != self.run:
+            raise StateError(f"it belongs to run {head['run']}, not to {self.run}")
+        return head
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round:06d}.safetensors"

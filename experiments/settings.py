@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fedkd.config import RunConfig, Scalar
 from fedkd.effect import idle
+from fedkd.rules import numbers
 
 SCENARIO_KEYS = (
     "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
@@ -18,6 +19,9 @@ CONTROL_KEYS = (
     "eval-every", "device", "threads", "fast", "compiled", "seed",
 )  # fmt: skip
 """Settings on which every control depends; :func:`control_group` has what else a control depends on."""
+
+_SAME_RUN = {"out-dir", "run-name", "controls", "resume", "trials"}
+"""Settings that say where a run lies and what is added to it."""
 
 NO_VARIANT = {
     *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
@@ -80,9 +84,21 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
         return (*common, held_out, settings["pooled-model"], settings["local-epochs"])
     joint = config_of(settings).joint
     steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
-    present = effective(settings, ("participation", "mode", "updates", "max-seconds"))
+    present = settings["participation"], settings["round-timeout"]
+    averages = settings["fedavg-start"] if settings["strategy"] == "fedavg" else None  # in which rounds it trains
     scratch = settings["fedavg-model"] if from_scratch(settings) else None
-    return (*common, held_out, *present, joint, *steps, scratch)
+    everything = tuple(v for k, v in settings.items() if k not in _SAME_RUN) if _decides_alone(settings) else ()
+    return (*common, held_out, *present, joint, *steps, averages, scratch, *everything)
+
+
+def _decides_alone(settings: Mapping[str, Scalar]) -> bool:
+    """Tell whether no other trial can know in which rounds a trial's peers train on private data.
+
+    Without a barrier those learn again who answer first; and where labels share the steps, a search may choose a weight
+    that leaves none to them.
+    """
+    searched = settings["regime"] == "tuned" and config_of(settings).joint
+    return settings["mode"] == "async" or (searched and max(numbers(str(settings["tune-weights"]))) >= 1)
 
 
 def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scalar | None, ...]]:
@@ -96,7 +112,7 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
     if name != "isolated" or settings["strategy"] != "fedavg":
         return [own]
     beside = control_group({**settings, "strategy": "averaged"}, name)
-    return list(dict.fromkeys((beside, (*own[:-1], None), own)))
+    return list(dict.fromkeys((beside, control_group({**settings, "fedavg-start": "distilled"}, name), own)))
 
 
 def from_scratch(settings: Mapping[str, Scalar]) -> bool:

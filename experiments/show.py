@@ -75,7 +75,7 @@ def _peers(run: Run) -> Any:
 def _curves(run: Run) -> Any:
     from rich.table import Table
 
-    from strategies.console import size
+    from strategies.console import pooled_line, size
 
     table = Table(box=None, title="by round", title_justify="left")
     for name in ("round", "mean", "worst", "spread", "ECE", "NLL", "Brier", "bytes so far", "seconds so far"):
@@ -90,6 +90,8 @@ def _curves(run: Run) -> Any:
     table.caption = ", ".join(
         f"{name} {_share(run.control(name))}" for name in ("isolated", "pooled") if math.isfinite(run.control(name))
     )
+    if seen := pooled_line(_number(run.summary, "pooled_samples_seen"), _number(run.summary, "samples_seen")):
+        table.caption += f"; {seen}"
     return table
 
 

@@ -141,6 +141,17 @@ class Run:
         value = self.summary.get(name)
         return math.nan if value is None else float(value)
 
+    def isolated(self, what: str) -> float:
+        """Return the peers' mean of what was measured of their isolated controls (``ece``, ...); NaN without them."""
+        found = [peer.get("isolated_measures", {}).get(what) for peer in self.summary.get("peers", ())]
+        values = [float(value) for value in found if value is not None]
+        return fmean(values) if values else math.nan
+
+    @property
+    def schedule(self) -> Mapping[tuple[str, int], float]:
+        """Return, by peer and round, on how many private samples a peer had been trained, where it told."""
+        return {(row.peer, row.round): row.samples_seen for row in self.rows if math.isfinite(row.samples_seen)}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -211,6 +222,8 @@ class Study:
         common: settings that all runs share and that are not the defaults.
         varied: settings that differ between variants.
         repeated: a sentence for each run that is left out, as another has the same settings and seed.
+        uncontrolled: a sentence for each run whose peers trained in other rounds than those of the run that was to
+            serve it with its isolated control.
     """
 
     scenarios: tuple[Scenario, ...]
@@ -218,6 +231,7 @@ class Study:
     common: Mapping[str, Scalar]
     varied: tuple[str, ...]
     repeated: tuple[str, ...] = ()
+    uncontrolled: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Run, ...]:
@@ -227,7 +241,7 @@ class Study:
     @property
     def problems(self) -> list[str]:
         """Return everything that could not be read, and what is left out because it is there twice."""
-        return [problem for run in self.runs for problem in run.problems] + list(self.repeated)
+        return [problem for run in self.runs for problem in run.problems] + [*self.repeated, *self.uncontrolled]
 
     def in_every_scenario(self) -> dict[str, dict[tuple[int, int], float]]:
         """Return the final accuracies, by (scenario, seed), of what was compared in every scenario, by label."""
@@ -316,7 +330,8 @@ def study(runs: Sequence[Run]) -> Study:
         and runs[0].settings[key] != defaults[key]
     }
     scenarios = tuple(_scenario(members, scenic, varied) for members in groups.values())
-    return Study(scenarios, tuple(runs), common, varied, tuple(_repeated(runs, scenarios)))
+    uncontrolled = tuple(_uncontrolled(scenarios))
+    return Study(scenarios, tuple(runs), common, varied, tuple(_repeated(runs, scenarios)), uncontrolled)
 
 
 def differing(variants: Sequence[Variant]) -> list[str]:
@@ -400,13 +415,36 @@ def _carriers(runs: Sequence[Run], name: str) -> dict[tuple[Scalar | None, ...],
 
 
 def _serving(runs: Mapping[int, Run], name: str, carriers: Mapping[tuple[Scalar | None, ...], Run]) -> dict[int, Run]:
-    """Return by seed the run whose control serves a variant's run."""
+    """Return by seed the run whose control serves a variant's run: its own, or that of one whose peers did the same."""
     found = {}
     for seed, run in runs.items():
+        averages = run.settings["strategy"] == "fedavg"  # measured against the peers' own models: of another schedule
+        if not averages and math.isfinite(run.control(name)):
+            found[seed] = run
+            continue
         carrier = next((carriers[of] for of in control_groups(run.settings, name) if of in carriers), None)
-        if carrier:
+        if carrier and (averages or name == "pooled" or _alike(run, carrier)):
             found[seed] = carrier
     return found
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Tell whether the peers of two runs were trained on private data in the same rounds, as far as they tell."""
+    return not run.schedule or not other.schedule or run.schedule == other.schedule
+
+
+def _uncontrolled(scenarios: Iterable[Scenario]) -> Iterable[str]:
+    for scenario in scenarios:
+        runs = [run for variant in scenario.variants for run in variant.runs.values()]
+        carriers = _carriers(runs, "isolated")
+        for variant in scenario.variants:
+            for seed in variant.runs.keys() - variant.isolated.keys():
+                run = variant.runs[seed]
+                if carrier := carriers.get(control_group(run.settings, "isolated")):
+                    yield (
+                        f"{run.path}: not held against isolated peers, since its own trained in other rounds than "
+                        f"those of {carrier.path}, whose control it was to share"
+                    )
 
 
 def _isolated_by_peer(runs: Iterable[Run]) -> dict[str, float]:

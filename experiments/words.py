@@ -136,6 +136,7 @@ def how_to_read(scenario: Scenario) -> str:
             parts.append(f"{name.capitalize()}: {share(fmean(one.values()))}.")
         elif any(getattr(variant, name) for variant in scenario.variants):
             parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
+    parts += _samples_seen(scenario)
     parts.append(
         "Means over seeds, at the last measurement. Gain: over the models that the peers came with. Over isolated: "
         "final accuracy less that of the same peers without exchange, paired by seed, in points. Spread: standard "
@@ -145,6 +146,18 @@ def how_to_read(scenario: Scenario) -> str:
         "peers. Bold: the best of a column."
     )
     return " ".join(parts)
+
+
+def _samples_seen(scenario: Scenario) -> Iterator[str]:
+    """Say on how much private data the pooled models were trained, and the peers beside them."""
+    runs = [run for variant in scenario.variants for run in variant.runs.values()]
+    pooled, peers = (
+        sorted({float(value) for run in runs if (value := run.summary.get(name)) is not None})
+        for name in ("pooled_samples_seen", "samples_seen")
+    )
+    if pooled and peers:
+        ours, theirs = (f"{n[0]:,.0f}" + (f" to {n[-1]:,.0f}" if len(n) > 1 else "") for n in (pooled, peers))
+        yield f"Pooled was trained on {ours} private samples, repeats counted, the peers together on {theirs}."
 
 
 def about_noise(scenario: Scenario, telling: Mapping[str, int], compared: int) -> str:

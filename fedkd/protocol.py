@@ -23,7 +23,9 @@ Kind = Literal["introduce", "start", "learn", "isolated", "pooled", "merge"]
 Scalar = str | int | float | bool
 Arrays = Mapping[str, np.ndarray]
 
-SERIES = ("test_accuracy", "confidence", "accuracy", "samples")
+SERIES = (
+    "round", "test_accuracy", "own_accuracy", "test_loss", "ece", "brier", "confidence", "accuracy", "samples",
+)  # fmt: skip
 """What an answer may hold series of: the isolated control's curve, and the bins of a reliability diagram."""
 
 _LETTER = "letter."
@@ -120,12 +122,11 @@ class Mail:
 
     Attributes:
         kind: what the peer is asked to do.
-        round: the round, counted from 1; 0 is the start.
+        round: the round, counted from 1; 0 is the start. Of the isolated control the last one it may go up to.
         settings: the run's settings.
         run: a token of this run, the same when it is resumed: state and sealed mail of another run are refused.
         letters: the knowledge of the peer's teachers.
         keys: the public keys of all peers in hex, by name in the order of their indices, when mail is sealed.
-        rounds: for the isolated control, the rounds in which the peer took part.
         state_dir: where a simulated peer keeps its state; a deployed peer uses its own folder and ignores it.
     """
 
@@ -136,7 +137,6 @@ class Mail:
     letters: tuple[Letter, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     state_dir: str = ""
-    rounds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Answer:
         round: the round of the mail it answers.
         facts: text and whole numbers about the peer (its introduction).
         metrics: numbers it measured; NaN stands for "not measured in this round".
-        series: metrics by round (the isolated control's curve).
+        series: metrics by `round` (the isolated control's curve).
         arrays: its knowledge as the codec encoded it; empty where none was asked for.
         error: why the peer refused the mail; empty if it did not.
     """
@@ -182,7 +182,6 @@ def pack_mail(mail: Mail, *, seat: int | None = None) -> RecordDict:
                     "round": mail.round,
                     "run": mail.run,
                     "state-dir": mail.state_dir,
-                    "rounds": list(mail.rounds),
                 }
             ),
             "settings": ConfigRecord(dict(mail.settings)),
@@ -234,7 +233,6 @@ def unpack_mail(content: RecordDict) -> Mail:
         letters,
         {name: _text(keys, name) for name in keys},
         _text(head, "state-dir"),
-        tuple(_round(round) for round in _list(head, "rounds", int)),
     )
 
 

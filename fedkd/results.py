@@ -24,10 +24,11 @@ _PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "flwr-datasets", "s
 class Row:
     """One line of ``rounds.jsonl``: one peer in one round. NaN becomes null.
 
-    ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time), ``refused`` (its
-    knowledge could not be used) or ``absent`` (not drawn for this round); ``error`` has the reason. ``epsilon`` is what
-    the peer's published knowledge amounts to so far, with the run's ``privacy-delta``. ``run`` is the token of the run,
-    which the folder adds.
+    ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time; what was measured is
+    there if the answer came afterwards), ``refused`` (its knowledge could not be used) or ``absent`` (not drawn for
+    this round); ``error`` has the reason. ``epsilon`` is what the peer's published knowledge amounts to so far, with
+    the run's ``privacy-delta``; ``samples_seen`` counts the private samples that the peer was trained on so far, each
+    as often as it was drawn; ``run`` is the token of the run, which the folder adds.
     """
 
     round: int
@@ -47,10 +48,22 @@ class Row:
     temperature: float = math.nan
     kd_weight: float = math.nan
     epsilon: float = math.nan
+    samples_seen: float = math.nan
     refused_letters: int = 0
     status: str = "ok"
     error: str = ""
     run: str = ""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of a model on the test set, as in a :class:`Row`."""
+
+    test_accuracy: float = math.nan
+    own_accuracy: float = math.nan
+    test_loss: float = math.nan
+    ece: float = math.nan
+    brier: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,11 @@ class PeerSummary:
         parameters: trainable parameters.
         samples: private samples that it trains on; ``held_out``: those that it never trains on.
         before: test accuracy before round 1; ``after``: at the last measurement; ``own_*``: on its own classes.
-        isolated: final test accuracy of the same peer with local training only; NaN without that control.
+        isolated: test accuracy of the same peer with local training only, after the same private batches as it had
+            seen at its own last measurement; NaN without that control.
+        isolated_measures: all that was measured of that control then.
         temperature: the one it ended with; ``kd_weight`` likewise.
+        samples_seen: private samples that it was trained on, as in a :class:`Row`; NaN if it does not tell.
         failures: rounds by status, where that was not ``ok``.
     """
 
@@ -77,8 +93,10 @@ class PeerSummary:
     own_before: float
     own_after: float
     isolated: float = math.nan
+    isolated_measures: Measures = Measures()
     temperature: float = math.nan
     kd_weight: float = math.nan
+    samples_seen: float = math.nan
     failures: Mapping[str, int] = field(default_factory=dict)
     held_out: int = 0
 
@@ -95,8 +113,10 @@ class Summary:
     Attributes:
         peers: one entry per peer.
         isolated: mean final accuracy of the same peers with local training only; NaN without that control.
-        isolated_by_round: its mean by round, from round 0; empty without that control.
+        isolated_by_round: its mean by round, from round 0; empty without that control. A peer that did not take part in
+            a round, or under `async` did fewer rounds than others, stands where it stood.
         pooled: final accuracy of one model on all private data; NaN without that control.
+        pooled_samples_seen: private samples it was trained on; ``samples_seen``: all peers together.
         totals: rounds, bytes and seconds of the whole run.
         round_seconds: wall time of every round, from round 0; empty under `async`.
         classes: their names, in the order of the logits.
@@ -110,6 +130,8 @@ class Summary:
     isolated_by_round: Sequence[float] = ()
     pooled: float = math.nan
     pooled_model: str = ""
+    pooled_samples_seen: float = math.nan
+    samples_seen: float = math.nan
     totals: Mapping[str, float] = field(default_factory=dict)
     round_seconds: Sequence[float] = ()
     classes: Sequence[str] = ()
@@ -215,6 +237,13 @@ class RunFolder:
         content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
         content["gain_over_isolated"] = summary.gain_over_isolated
         self._write("summary.json", content)
+
+    def replace_rows(self, rows: Mapping[int, Row]) -> None:
+        """Put rows in the place of earlier ones, by the number of their line from 0."""
+        lines = self._lines("rounds.jsonl")
+        for number, row in rows.items():
+            lines[number] = row_line(row).rstrip("\n")
+        self._write_text("rounds.jsonl", "".join(line + "\n" for line in lines))
 
     def append_reliability(self, round: int, peer: str, bins: Mapping[str, Sequence[float]]) -> None:
         """Append the bins of one peer's reliability diagram to ``reliability.jsonl``."""

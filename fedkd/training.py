@@ -24,6 +24,9 @@ Beside = Callable[[Tensor], Tensor]
 """A further loss of a batch of proxy indices ``[B]``, called right after the model has seen that batch."""
 
 
+Drawn = Callable[[Tensor], object]
+"""Told the indices ``[B]`` of every batch of labelled data, as it is drawn."""
+
 Losses = tuple[Tensor, Tensor]
 """The loss of a batch to descend on, and the one to report; both scalars."""
 
@@ -87,7 +90,16 @@ def batches(count: int, size: int, generator: torch.Generator, device: torch.dev
     yield from chunks
 
 
-def fit(model: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, how: Optimization, seed: int) -> float:
+def fit(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    how: Optimization,
+    seed: int,
+    drawn: Drawn | None = None,
+) -> float:
     """Train on labelled data with cross-entropy, in place.
 
     Args:
@@ -97,12 +109,15 @@ def fit(model: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, how: O
         epochs: passes over the data.
         how: the optimiser and its settings.
         seed: of the batch order and of dropout.
+        drawn: see :data:`Drawn`.
 
     Returns:
         The mean loss of the last epoch in nats; NaN if there was none.
     """
 
     def losses(batch: Tensor) -> Losses:
+        if drawn is not None:
+            drawn(batch)
         loss = F.cross_entropy(forward(model, inputs[batch], fast=how.fast), labels[batch])
         return loss, loss
 
@@ -155,6 +170,7 @@ def fit_and_distil(
     how: Optimization,
     seed: int,
     beside: Beside | None = None,
+    drawn: Drawn | None = None,
 ) -> float:
     """Train on labels and towards teachers in every step, in place.
 
@@ -170,11 +186,12 @@ def fit_and_distil(
         how: the optimiser and its settings.
         seed: of the batch orders and of dropout.
         beside: a loss that is added, see :data:`Beside`.
+        drawn: see :data:`Drawn`; where the labels' loss weighs nothing none is drawn.
 
     Returns:
         The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
-    own_loss = _endless_labels(model, *private, how=how, seed=seed)
+    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn)
 
     def losses(batch: Tensor) -> Losses:
         divergence = distillation(forward(model, proxy[batch], fast=how.fast), teachers[batch])
@@ -189,7 +206,14 @@ def fit_and_distil(
 
 
 def fit_alone(
-    model: nn.Module, private: tuple[Tensor, Tensor], *, proxy_count: int, epochs: int, how: Optimization, seed: int
+    model: nn.Module,
+    private: tuple[Tensor, Tensor],
+    *,
+    proxy_count: int,
+    epochs: int,
+    how: Optimization,
+    seed: int,
+    drawn: Drawn | None = None,
 ) -> float:
     """Train as :func:`fit_and_distil` does, on the same private batches, without teachers: the control beside it.
 
@@ -200,11 +224,12 @@ def fit_alone(
         epochs: passes over those.
         how: the optimiser and its settings.
         seed: that of the other.
+        drawn: see :data:`Drawn`.
 
     Returns:
         The mean loss of the last pass in nats; NaN if there was none.
     """
-    own_loss = _endless_labels(model, *private, how=how, seed=seed)
+    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn)
 
     def losses(batch: Tensor) -> Losses:
         loss = own_loss()
@@ -214,14 +239,16 @@ def fit_alone(
 
 
 def _endless_labels(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, how: Optimization, seed: int
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, how: Optimization, seed: int, drawn: Drawn | None
 ) -> Callable[[], Tensor]:
     """Return what gives the cross-entropy of one private batch after another, the data gone through again and again."""
     order = torch.Generator().manual_seed(derive(seed, "private"))
-    drawn = chain.from_iterable(batches(len(inputs), how.batch_size, order, inputs.device) for _ in repeat(None))
+    endless = chain.from_iterable(batches(len(inputs), how.batch_size, order, inputs.device) for _ in repeat(None))
 
     def loss() -> Tensor:
-        own = next(drawn)
+        own = next(endless)
+        if drawn is not None:
+            drawn(own)
         return F.cross_entropy(forward(model, inputs[own], fast=how.fast), labels[own])
 
     return loss

@@ -87,7 +87,19 @@ def summary_table(summary: Summary) -> str:
     console = Console(width=_WIDTH, force_terminal=False, no_color=True, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
+    lines = [line.rstrip() for line in captured.get().rstrip().splitlines()]
+    return "\n".join([*lines, *filter(None, [pooled_line(summary.pooled_samples_seen, summary.samples_seen)])])
+
+
+def pooled_line(pooled: float, peers: float) -> str:
+    """Return on how many private samples the pooled control was trained, and its peers; empty if that is not known.
+
+    >>> pooled_line(28000, 35000)
+    'pooled: trained on 28,000 private samples, repeats counted; the peers together on 35,000'
+    """
+    if not math.isfinite(pooled + peers):
+        return ""
+    return f"pooled: trained on {pooled:,.0f} private samples, repeats counted; the peers together on {peers:,.0f}"
 
 
 def topology_line(topology: Topology) -> str:

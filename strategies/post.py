@@ -62,7 +62,7 @@ class Post:
         grid: Flower's.
         time_to_live: seconds after which an unanswered message is dropped, by Flower, and by the peer, which ends what
             still works on it. In a simulation nothing ends that work, so messages live as long as the run: a peer
-            that were given another one meanwhile would work on both at once.
+            that were given another one meanwhile would work on both at once. It is that of a round's mail.
         window: how many messages may be under way at once; None: as many as suit a simulation, in a simulation, and
             no bound where messages travel.
 
@@ -77,7 +77,7 @@ class Post:
         self.simulated = hasattr(grid, "state")
         self._time_to_live = _LONGEST_RUN if self.simulated else time_to_live
         self._window = window or (Window() if self.simulated else Window.unbounded())
-        self._outbox: dict[int, Mail] = {}  # by node, until there is room for it in the window
+        self._outbox: dict[int, tuple[Mail, float]] = {}  # by node, with its time to live, until there is room for it
         self._handed_in: dict[int, float] = {}  # by node, when the last mail came to be sent
         self._pending: dict[str, _Sent] = {}  # by message id
         self._undelivered: list[Receipt] = []
@@ -108,15 +108,21 @@ class Post:
         """Return the bytes of the mail of a round to which a node owes a reply; 0 if it owes none."""
         return sum(s.bytes_down for s in self._pending.values() if s.node == node and s.mail.round == round)
 
-    def send(self, mails: Mapping[int, Mail]) -> None:
+    def send(self, mails: Mapping[int, Mail], *, rounds: int = 1) -> None:
         """Push one mail to each peer, as far as there is room; the rest follows while replies are waited for.
 
         None of the peers may be busy. A message that Flower does not take (the node has gone, or it is too large) comes
         back as an error.
+
+        Args:
+            mails: by address.
+            rounds: for the work of how many rounds a mail asks: it lives as much longer.
         """
         if owing := self.busy() & mails.keys():
             raise ValueError(f"peers {sorted(owing)} still owe a reply")
-        self._outbox.update(mails)
+        self._outbox.update(
+            {node: (mail, min(_LONGEST_RUN, rounds * self._time_to_live)) for node, mail in mails.items()}
+        )
         self._handed_in.update(dict.fromkeys(mails, time.monotonic()))
         self._fill()
 
@@ -125,12 +131,12 @@ class Post:
             node = next(iter(self._outbox))
             if (host := self._hosts.take(node)) is None:
                 break
-            self._push(node, host, self._outbox.pop(node))
+            self._push(node, host, *self._outbox.pop(node))
 
-    def _push(self, node: int, host: int, mail: Mail) -> None:
+    def _push(self, node: int, host: int, mail: Mail, time_to_live: float) -> None:
         content = pack_mail(mail, seat=self._hosts.seat(node))
         sent = _Sent(node, host, mail, wire_bytes(content), time.monotonic())
-        message = Message(content, host, PEER_MESSAGE, ttl=self._time_to_live)
+        message = Message(content, host, PEER_MESSAGE, ttl=time_to_live)
         # One by one: where Flower leaves out a message of many, it does not say which.
         ids = list(self._grid.push_messages([message]))
         if len(ids) == 1 and ids[0]:

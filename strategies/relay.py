@@ -49,6 +49,7 @@ class Relay:
     Attributes:
         rows: all rows so far.
         ledger: what it needs to go on.
+        late: rows of answers that came after their round had closed, until they are written.
 
     Raises:
         RelayError: other peers are here than were before the run was stopped.
@@ -74,6 +75,7 @@ class Relay:
         self._settings = config.to_mapping()
         self.ledger = Ledger.load(folder.path) if resume else Ledger()
         self.rows: list[Row] = folder.rewind(self.ledger.round) if resume else []
+        self.late: list[Row] = []
         _refuse_other_peers(self.rows, members)
         self._began = (time.monotonic() if began is None else began) - self.ledger.elapsed
         self._bytes_before = self.ledger.bytes_up - post.bytes_up, self.ledger.bytes_down - post.bytes_down
@@ -103,10 +105,10 @@ class Relay:
         self.post.send(mails)
         return self.post.receive(mails, deadline=time.monotonic() + self.config.round_timeout)
 
-    def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = (), rounds: tuple[int, ...] = ()) -> Mail:
+    def mail(self, kind: Kind, round: int, letters: tuple[Letter, ...] = ()) -> Mail:
         """Return a mail with this run's settings."""
         state_dir = str(self._folder.path / "peers")
-        return Mail(kind, round, self._settings, self._run_token, letters, self._keys, state_dir, rounds)
+        return Mail(kind, round, self._settings, self._run_token, letters, self._keys, state_dir)
 
     def round_mail(self, m: Member, round: int) -> Mail:
         """Return a peer's mail of a round: what it is to learn from, or once more the start if it has not started."""
@@ -118,6 +120,10 @@ class Relay:
         """Return the peers that have a state and owe no reply."""
         busy = self.post.busy()
         return [m for m in self.members if m.index in self.ledger.started and m.node not in busy]
+
+    def last_round(self, m: Member) -> int:
+        """Return the last round that a peer has had mail of, by its own count where there is no barrier."""
+        return max((row.round for row in self.rows if row.peer == m.name), default=0)
 
     def member(self, receipt: Receipt) -> Member:
         """Return who sent a reply."""
@@ -151,8 +157,28 @@ class Relay:
             self._bins.append((answer.round, m.name, answer.series))
         return replace(row, error=str(answer.facts.get("refused", ""))[:_LONGEST_TEXT])
 
+    def accept_late(self, receipt: Receipt, *, bytes_up: int = 0) -> None:
+        """Accept an answer whose round has closed; what it says goes into the row of that round when rows are written.
+
+        Args:
+            receipt: holds the answer.
+            bytes_up: what that row is charged; 0 where the bytes count in the round in which they came.
+        """
+        row = self.accept(receipt)
+        missed = f"no answer within {self.config.round_timeout:g} s"
+        error = f"{missed}; later: {row.error}" if row.error else f"{missed}, but later"
+        self.late.append(replace(row, status="late", error=error[:_LONGEST_TEXT], bytes_up=bytes_up))
+
     def record(self, rows: Sequence[Row]) -> None:
         """Write rows and what came with them, before anything that could fail."""
+        late, self.late = self.late, []
+        places = {(row.peer, row.round): place for place, row in enumerate(self.rows)} if late else {}
+        found = {place: row for row in late if (place := places.get((row.peer, row.round))) is not None}
+        for place, row in found.items():
+            self.rows[place] = replace(row, bytes_up=self.rows[place].bytes_up + row.bytes_up)
+        if found:
+            self._folder.replace_rows({place: self.rows[place] for place in found})
+        rows = [*rows, *(row for row in late if (row.peer, row.round) not in places)]
         self.rows += rows
         self._folder.append(rows)
         for bins in self._bins:
@@ -161,14 +187,6 @@ class Relay:
         self._bins, self._spent = [], []
         up, down = self._bytes_before
         self.ledger.bytes_up, self.ledger.bytes_down = up + self.post.bytes_up, down + self.post.bytes_down
-
-    def attended(self) -> dict[str, tuple[int, ...]]:
-        """Return the rounds in which each peer learned, by its name."""
-        found: dict[str, list[int]] = {m.name: [] for m in self.members}
-        for row in self.rows:
-            if row.status in ("ok", "refused") and row.round:
-                found[row.peer].append(row.round)
-        return {name: tuple(rounds) for name, rounds in found.items()}
 
     def _run_round(self, round: int) -> None:
         began = time.monotonic()
@@ -180,10 +198,11 @@ class Relay:
         late: dict[int, int] = {}
         rows: dict[int, Row] = {}
         for receipt in self.exchange(mails):
-            index, row = self.member(receipt).index, self.accept(receipt)
+            index = self.member(receipt).index
             if receipt.mail.round == round:
-                rows[index] = row
+                rows[index] = self.accept(receipt)
             else:
+                self.accept_late(receipt)
                 late[index] = receipt.bytes_up  # its own round has closed; the bytes count where they came
         for m in self.members:
             silent = self._silent(m, round, absent=m.index not in drawn | busy)
@@ -213,7 +232,7 @@ class Relay:
         problem = f"no answer within {self.config.round_timeout:g} s"
         for receipt in self.exchange({merging.node: self.mail("merge", 1, letters)}):
             if receipt.mail.kind != "merge":
-                self.accept(receipt)
+                self.accept_late(receipt)
             elif receipt.answer is None or receipt.error:
                 problem = receipt.error
             else:

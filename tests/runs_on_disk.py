@@ -1,19 +1,22 @@
 """Run folders with made-up numbers, as a finished run leaves them, for the tests of what reads them."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from fedkd.config import RunConfig
 from fedkd.protocol import Letter
-from fedkd.results import PeerSummary, Row, RunFolder, Summary
+from fedkd.results import Measures, PeerSummary, Row, RunFolder, Summary
 from strategies.ledger import Ledger
 
 
-def make_run(path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pooled=0.95, **settings) -> Path:
+def make_run(
+    path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pooled=0.95, samples_seen=(), **settings
+) -> Path:
     """Write the folder of a run whose peers had these test accuracies, ``[round][peer]``.
 
-    Losses and Brier scores are their complement.
+    Losses and Brier scores are their complement; ``samples_seen`` by round, the same of every peer.
     """
     changed = {name.replace("_", "-"): value for name, value in settings.items()}
     config = RunConfig.from_mapping({"rounds": len(accuracies) - 1, **changed})
@@ -25,6 +28,7 @@ def make_run(path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pool
         folder.append([
             Row(round, peer, "mlp", [], test_accuracy=accuracy, own_accuracy=accuracy, ece=0.1,
                 test_loss=1 - accuracy, brier=1 - accuracy,
+                samples_seen=samples_seen[round] if samples_seen else math.nan,
                 bytes_up=bytes_per_round // 2, bytes_down=bytes_per_round // 2)
             for peer, accuracy in zip(peers, found, strict=True)
         ])  # fmt: skip
@@ -32,8 +36,9 @@ def make_run(path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pool
     for peer in peers:
         folder.append_reliability(0, peer, bins)
         folder.append_reliability(config.rounds, peer, bins)
+    alone = Measures(isolated, isolated, test_loss=1 - isolated, ece=0.2, brier=1 - isolated)
     entries = [
-        PeerSummary(peer, "mlp", 10, 20, first, last, first, last, isolated=isolated)
+        PeerSummary(peer, "mlp", 10, 20, first, last, first, last, isolated=isolated, isolated_measures=alone)
         for peer, first, last in zip(peers, accuracies[0], accuracies[-1], strict=True)
     ]
     spent = bytes_per_round // 2 * len(peers) * len(accuracies)

@@ -55,6 +55,12 @@ def without_metric(name):
     return change
 
 
+def curve(**values):
+    """Replace an isolated control's curve: right but for what is given."""
+    right = {name: [0.5, 0.5] for name in ("test_accuracy", "own_accuracy", "test_loss", "ece", "brier")}
+    return series(**{"round": [0.0, 1.0], **right, **values})
+
+
 def series(**values):
     return lambda content: content.update({"series": MetricRecord(values)})
 
@@ -142,13 +148,20 @@ def test_fedavg_refuses_by_name_what_does_not_fit_its_average(tmp_path, change):
     "spoil",
     [
         series(),
-        series(test_accuracy=[]),
-        series(test_accuracy=[0.5]),
-        series(test_accuracy=[0.5] * 4),
-        series(test_accuracy=[0.5, 1e308]),
-        series(test_accuracy=[0.5, 1.001]),
-        series(test_accuracy=[-0.001, 0.5]),
+        series(test_accuracy=[0.5, 0.5]),
         series(confidence=[0.5, 0.5]),
+        curve(round=[]),
+        curve(round=[1.0, 0.0]),
+        curve(round=[0.0, 0.0]),
+        curve(round=[0.0, 0.5]),
+        curve(round=[0.0, 2.0]),
+        curve(round=[0.0, 1.0, 1.0]),
+        curve(test_accuracy=[0.5]),
+        curve(test_accuracy=[0.5] * 4),
+        curve(test_accuracy=[0.5, 1.001]),
+        curve(test_accuracy=[-0.001, 0.5]),
+        curve(test_accuracy=[0.5, 1e308]),
+        curve(test_accuracy=[0.5, math.nan]),
         lambda content: content.update({"answer": ConfigRecord({**content["answer"], "error": "no"})}),
     ],
 )
@@ -161,6 +174,14 @@ def test_an_isolated_control_without_a_curve_costs_its_own_number_only(tmp_path,
     own = [peer["isolated"] for peer in run.summary()["peers"]]
     assert own[1] is None and run.summary()["isolated"] == pytest.approx((own[0] + own[2]) / 2)
     assert len(run.summary()["isolated_by_round"]) == 2
+
+
+def test_what_a_control_cannot_have_measured_is_left_out_of_it(tmp_path):
+    grid = tampered(local_grid(tmp_path, 3), curve(ece=[0.5, 2.0], test_loss=[1.0, 1e300]), kind="isolated")
+
+    found = federate(tmp_path, 3, grid=grid, controls="isolated", rounds=1).summary()["peers"][1]["isolated_measures"]
+
+    assert found == {"test_accuracy": 0.5, "own_accuracy": 0.5, "test_loss": None, "ece": None, "brier": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +233,7 @@ def test_nothing_that_a_peer_says_stops_the_printing_and_drawing(tmp_path, name,
         PeerSummary("peer-1", "mlp", 1, 1, 0.25, 0.5, 0.25, 0.5),
     ]
     totals = {"rounds": 2, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
-    summary = Summary(peers, value, [value] * 3, value, name, totals)
+    summary = Summary(peers, value, [value] * 3, pooled=value, pooled_model=name, totals=totals)
 
     lines = round_line(1, 2, rows[:1] + rows[3:4], [1.0, 1.0]).splitlines()
     assert "max 25.0%" in lines[0] or value == 0.5

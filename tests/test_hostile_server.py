@@ -34,7 +34,7 @@ def ask(site, root, kind, *, round=0, letters=(), run="run", **settings):
     """Send one mail to a deployed peer in this process."""
     config = replace(SETTINGS, **settings)
     place = Place.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
-    mail = Mail(kind, round, config.to_mapping(), run, letters, rounds=(1, 2))
+    mail = Mail(kind, round, config.to_mapping(), run, letters)
     return unpack_answer(answer(pack_mail(mail), place, Peer))
 
 

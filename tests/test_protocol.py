@@ -187,7 +187,7 @@ def spoiled_answer(record, value):
         (spoiled_answer("facts", ConfigRecord({"samples": [1, 2]})), "fact `samples`"),
         (spoiled_answer("metrics", MetricRecord({str(i): 1.0 for i in range(1000)})), "at most 64 metrics"),
         (spoiled_answer("metrics", MetricRecord({"ece": 10**400})), "metric `ece`"),
-        (spoiled_answer("series", MetricRecord({"round": [1.0]})), "series `round`"),
+        (spoiled_answer("series", MetricRecord({"weights": [1.0]})), "series `weights`"),
         (spoiled_answer("series", MetricRecord({"accuracy": [1.0] * 65})), "series `accuracy`"),
         (spoiled_answer("series", MetricRecord({"accuracy": 1.0})), "series `accuracy`"),
         (spoiled_answer("knowledge", ArrayRecord({"x" * 300: Array(LOGITS)})), "`knowledge`"),

@@ -80,6 +80,7 @@ def test_a_comparison_becomes_one_row_for_each_trial_and_measured_round(tmp_path
     last = frame[(frame["divergence"] == "sed") & (frame["seed"] == 1) & (frame["round"] == 1)].iloc[0]
     assert last["accuracy"] == pytest.approx(0.85) and last["worst"] == 0.8 and last["spread"] == pytest.approx(0.05)
     assert last["nll"] == pytest.approx(0.15) and last["bytes"] == 4000 and last["isolated"] == 0.4
+    assert [last[f"isolated_{name}"] for name in ("ece", "nll", "brier")] == pytest.approx([0.2, 0.6, 0.6])
 
 
 def test_a_target_that_was_never_reached_stays_in_the_table(tmp_path):

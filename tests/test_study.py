@@ -349,6 +349,22 @@ def test_a_control_serves_every_variant_that_differs_only_in_the_exchange(tmp_pa
     assert scenario.control("isolated") == {0: 0.45}
 
 
+@pytest.mark.parametrize(("seen", "shares"), [([20, 40], True), ([20, 20], False), ([], True)])
+def test_a_variant_whose_peers_trained_in_other_rounds_is_held_against_no_control_of_others(tmp_path, seen, shares):
+    """A peer that was always late trained less than the control that its trial was to share; old runs do not tell."""
+    runs = [
+        with_control(tmp_path / "carrier", 0.45, divergence="kl", samples_seen=[20, 40]),
+        with_control(tmp_path / "other", math.nan, divergence="js", samples_seen=seen),
+    ]
+
+    found = study(runs)
+
+    assert [variant.isolated for variant in found.scenarios[0].variants] == [{0: 0.45}, {0: 0.45} if shares else {}]
+    assert [f"{tmp_path / 'other'}: not held against isolated peers" in problem for problem in found.problems] == [
+        True
+    ] * (not shares)
+
+
 def test_averaging_from_scratch_is_held_against_the_peers_own_models_if_they_ran_alone(tmp_path):
     cold = [
         with_control(tmp_path / model, level, strategy="fedavg", fedavg_model=model)

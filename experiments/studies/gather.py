@@ -10,6 +10,7 @@ from experiments.settings import effective
 from experiments.study import Run, read_run
 
 _OUTCOMES = ("round", "accuracy", "worst", "spread", "ece", "bytes")
+_CALIBRATION = {"ece": "ece", "nll": "test_loss", "brier": "brier"}
 _ALWAYS = {"partition", "seed"}
 _NEVER = {"out-dir", "run-name", "controls", "resume", "trials", "data-dir", "peers"}
 
@@ -20,8 +21,8 @@ def gather(folder: Path) -> pd.DataFrame:
     Returns:
         One column for each setting in which the trials differ (empty where it has no effect), then ``round``,
         ``accuracy`` (mean over the peers), ``worst`` (peer), ``spread`` (standard deviation over the peers), ``ece``,
-        ``nll`` in nats, ``brier``, ``bytes`` (up and down, all peers, so far), and the controls ``isolated`` and
-        ``pooled`` of the trial that carried them.
+        ``nll`` in nats, ``brier``, ``bytes`` (up and down, all peers, so far), and the controls ``isolated`` (with
+        ``isolated_ece``, ``isolated_nll``, ``isolated_brier``) and ``pooled`` of the trial that carried them.
     """
     runs = [read_run(path) for path in sorted((folder / "trials").iterdir())]
     finished = [run for run in runs if run.summary]
@@ -38,6 +39,7 @@ def _rows(run: Run, keys: Iterable[str]) -> Iterable[dict[str, object]]:
     keys = list(keys)
     settings = dict(zip(keys, effective(run.settings, keys), strict=True))
     controls = {name: run.control(name) for name in ("isolated", "pooled")}
+    controls |= {f"isolated_{name}": run.isolated(what) for name, what in _CALIBRATION.items()}
     for point in run.curve():
         rows = [row for row in run.rows if row.round == point.round and math.isfinite(row.test_accuracy)]
         means = {

@@ -1,0 +1,93 @@
+"""Watches a federation in this process: on which private batches peers and controls train; and a clock of its own."""
+
+import hashlib
+import time
+import types
+from collections import defaultdict
+
+import clients.learner
+import fedkd.training
+import strategies.asynchronous
+import strategies.controls
+import strategies.introductions
+import strategies.post
+import strategies.relay
+import strategies.server_app
+
+
+def without_pictures(monkeypatch):
+    """Draw nothing: a picture takes longer than all else in a small run."""
+    for name in ("accuracy_png", "topology_png"):
+        monkeypatch.setattr(strategies.server_app, name, lambda *_, **__: None)
+
+
+class Clock:
+    """The relay's clock, which goes on where the relay waits."""
+
+    def __init__(self, monkeypatch):
+        self.now = time.monotonic()
+        clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep, perf_counter=lambda: self.now)
+        at_work = (
+            strategies.introductions,
+            strategies.post,
+            strategies.relay,
+            strategies.asynchronous,
+            strategies.controls,
+        )
+        for module in at_work:
+            monkeypatch.setattr(module, "time", clock, raising=False)
+
+    def sleep(self, seconds):
+        self.now += max(seconds, 1e-3)
+
+
+class Witness:
+    """Sees every private batch that a model is trained on, and who is at work on which mail."""
+
+    def __init__(self, monkeypatch):
+        self.batches, self.inputs = [], ""
+        self.states = defaultdict(dict)  # by peer: the private batches that went into the state of a round
+        self.alone = {}  # by peer: those of its control
+        forward, search = fedkd.training.forward, clients.learner.Learner._search
+
+        def seen(model, inputs, **how):
+            self.inputs = hashlib.sha1(inputs.numpy().tobytes()).hexdigest()
+            return forward(model, inputs, **how)
+
+        def labelled(logits, labels):
+            self.batches.append((self.inputs, tuple(labels.tolist())))
+            return cross_entropy(logits, labels)
+
+        def trials(*arguments):
+            before = len(self.batches)
+            search(*arguments)
+            del self.batches[before:]  # of models that are thrown away
+
+        cross_entropy = fedkd.training.F.cross_entropy
+        monkeypatch.setattr(fedkd.training, "forward", seen)
+        monkeypatch.setattr(fedkd.training, "F", types.SimpleNamespace(cross_entropy=labelled))
+        monkeypatch.setattr(clients.learner.Learner, "_search", trials)
+
+    def answer(self, grid, partition, message):
+        """Have a node work on a mail; an error leaves its state as it was."""
+        mail, self.batches = message.content["mail"], []
+        reply = grid.answer(partition, message)
+        if reply.content["answer"]["error"]:
+            return reply
+        kind, round, states = mail["kind"], mail["round"], self.states[partition]
+        if kind == "isolated":
+            self.alone[partition] = self.batches
+        if kind in ("start", "learn"):
+            earlier = [r for r in states if r < round] if kind == "learn" else []
+            before = states[max(earlier)] if earlier else []
+            said = message.content["settings"]
+            cold = said["strategy"] == "fedavg" and said["fedavg-start"] == "cold"  # its start is its first training
+            own = self.batches if kind == "learn" or cold else []
+            kept = {r: states[r] for r in earlier}
+            self.states[partition] = {**kept, round: before + own}
+        return reply
+
+    def check(self):
+        for peer in self.alone:
+            states = self.states[peer]
+            assert self.alone[peer] == states[max(states)], f"peer {peer}"
