@@ -160,15 +160,21 @@ class Peer:
         remember_data(self.store.folder, self.site.fingerprints)
         if self.secrets:
             self.secrets.pin(mail.keys)
-        if self.config.strategy == "fedavg" and self.config.fedavg_start == "cold":
+        averages = self.config.strategy == "fedavg"
+        if averages and self.config.fedavg_start == "cold":
             return self._average(mail, self._common())
-        model = self._build()
+        common = averages and self.config.fedavg_start == "pretrained"
+        model = self._common() if common else self._build()
         epochs = self.config.pretrain_epochs
         train = partial(self.learner.local, model, round=0, epochs=epochs)
-        pretrain(model, self.config, self.place, self.versions, train)
+        pretrain(model, self.config, self.place, self.versions, train, common=common)
         if mail.round > 0:  # a late start: the controls still look for round 0
             self.store.save(0, model)
         found, bins = self._examine(mail.round, model)
+        if common:
+            self.store.save(mail.round, model)
+            found["samples"] = len(self.site.labels)
+            return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
         return self._close(mail, model, found, bins, memo={})
 
     def _learn(self, mail: Mail) -> Answer:
@@ -208,7 +214,7 @@ class Peer:
 
     def _isolated(self, mail: Mail) -> Answer:
         """The control: the same start and the same private batches in the same rounds, without any teacher."""
-        averaged = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
+        averaged = self.config.strategy == "fedavg" and self.config.fedavg_start != "distilled"
         model = self._common() if averaged else self._build()
         self.store.load(0, model)
         accuracies = [self._measure(model)["test_accuracy"]]

@@ -399,7 +399,7 @@ def _epochs(config: RunConfig, kind: Kind) -> dict[str, int]:
         ((setting, epochs),) = (distil if config.joint else local).items()
         return {f"rounds × {setting}": config.rounds * max(1, epochs)}
     if kind == "start":
-        cold = config.strategy == "fedavg" and not _merges(config)
+        cold = config.strategy == "fedavg" and config.fedavg_start == "cold"
         return local if cold else {"pretrain-epochs": config.pretrain_epochs}
     if kind != "learn":
         return {}

@@ -81,8 +81,8 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     joint = config_of(settings).joint
     steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
     present = effective(settings, ("participation", "mode", "updates", "max-seconds"))
-    scratch = settings["fedavg-model"] if from_scratch(settings) else None
-    return (*common, held_out, *present, joint, *steps, scratch)
+    other = f"{settings['fedavg-model']}, {settings['fedavg-start']}" if leaves_own_models(settings) else None
+    return (*common, held_out, *present, joint, *steps, other)
 
 
 def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scalar | None, ...]]:
@@ -90,7 +90,7 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
 
     Federated averaging is measured against what the peers' own models reach by themselves, which is what a site would
     have without it: beside an exchange of logits, or else in as many local epochs as it has itself. Only where nobody
-    ran either, averaging from scratch is measured against its own architecture alone.
+    ran either, averaging of one architecture is measured against that architecture alone.
     """
     own = control_group(settings, name)
     if name != "isolated" or settings["strategy"] != "fedavg":
@@ -100,8 +100,13 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
 
 
 def from_scratch(settings: Mapping[str, Scalar]) -> bool:
-    """Tell whether a trial leaves the peers' own models behind, and averages one that knows nothing yet."""
+    """Tell whether a trial averages a model that knows nothing yet."""
     return settings["strategy"] == "fedavg" and settings["fedavg-start"] == "cold"
+
+
+def leaves_own_models(settings: Mapping[str, Scalar]) -> bool:
+    """Tell whether nothing of the peers' own models is used in a trial, but one architecture for all."""
+    return settings["strategy"] == "fedavg" and settings["fedavg-start"] != "distilled"
 
 
 def _word(key: str, value: Scalar) -> str:

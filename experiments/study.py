@@ -84,6 +84,11 @@ class Run:
         return self.settings["strategy"] == "fedavg" and self.settings["fedavg-start"] == "distilled"
 
     @property
+    def counts_from(self) -> int:
+        """Return the round from which on its accuracy is that of what it is about."""
+        return counts_from(self.settings)
+
+    @property
     def peers(self) -> tuple[str, ...]:
         """Return the peers' names."""
         return tuple(dict.fromkeys(row.peer for row in self.rows))
@@ -244,6 +249,15 @@ class Study:
             }
             for of in everywhere
         }
+
+
+def counts_from(settings: Mapping[str, Scalar]) -> int:
+    """Return the round from which on a run's accuracy is that of what it is about.
+
+    Federated averaging that does not start cold measures in round 0 the peers' models before anything is averaged. It
+    then leaves them behind: they reach nothing. The first common model is measured in round 1.
+    """
+    return int(settings["strategy"] == "fedavg" and settings["fedavg-start"] != "cold")
 
 
 def read_run(path: Path) -> Run:

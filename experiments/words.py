@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.settings import has_effect, label
-from experiments.statistics import FEWEST_SEEDS, median, price
+from experiments.statistics import FEWEST_SEEDS, INTERVAL, median, price
 from experiments.study import Scenario, Study, differing, final_level, shared_seeds
 from strategies.console import size
 
@@ -137,12 +137,12 @@ def how_to_read(scenario: Scenario) -> str:
         elif any(getattr(variant, name) for variant in scenario.variants):
             parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
     parts.append(
-        "Means over seeds, at the last measurement. Gain: over the models that the peers came with. Over isolated: "
-        "final accuracy less that of the same peers without exchange, paired by seed, in points. Spread: standard "
-        "deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own label mix. Until "
-        "the target, a mean accuracy of the peers: medians over seeds, where not reached counts as infinite; seconds "
-        "are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the "
-        "peers. Bold: the best of a column."
+        f"Means over seeds, at the last measurement, with their {INTERVAL}. Gain: over the models that the peers came "
+        "with. Over isolated: final accuracy less that of the same peers without exchange, paired by seed, in points. "
+        "Spread: standard deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own "
+        "label mix. Until the target, a mean accuracy of the peers: medians over seeds, where not reached counts as "
+        "infinite; seconds are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier "
+        "score: means of the peers. Bold: the best of a column."
     )
     return " ".join(parts)
 

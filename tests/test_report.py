@@ -147,6 +147,16 @@ def test_settings_and_versions_stand_under_every_figure(report):
         assert "fedkd report ..." in caption and "torch" in caption and "rounds = 2" in caption
 
 
+def test_what_an_interval_is_stands_wherever_one_is_shown(report):
+    page = report.read_text()
+
+    for title in ("Accuracy by round", "Accuracy by bytes", "Final accuracy"):
+        captions = re.findall(rf'alt="{title}: .*?</figcaption>', page, re.S)
+        assert len(captions) == 2 and all(caption.count("Student&#39;s t") == 2 for caption in captions)
+    assert page.count("<th>95 % interval</th>") == 2 and page.count("with their 95 % interval (Student&#39;s t") == 2
+    assert "bootstrap" not in page
+
+
 def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path, undrawn):
     one = [folder for folder in folders if folder.name.endswith("-0")]
 
