@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from experiments.settings import NO_VARIANT, SCENARIO_KEYS, control_group, control_groups, effective, label
 from fedkd.config import RunConfig, Scalar
@@ -362,7 +362,7 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     for run in runs:
         groups.setdefault(effective(run.settings, varied), []).append(run)
     varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
-    isolated, pooled = (_carriers(runs, name) for name in ("isolated", "pooled"))
+    isolated, pooled = (carriers(runs, name) for name in ("isolated", "pooled"))
     variants = []
     for members in groups.values():
         good = {run.seed: run for run in reversed(members) if run.summary and run.curve()}
@@ -407,7 +407,21 @@ def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[st
             yield f"{run.path}: left out, another run has the same settings and seed {run.seed}"
 
 
-def _carriers(runs: Sequence[Run], name: str) -> dict[tuple[Scalar | None, ...], Run]:
+class Controlled(Protocol):
+    """What may have carried a control."""
+
+    @property
+    def settings(self) -> Mapping[str, Scalar]:
+        """Return all its settings."""
+
+    def control(self, name: str) -> float:
+        """Return the level of a control; NaN without it."""
+
+
+_Controlled = TypeVar("_Controlled", bound=Controlled)
+
+
+def carriers(runs: Sequence[_Controlled], name: str) -> dict[tuple[Scalar | None, ...], _Controlled]:
     """Return the first run of each group that ran a control."""
     having = [run for run in runs if math.isfinite(run.control(name))]
     return {control_group(run.settings, name): run for run in reversed(having)}
@@ -415,12 +429,15 @@ def _carriers(runs: Sequence[Run], name: str) -> dict[tuple[Scalar | None, ...],
 
 def _serving(runs: Mapping[int, Run], name: str, carriers: Mapping[tuple[Scalar | None, ...], Run]) -> dict[int, Run]:
     """Return by seed the run whose control serves a variant's run."""
-    found = {}
-    for seed, run in runs.items():
-        carrier = next((carriers[of] for of in control_groups(run.settings, name) if of in carriers), None)
-        if carrier:
-            found[seed] = carrier
-    return found
+    found = {seed: carrier_of(run.settings, name, carriers) for seed, run in runs.items()}
+    return {seed: carrier for seed, carrier in found.items() if carrier}
+
+
+def carrier_of(
+    settings: Mapping[str, Scalar], name: str, carriers: Mapping[tuple[Scalar | None, ...], _Controlled]
+) -> _Controlled | None:
+    """Return whose control serves a trial with some settings; None if nobody's does."""
+    return next((carriers[of] for of in control_groups(settings, name) if of in carriers), None)
 
 
 def _isolated_by_peer(runs: Iterable[Run]) -> dict[str, float]:
