@@ -102,7 +102,9 @@ def _cut(cold: Values, other: Values, *, free: int = 0) -> str:
 
 def _regimes(trials: Trials) -> str:
     """Set tuned distillation against the untuned methods."""
-    regimes = sorted({str(trial.settings["regime"]) for trial in trials}, key=lambda r: (r != "vanilla", r == "tuned"))
+    regimes = sorted(
+        {str(trial.settings["regime"]) for trial in trials}, key=lambda r: (r != "vanilla", r == "tuned", r)
+    )
     rows, pairs, bests = [], [], []
     for partition in ("iid", "dirichlet"):
         parts = {regime: _where(trials, partition=partition, regime=regime) for regime in regimes}
