@@ -3,10 +3,10 @@
 Four peers with about 1,000 private images each (Dirichlet, α = 0.3), half of them perceptrons, half small convolutional
 networks; 1,000 public images, of which 250 travel in a round, from each peer to one other (gossip). Federated averaging
 averages the smaller of the two networks, with as many private samples in a round as the peers see (two local epochs),
-and with five local epochs, which saves it rounds; each from the mean of what every peer pre-trained for as many epochs as
-the peers that exchange logits, and from scratch, without that. Those peers see as many public samples beside the private
-ones. All trials share one `flwr run`, data, partition and seeds. The images are a slice of the real ones: 5,000 for
-training, 1,000 for the test.
+and with five local epochs, which saves it rounds; each from the mean of what every peer pre-trained, for as many epochs
+as the peers that exchange logits, and from scratch, without that. Those peers see as many public samples beside the
+private ones. All trials share one `flwr run`, data, partition and seeds. The images are a slice of the real ones: 5,000
+for training, 1,000 for the test.
 """
 
 import math
