@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from experiments.compare import Compared
 from experiments.comparison import Comparison
 from experiments.recipe import plan, read
+from experiments.studies import __main__ as commands
 from experiments.studies import slices
 from experiments.studies.__main__ import fill
 from experiments.studies.gather import gather, write
@@ -263,3 +266,43 @@ def test_what_a_peer_trains_on_stands_beside_what_it_reached(tmp_path):
     assert re.search(r"FedAvg, cold .*\| 0 \| 20 \+ 0 \|", text)
     assert re.search(r"FedAvg, distilled .*\| 3, and 20 of one peer on the public images \| 20 \+ 0 \|", text)
     assert re.search(r"averaged, fp16 .*\| 3 \| 120 \+ 120 \|", text)
+
+
+def fake_compare(made):
+    """Return what leaves finished trials where a comparison would."""
+
+    def compare(recipe, federation, folder, *, command):
+        made.append(str(recipe.settings["data-dir"]))
+        a_comparison(folder)
+        Comparison(recipe.title, "", (), None, command, "", {}).write(folder)
+        return Compared(folder, None, 4, (), 0)
+
+    return compare
+
+
+def test_one_command_runs_the_studies_and_writes_their_files_and_the_page(tmp_path, monkeypatch):
+    (tmp_path / "kl.toml").write_text("[[grid]]\nseed = [0, 1]\n")
+    (tmp_path / "page.md").write_text("# Page\n")
+    made = []
+    monkeypatch.setattr(commands, "RECIPES", tmp_path)
+    monkeypatch.setattr(commands, "git_commit", lambda folder: "c0ffee")
+    monkeypatch.setattr(commands, "compare", fake_compare(made))
+
+    words = ["run", "--slices", str(tmp_path / "slices"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(commands.app, [*words, "--page", str(tmp_path / "page.md")], catch_exceptions=False)
+
+    assert done.exit_code == 0 and made == [str(tmp_path / "slices")]
+    assert len(read_trials(tmp_path / "page" / "kl.csv")) == 4
+    record = read_record(tmp_path / "page" / "kl.csv")
+    assert record["command"] == "fedkd compare experiments/studies/kl.toml --out kl data-dir=slices"
+
+
+@pytest.mark.parametrize("commit", ["c0ffee+", ""])
+def test_studies_of_a_changed_clone_are_refused_before_anything_runs(tmp_path, monkeypatch, commit):
+    monkeypatch.setattr(commands, "git_commit", lambda folder: commit)
+    monkeypatch.setattr(commands, "compare", lambda *args, **kwargs: pytest.fail("it ran"))
+
+    with pytest.raises(FedkdError, match="clone without changes"):
+        CliRunner().invoke(
+            commands.app, ["run", "--slices", ".", "--out", str(tmp_path / "out")], catch_exceptions=False
+        )

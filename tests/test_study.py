@@ -379,6 +379,17 @@ def test_averaging_from_scratch_is_held_against_the_peers_own_models_if_they_ran
     assert [variant.isolated for variant in beside_exchange] == [{0: 0.6}] * 3
 
 
+def test_averaging_from_a_pretrained_start_is_held_against_that_architecture_trained_on_from_there(tmp_path):
+    runs = [
+        with_control(tmp_path / start, level, strategy="fedavg", fedavg_start=start)
+        for start, level in (("cold", 0.2), ("pretrained", 0.3))
+    ]
+
+    variants = study(runs).scenarios[0].variants
+
+    assert [variant.isolated for variant in variants] == [{0: 0.2}, {0: 0.3}]
+
+
 def test_the_best_variant_is_found_over_seeds_that_all_have(tmp_path):
     found = study(runs_of(tmp_path, kl=({"divergence": "kl"}, [0.5, 0.9]), js=({"divergence": "js"}, [0.6])))
 
