@@ -243,6 +243,20 @@ def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_star
     assert "in 4 rounds; from a distilled start it gets there in 2 rounds, a cut of 50%" in page
 
 
+def test_what_pretraining_alone_saves_stands_beside_what_the_merging_does(tmp_path, undrawn):
+    curves = {"cold": [0.1, 0.3, 0.5, 0.7, 0.7], "pretrained": [0.4, 0.6, 0.7, 0.7, 0.7],
+              "distilled": [0.4, 0.7, 0.7, 0.7, 0.7]}  # fmt: skip
+    runs = [
+        make_run(tmp_path / start, [[a] for a in curve], strategy="fedavg", fedavg_start=start)
+        for start, curve in curves.items()
+    ]
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    told = re.findall(r"From a cold .* in (\d) rounds; from a (\w+) start it gets there in (\d)", page)
+    assert told == [("3", "pretrained", "2"), ("3", "distilled", "1")]
+
+
 def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_it_in_all_else(tmp_path, undrawn):
     cold, settings = [0.1, 0.3, 0.5, 0.6, 0.7], {"strategy": "fedavg"}
     runs = [make_run(tmp_path / f"cold-{n}", [[a] for a in cold], **settings, local_epochs=n) for n in (1, 2)]
