@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from datetime import date
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_what_was_gathered_is_read_back_as_whole_configurations_with_the_control
         used = {key: value for key, value in trial.settings.items() if key not in free}
         assert used == {key: value for key, value in run.settings.items() if key not in free}
         assert [p.accuracy for p in trial.curve()] == [pytest.approx(p.accuracy) for p in run.curve()]
-        assert trial.control("isolated") == 0.4 and trial.samples == 20
+        assert trial.controls["isolated"] == 0.4 and trial.samples == 20
     assert trials[0].settings["dataset"] == "npz:digits.npz"
 
 
@@ -204,6 +205,19 @@ def test_two_levels_of_one_control_are_found(tmp_path):
 
     (sentence,) = contradictions({name: read_trials(tmp_path / f"{name}.csv") for name in ("one", "other")})
     assert sentence.startswith("control isolated")
+
+
+def test_controls_of_different_starts_are_no_two_levels_of_one(tmp_path):
+    starts = (("cold", 0.4), ("pretrained", 0.5), ("distilled", math.nan))
+    rows = [row for start, level in starts
+            for row in curve([0.1, 0.2], seed=0, isolated=level, **{"fedavg-start": start})]  # fmt: skip
+    rows += curve([0.1, 0.2], seed=0, strategy="averaged", isolated=0.6)
+    study_files(tmp_path, "starts", [{"strategy": "fedavg", **row} for row in rows], rounds=1, schedule="alternate")
+
+    trials = read_trials(tmp_path / "starts.csv")
+
+    assert contradictions({"starts": trials}) == []
+    assert [trial.controls["isolated"] for trial in trials] == [0.6] * 4  # what peers' own models reach by themselves
 
 
 def fedavg(seeds, **curves):

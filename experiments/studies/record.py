@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.settings import control_groups, effective
+from experiments.settings import control_group, effective
 from experiments.study import Point, carrier_of, carriers, counts_from
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
@@ -39,12 +39,14 @@ class Recorded:
     Attributes:
         settings: all of them; where one has no effect it has its default.
         points: where it stood, by round.
-        controls: the columns of the controls that serve it, whichever trial carried them.
+        carried: the columns of the controls that it carried itself.
+        controls: those of the controls that serve it, whichever trial carried them.
         samples: private samples of a peer, on average; NaN if that is not recorded.
     """
 
     settings: Mapping[str, Scalar]
     points: tuple[Point, ...]
+    carried: Mapping[str, float]
     controls: Mapping[str, float]
     samples: float = math.nan
 
@@ -63,8 +65,8 @@ class Recorded:
         return list(self.points)
 
     def control(self, name: str) -> float:
-        """Return a column of a control; NaN without it."""
-        return self.controls.get(name, math.nan)
+        """Return a column of a control that it carried itself; NaN without it."""
+        return self.carried[name]
 
 
 def read_record(path: Path) -> Record:
@@ -111,7 +113,9 @@ def read_trials(path: Path) -> list[Recorded]:
     for values, rows in groups.items():
         varied = {key: _scalar(text, defaults[key]) for key, text in zip(keys, values, strict=True) if text}
         controls = {name: _number(rows[0], name) for columns in CONTROLS.values() for name in columns}
-        found.append(Recorded({**common, **varied}, tuple(map(_point, rows)), controls, _number(rows[0], "samples")))
+        found.append(
+            Recorded({**common, **varied}, tuple(map(_point, rows)), controls, {}, _number(rows[0], "samples"))
+        )
     return _served(found)
 
 
@@ -149,7 +153,7 @@ def _numbers(trial: Recorded) -> Iterable[tuple[object, str, tuple[float, ...]]]
             yield (used, point.round, "bytes"), f"{named}, round {point.round}, bytes", (point.bytes,)
     for name, columns in CONTROLS.items():
         if math.isfinite(trial.control(name)):
-            group = control_groups(trial.settings, name)[0]
+            group = control_group(trial.settings, name)
             yield (name, group), f"control {name} of {named}", tuple(trial.control(column) for column in columns)
 
 

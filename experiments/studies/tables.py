@@ -306,7 +306,7 @@ def _levels(trials: Trials) -> str:
     """Say where the peers began, and what the controls of these trials came to, which must share them."""
     words = [f"Before the exchange {100 * fmean(_unique(trials, lambda t: t.curve()[0].accuracy)):.1f} %"]
     for name in ("isolated", "pooled"):
-        levels = _unique(trials, lambda trial, name=name: trial.control(name))
+        levels = _unique(trials, lambda trial, name=name: trial.controls[name])
         if not any(map(math.isnan, levels)):
             words.append(f"{name} {100 * fmean(levels):.1f} %")
     return f"\n{'; '.join(words)}.\n"
