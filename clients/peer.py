@@ -237,8 +237,8 @@ class Peer:
     @property
     def _chosen_unseen(self) -> bool:
         """Whether all that is chosen by accuracy at this peer, if anything, is known to be chosen on unseen data."""
-        cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
-        brought = self.place.checkpoint_path(self.config) is not None and not cold
+        common = self.config.strategy == "fedavg" and self.config.fedavg_start != "distilled"
+        brought = self.place.checkpoint_path(self.config) is not None and not common
         return not (choices_are_due(self.config) and brought and not self.place.held_out_path(self.config))
 
     @property
