@@ -160,17 +160,23 @@ class Peer:
         remember_data(self.store.folder, self.site.fingerprints)
         if self.secrets:
             self.secrets.pin(mail.keys)
-        cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
-        model = self._common() if cold else self._build()
-        trained = Trained() if cold else Trained(samples=self._pretrain(model))
+        averages = self.config.strategy == "fedavg"
+        cold = averages and self.config.fedavg_start == "cold"
+        common = averages and self.config.fedavg_start != "distilled"
+        model = self._common() if common else self._build()
+        trained = Trained() if cold else Trained(samples=self._pretrain(model, common=common))
         if mail.round > 0:  # a late start: the controls still look for round 0
             self.store.save(0, model, trained=trained)
         if cold:
             return self._average(mail, model)
         found, bins = self._examine(mail.round, model)
+        if common:
+            self.store.save(mail.round, model, trained=trained)
+            found |= {"samples": len(self.site.labels), "samples_seen": trained.samples}
+            return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
         return self._close(mail, model, found, bins, memo={}, trained=trained)
 
-    def _pretrain(self, model: nn.Module) -> int:
+    def _pretrain(self, model: nn.Module, *, common: bool) -> int:
         """Train a model before round 1; return on how many private samples."""
 
         def train() -> int:
@@ -178,7 +184,7 @@ class Peer:
             self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
             return self.learner.seen - seen
 
-        return pretrain(model, self.config, self.place, self.versions, train)
+        return pretrain(model, self.config, self.place, self.versions, train, common=common)
 
     def _learn(self, mail: Mail) -> Answer:
         """A round: distil from the teachers, train on private data, measure, and answer with new knowledge."""
@@ -233,7 +239,7 @@ class Peer:
         and a round done over. So the control goes by what the peer's state says.
         """
         fedavg = self.config.strategy == "fedavg"
-        model = self._common() if fedavg and self.config.fedavg_start == "cold" else self._build()
+        model = self._common() if fedavg and self.config.fedavg_start != "distilled" else self._build()
         self.store.load(0, model)
         trained = self.store.trained(before=mail.round + 1)
         curve = [(0, self._measure(model))]
@@ -263,8 +269,8 @@ class Peer:
     @property
     def _chosen_unseen(self) -> bool:
         """Whether all that is chosen by accuracy at this peer, if anything, is known to be chosen on unseen data."""
-        cold = self.config.strategy == "fedavg" and self.config.fedavg_start == "cold"
-        brought = self.place.checkpoint_path(self.config) is not None and not cold
+        common = self.config.strategy == "fedavg" and self.config.fedavg_start != "distilled"
+        brought = self.place.checkpoint_path(self.config) is not None and not common
         return not (choices_are_due(self.config) and brought and not self.place.held_out_path(self.config))
 
     @property
@@ -450,9 +456,9 @@ def _secrets(place: Place, store: Store) -> "Secrets":
 
 
 def _weights(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return a model's floating-point state, which federated averaging averages."""
+    """Return a model's floating-point state, which federated averaging averages: a copy, for the model moves on."""
     state = model.state_dict().items()
-    return {name: value.cpu().float().numpy() for name, value in state if value.is_floating_point()}
+    return {name: value.cpu().float().numpy().copy() for name, value in state if value.is_floating_point()}
 
 
 def _load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:

@@ -405,7 +405,7 @@ def _epochs(config: RunConfig, kind: Kind, round: int) -> dict[str, int]:
         rounds = max(config.rounds, round)  # without a barrier a peer may do more than `rounds`
         return {f"rounds × {setting}": rounds * max(1, epochs)}
     if kind == "start":
-        cold = config.strategy == "fedavg" and not _merges(config)
+        cold = config.strategy == "fedavg" and config.fedavg_start == "cold"
         return local if cold else {"pretrain-epochs": config.pretrain_epochs}
     if kind != "learn":
         return {}

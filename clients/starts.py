@@ -30,7 +30,13 @@ _kept: "OrderedDict[str, tuple[State, int]]" = OrderedDict()  # the process's ca
 
 
 def pretrain(
-    model: nn.Module, config: RunConfig, place: Place, versions: tuple[str, ...], train: Callable[[], int]
+    model: nn.Module,
+    config: RunConfig,
+    place: Place,
+    versions: tuple[str, ...],
+    train: Callable[[], int],
+    *,
+    common: bool = False,
 ) -> int:
     """Bring a model to a peer's start: from this process's memory if it trained the same before, else by training.
 
@@ -40,13 +46,16 @@ def pretrain(
         place: the peer.
         versions: of its files, as :func:`clients.site.file_versions` returns them.
         train: trains the model, and returns the number of private samples that it was trained on.
+        common: it is the architecture that is averaged, not the peer's own.
 
     Returns:
         What ``train`` returned, now or then.
     """
     said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
-    tuned, own = config.regime == "tuned", (place.model, place.checkpoint, place.dataset, place.held_out)
-    key = repr((sorted(said.items()), tuned, place.index, place.of, *own, versions))
+    tuned, own = config.regime == "tuned", (place.model, place.checkpoint)
+    which = ("common", config.fedavg_model) if common else own
+    data = (place.dataset, place.held_out)
+    key = repr((sorted(said.items()), tuned, place.index, place.of, which, data, versions))
     if key in _kept:
         state, samples = _kept[key]
         model.load_state_dict(state)

@@ -2,9 +2,11 @@
 
 Four peers with about 1,000 private images each (Dirichlet, α = 0.3), half of them perceptrons, half small convolutional
 networks; 1,000 public images, of which 250 travel in a round, from each peer to one other (gossip). Federated averaging
-averages the smaller of the two networks, from scratch: once with as many private samples in a round as the peers see
-(two local epochs), once with five local epochs, which saves it rounds. All trials share one `flwr run`, data, partition
-and seeds. The images are a slice of the real ones: 5,000 for training, 1,000 for the test.
+averages the smaller of the two networks, with as many private samples in a round as the peers see (two local epochs),
+and with five local epochs, which saves it rounds; each from the mean of what every peer pre-trained, for as many epochs
+as the peers that exchange logits, and from scratch, without that. Those peers see as many public samples beside the
+private ones. All trials share one `flwr run`, data, partition and seeds. The images are a slice of the real ones: 5,000
+for training, 1,000 for the test.
 """
 
 import math
@@ -22,6 +24,7 @@ from experiments.comparison import comparison_runs
 from experiments.launch import Federation
 from experiments.measuring import leave
 from experiments.recipe import Recipe
+from experiments.statistics import price
 from experiments.study import Run, read_run
 from fedkd.config import Scalar
 from fedkd.errors import FedkdError, SettingError
@@ -46,6 +49,9 @@ SETTINGS: dict[str, Scalar] = {
     "controls": "",
 }
 FEDAVG_EPOCHS, FEDAVG_ROUNDS = (2, 5), 30
+FEDAVG_STARTS = ("pretrained", "cold")
+LIKE_THE_PEERS = "fedavg, pretrained, 2 epochs"
+"""Federated averaging with the peers' own pre-training and as many private samples in a round."""
 QUICK: dict[str, Scalar] = {
     "dataset": "digits", "peers": 2, "proxy-size": 100, "proxy-per-round": 50, "pretrain-epochs": 1, "rounds": 2,
 }  # fmt: skip
@@ -56,11 +62,11 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     """Run all trials; return ``{"ratio": ..., "least_ratio": ..., "targets": ..., "rows": [...]}``.
 
     The target of a seed is what its uncoded knowledge reaches at its best, one point less: a mean over the peers. A row
-    has the ``way`` (a codec, or ``fedavg`` with its local epochs), its ``best`` accuracy, the points it ``lost`` to
-    uncoded knowledge, and the ``rounds`` and ``bytes`` until the target, of all peers, up and down (None: not in every
-    seed); all are means over the seeds. ``ratio`` is federated averaging's bytes, at as many private samples a round,
-    over those of the cheapest codec that loses at most one point: 100 is the goal. ``least_ratio`` is the same against
-    the cheapest federated averaging.
+    has the ``way`` (a codec, or ``fedavg`` with its start and its local epochs), its ``best`` accuracy, the points it
+    ``lost`` to uncoded knowledge, and the ``rounds`` and ``bytes`` until the target, of all peers, up and down (None:
+    not in every seed); all are means over the seeds. ``ratio`` is the bytes of federated averaging from as much
+    pre-training and at as many private samples a round, over those of the cheapest codec that loses at most one point:
+    100 is the goal. ``least_ratio`` is the same against the cheapest federated averaging.
 
     Args:
         quick: two peers on the digits, to see that it runs.
@@ -76,6 +82,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         grids = (
             {
                 "strategy": ["fedavg"],
+                "fedavg-start": list(FEDAVG_STARTS),
                 "local-epochs": list(FEDAVG_EPOCHS),
                 "rounds": [4 if quick else FEDAVG_ROUNDS],
                 "seed": list(seeds),
@@ -94,10 +101,10 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     uncoded = by_way[BASELINE]
     targets = {seed: _best(found) - MARGIN for seed, found in uncoded.items()}
     rows = [_row(way, members, targets, fmean(map(_best, uncoded.values()))) for way, members in by_way.items()]
-    averaged = [row["bytes"] for row in rows if row["way"] not in CODECS]
+    averaged = {row["way"]: row["bytes"] for row in rows if row["way"] not in CODECS}
     return {
-        "ratio": _over(averaged[0], rows),
-        "least_ratio": _over(min((each for each in averaged if each), default=None), rows),
+        "ratio": _over(averaged[LIKE_THE_PEERS], rows),
+        "least_ratio": _over(min((each for each in averaged.values() if each), default=None), rows),
         "targets": targets,
         "settings": {key: value for key, value in settings.items() if key != "dataset"},
         "rows": rows,
@@ -131,21 +138,20 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
 
 def _way(run: Run) -> str:
     if run.settings["strategy"] == "fedavg":
-        return f"fedavg, {run.settings['local-epochs']} epochs"
+        return f"fedavg, {run.settings['fedavg-start']}, {run.settings['local-epochs']} epochs"
     return str(run.settings["codec"])
 
 
 def _row(way: str, runs: Mapping[int, Run], targets: Mapping[int, float], uncoded: float) -> dict[str, Any]:
-    points = [next((p for p in runs[seed].curve() if p.accuracy >= target), None) for seed, target in targets.items()]
-    reached = [point for point in points if point is not None]
-    all_reached = len(reached) == len(targets)
+    prices = [price(runs[seed], target) for seed, target in targets.items()]
+    all_reached = all(math.isfinite(paid.rounds) for paid in prices)
     best = fmean(_best(found) for found in runs.values())
     return {
         "way": way,
         "best": best,
         "lost": uncoded - best,
-        "rounds": fmean(point.round for point in reached) if all_reached else None,
-        "bytes": fmean(point.bytes for point in reached) if all_reached else None,
+        "rounds": fmean(paid.rounds for paid in prices) if all_reached else None,
+        "bytes": fmean(paid.bytes for paid in prices) if all_reached else None,
     }
 
 
@@ -156,7 +162,7 @@ def _over(averaging: float | None, rows: list[dict[str, Any]]) -> float | None:
 
 
 def _best(run: Run) -> float:
-    return max((p.accuracy for p in run.curve()), default=math.nan)
+    return max((p.accuracy for p in run.curve() if p.round >= run.counts_from), default=math.nan)
 
 
 def _slice(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from experiments.canvas import COLORS, Figure, Table, amount, folded, legend, new_axes, percent, rows_of
 from experiments.ranks import Ranking
 from experiments.settings import label
-from experiments.statistics import Price, mean, median
+from experiments.statistics import INTERVAL, Price, mean, median
 from experiments.study import Scenario, Variant, differing
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def accuracy_by(scenario: Scenario, what: str) -> Figure:
         axes.fill_between(across, low, high, color=style.color, alpha=0.15, linewidth=0)
     for axes, panel in zip(grid, panels, strict=False):
         _controls(axes, scenario, vertical=False)
+        axes.set_ylim(*_possible(axes.get_ylim()))
         percent(axes.yaxis)
         axes.set_title(folded(panel), fontsize=8)
         amount(axes, what)
@@ -61,7 +62,7 @@ def accuracy_by(scenario: Scenario, what: str) -> Figure:
         axes.set_xlabel(_NAMES[what] if columns == 1 else what)
     canvas.supylabel("test accuracy, mean of the peers", fontsize=9)
     legend(canvas, grid)
-    caption = "Mean over seeds; the band is its 95 % bootstrap interval over seeds."
+    caption = f"Mean over seeds; the band is its {INTERVAL}."
     if what == "bytes":
         caption += " Bytes are those of the encoded arrays as they travel; round 0 sends the first knowledge."
     return Figure(f"accuracy-by-{what}", f"Accuracy by {what}", caption, canvas, table)
@@ -87,11 +88,12 @@ def finals(scenario: Scenario) -> Figure:
     _controls(axes, scenario, vertical=True)
     _own_controls(axes, scenario, variants)
     rows_of([variant.label for variant in variants], axes)
+    axes.set_xlim(*_possible(axes.get_xlim()))
     axes.set_xlabel("final test accuracy")
     percent(axes.xaxis)
     legend(canvas, [axes])
     caption = (
-        "Dots: mean of the peers, averaged over seeds, with its 95 % bootstrap interval; ticks: every seed; "
+        f"Dots: mean of the peers, averaged over seeds; bars: its {INTERVAL}; ticks: every seed; "
         "triangles: the worst peer, averaged over seeds."
     )
     return Figure("final-accuracy", "Final accuracy", caption, canvas, table)
@@ -194,6 +196,11 @@ def _told(ranking: Ranking) -> str:
         )
     pairs = math.comb(len(ranking.labels), 2)
     return f"{text}{ranking.told_apart} of {pairs} pairs are told apart at 5 %, by {method}; orange bars join the rest."
+
+
+def _possible(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the part of an axis where accuracies can be: the interval of two seeds may reach far beyond."""
+    return max(limits[0], -0.02), min(limits[1], 1.02)
 
 
 def _rows_height(rows: int) -> float:

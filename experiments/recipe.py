@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.project import with_absolute_paths
-from experiments.settings import control_group, control_groups, effective, from_scratch, has_effect
+from experiments.settings import control_group, control_groups, effective, has_effect, leaves_own_models
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError, SettingError
 from fedkd.rules import split_list
@@ -239,13 +239,14 @@ def _wanted(settings: Mapping[str, Scalar]) -> str:
 
 
 def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[str, str]) -> None:
-    """Give each control to the first trial of those that it serves, federated averaging last, from scratch last of all.
+    """Give each control to the first trial of those that it serves.
 
-    What was begun keeps what it had: another trial that comes first now would make it run anew.
+    Federated averaging comes last, and of that last what has nothing of the peers' own models. What was begun keeps
+    what it had: another trial that comes first now would make it run anew.
     """
 
     def late(name: str) -> tuple[bool, ...]:
-        return from_scratch(trials[name]), trials[name]["strategy"] == "fedavg", name in begun
+        return leaves_own_models(trials[name]), trials[name]["strategy"] == "fedavg", name in begun
 
     order = sorted(trials, key=late)
     chosen = {name: list(split_list(begun.get(name, ""))) for name in order}

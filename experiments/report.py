@@ -15,7 +15,7 @@ from experiments.checks import checks, matched_gradients
 from experiments.comparison import Comparison, again, comparison_runs
 from experiments.outputs import REPORT, is_report, refuse_foreign
 from experiments.ranks import Ranking, rank
-from experiments.statistics import MEASURES, all_pairs, price
+from experiments.statistics import MEASURES, every_pair, price
 from experiments.study import Run, Scenario, Study, final_level, read_run, shared_seeds, study
 from experiments.tables import ends, numbers, shown
 from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share, what_came_out
@@ -167,7 +167,8 @@ def _scenario(scenario: Scenario, prefix: str, wanted: float | None, place: _Pla
     rows = [numbers(variant, list(prices[variant.label].values())) for variant in scenario.variants]
     place.tabulate(f"{prefix}variants", rows)
     place.tabulate(f"{prefix}runs", ends(scenario))
-    pairs = {what: all_pairs([v for v in scenario.variants if v.runs], what) for what in MEASURES}
+    having = [v for v in scenario.variants if v.runs]
+    pairs = {what: every_pair({v.label: v.finals(what) for v in having}) for what in MEASURES}
     place.tabulate(
         f"{prefix}pairs",
         [{"measure": what, **vars(p), "verdict": p.verdict} for what, tested in pairs.items() for p in tested],

@@ -86,9 +86,9 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
     present = settings["participation"], settings["round-timeout"]
     averages = settings["fedavg-start"] if settings["strategy"] == "fedavg" else None  # in which rounds it trains
-    scratch = settings["fedavg-model"] if from_scratch(settings) else None
+    other = f"{settings['fedavg-model']}, {settings['fedavg-start']}" if leaves_own_models(settings) else None
     everything = tuple(v for k, v in settings.items() if k not in _SAME_RUN) if _decides_alone(settings) else ()
-    return (*common, held_out, *present, joint, *steps, averages, scratch, *everything)
+    return (*common, held_out, *present, joint, *steps, averages, other, *everything)
 
 
 def _decides_alone(settings: Mapping[str, Scalar]) -> bool:
@@ -106,7 +106,7 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
 
     Federated averaging is measured against what the peers' own models reach by themselves, which is what a site would
     have without it: beside an exchange of logits, or else in as many local epochs as it has itself. Only where nobody
-    ran either, averaging from scratch is measured against its own architecture alone.
+    ran either, averaging of one architecture is measured against that architecture alone.
     """
     own = control_group(settings, name)
     if name != "isolated" or settings["strategy"] != "fedavg":
@@ -116,8 +116,13 @@ def control_groups(settings: Mapping[str, Scalar], name: str) -> list[tuple[Scal
 
 
 def from_scratch(settings: Mapping[str, Scalar]) -> bool:
-    """Tell whether a trial leaves the peers' own models behind, and averages one that knows nothing yet."""
+    """Tell whether a trial averages a model that knows nothing yet."""
     return settings["strategy"] == "fedavg" and settings["fedavg-start"] == "cold"
+
+
+def leaves_own_models(settings: Mapping[str, Scalar]) -> bool:
+    """Tell whether nothing of the peers' own models is used in a trial, but one architecture for all."""
+    return settings["strategy"] == "fedavg" and settings["fedavg-start"] != "distilled"
 
 
 def _word(key: str, value: Scalar) -> str:

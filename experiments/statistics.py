@@ -2,24 +2,40 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
+from typing import Protocol
 
 import numpy as np
 
-from experiments.study import Run, Variant
+from experiments.study import Point
 
 LEVEL = 0.95
 FEWEST_SEEDS = 3
 MEASURES = ("accuracy", "worst", "spread", "own_accuracy", "ece", "nll", "brier")
 """Of a run's end, that variants are compared by."""
-_RESAMPLES = 2000
+INTERVAL = "95 % interval (Student's t: it holds if seeds scatter normally)"
+"""What stands under every figure that shows an interval."""
+
+Values = Mapping[int, float]
+"""A number by seed."""
+
+
+class Trial(Protocol):
+    """One run, read from its folder or from a table of many."""
+
+    def curve(self) -> list[Point]:
+        """Return where it stood, by round."""
+
+    @property
+    def counts_from(self) -> int:
+        """Return the round from which on its accuracy is that of what is compared."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its 95 % bootstrap interval; the interval is NaN for a single seed."""
+    """A mean over seeds with its 95 % interval (Student's t); the interval is NaN for a single seed."""
 
     value: float
     low: float
@@ -76,7 +92,10 @@ class Price:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Return the mean and its percentile bootstrap interval, from a fixed stream of resamples.
+    """Return the mean of those values that are finite, and its interval.
+
+    A percentile bootstrap of two to eight seeds would hold the true mean in 50 to 89 % of cases; Student's t does in
+    95 %, where seeds scatter normally.
 
     >>> mean([0.5])
     Mean(value=0.5, low=nan, high=nan, seeds=1)
@@ -84,15 +103,22 @@ def mean(values: Sequence[float]) -> Mean:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return Mean(math.nan, math.nan, math.nan, 0)
-    if len(finite) == 1:
-        return Mean(finite[0], math.nan, math.nan, 1)
-    data = np.asarray(finite)
-    drawn = np.random.default_rng(0).integers(len(data), size=(_RESAMPLES, len(data)))
-    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Mean(fmean(finite), float(low), float(high), len(finite))
+    center = fmean(finite)
+    half = _half(finite)
+    return Mean(center, center - half, center + half, len(finite))
 
 
-def compare(first: str, a: Mapping[int, float], second: str, b: Mapping[int, float]) -> Comparison:
+def _half(values: Sequence[float]) -> float:
+    """Return half the width of the interval of a mean; NaN for a single value."""
+    from scipy import special
+
+    if len(values) < 2:
+        return math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(special.stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * error  # without stats.t's long way there
+
+
+def compare(first: str, a: Values, second: str, b: Values) -> Comparison:
     """Compare two variants by the seeds they share, with the paired t-test.
 
     Args:
@@ -111,21 +137,41 @@ def compare(first: str, a: Mapping[int, float], second: str, b: Mapping[int, flo
     center = float(differences.mean())
     if not differences.any():
         return Comparison(first, second, 0.0, 0.0, 0.0, math.nan, count, True)  # nothing to test, nor to correct for
+    half = _half(differences.tolist())
     if count < 2:
-        return Comparison(first, second, center, math.nan, math.nan, math.nan, count, False)
+        return Comparison(first, second, center, half, half, math.nan, count, False)
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     if error < 1e-12:  # the same difference under every seed
         return Comparison(first, second, center, center, center, 0.0, count, False)
-    half = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * error  # Student's t, without stats.t's long way there
     p = 2 * float(special.stdtr(count - 1, -abs(center) / error))
     return Comparison(first, second, center, center - half, center + half, p, count, False)
 
 
-def all_pairs(variants: Sequence[Variant], what: str = "accuracy") -> list[Comparison]:
-    """Compare every two variants, and correct for their number."""
-    finals = {variant.label: variant.finals(what) for variant in variants}
-    found = [compare(a, finals[a], b, finals[b]) for a, b in combinations(finals, 2)]
-    return [Comparison(**{**vars(c), "adjusted": p}) for c, p in zip(found, holm([c.p for c in found]), strict=True)]
+def every_pair(values: Mapping[str, Values]) -> list[Comparison]:
+    """Compare every two, corrected for their number.
+
+    Args:
+        values: by label, then by seed.
+    """
+    return corrected([compare(a, values[a], b, values[b]) for a, b in combinations(values, 2)])
+
+
+def against(reference: str, values: Mapping[str, Values]) -> dict[str, Comparison]:
+    """Compare all others with one, corrected for their number; return them by label.
+
+    Args:
+        reference: one of the labels.
+        values: by label, then by seed.
+    """
+    others = [label for label in values if label != reference]
+    found = corrected([compare(label, values[label], reference, values[reference]) for label in others])
+    return dict(zip(others, found, strict=True))
+
+
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return comparisons that are made together with their p-values corrected for their number (Holm)."""
+    adjusted = holm([comparison.p for comparison in comparisons])
+    return [replace(comparison, adjusted=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -144,14 +190,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def price(run: Run, target: float) -> Price:
-    """Return what a run paid until the mean accuracy of its peers reached a target.
-
-    Before a distilled start round 0 measures the peers' own models, which federated averaging then leaves behind: it
-    reaches nothing. The merged model is measured in round 1, so that the exchange it is made of is one of the rounds.
-    """
+def price(run: Trial, target: float) -> Price:
+    """Return what a run paid until the mean accuracy of its peers reached a target."""
     for point in run.curve():
-        if point.accuracy >= target and not (point.round == 0 and run.starts_distilled):
+        if point.accuracy >= target and point.round >= run.counts_from:
             return Price(point.round, point.bytes, point.seconds)
     return Price(math.inf, math.inf, math.inf)
 

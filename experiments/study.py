@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from experiments.settings import NO_VARIANT, SCENARIO_KEYS, control_group, control_groups, effective, label
 from fedkd.config import RunConfig, Scalar
@@ -82,6 +82,11 @@ class Run:
     def starts_distilled(self) -> bool:
         """Tell whether it is federated averaging from a model that was distilled from the peers' own."""
         return self.settings["strategy"] == "fedavg" and self.settings["fedavg-start"] == "distilled"
+
+    @property
+    def counts_from(self) -> int:
+        """Return the round from which on its accuracy is that of what it is about."""
+        return counts_from(self.settings)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -260,6 +265,15 @@ class Study:
         }
 
 
+def counts_from(settings: Mapping[str, Scalar]) -> int:
+    """Return the round from which on a run's accuracy is that of what it is about.
+
+    Federated averaging that does not start cold measures in round 0 the peers' models before anything is averaged. It
+    then leaves them behind: they reach nothing. The first common model is measured in round 1.
+    """
+    return int(settings["strategy"] == "fedavg" and settings["fedavg-start"] != "cold")
+
+
 def read_run(path: Path) -> Run:
     """Read a run's folder. A line of ``rounds.jsonl`` that cannot be read is named and costs nothing else.
 
@@ -363,7 +377,7 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     for run in runs:
         groups.setdefault(effective(run.settings, varied), []).append(run)
     varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
-    isolated, pooled = (_carriers(runs, name) for name in ("isolated", "pooled"))
+    isolated, pooled = (carriers(runs, name) for name in ("isolated", "pooled"))
     variants = []
     for members in groups.values():
         good = {run.seed: run for run in reversed(members) if run.summary and run.curve()}
@@ -408,7 +422,21 @@ def _repeated(runs: Sequence[Run], scenarios: Sequence[Scenario]) -> Iterable[st
             yield f"{run.path}: left out, another run has the same settings and seed {run.seed}"
 
 
-def _carriers(runs: Sequence[Run], name: str) -> dict[tuple[Scalar | None, ...], Run]:
+class Controlled(Protocol):
+    """What may have carried a control."""
+
+    @property
+    def settings(self) -> Mapping[str, Scalar]:
+        """Return all its settings."""
+
+    def control(self, name: str) -> float:
+        """Return the level of a control; NaN without it."""
+
+
+_Controlled = TypeVar("_Controlled", bound=Controlled)
+
+
+def carriers(runs: Sequence[_Controlled], name: str) -> dict[tuple[Scalar | None, ...], _Controlled]:
     """Return the first run of each group that ran a control."""
     having = [run for run in runs if math.isfinite(run.control(name))]
     return {control_group(run.settings, name): run for run in reversed(having)}
@@ -422,10 +450,17 @@ def _serving(runs: Mapping[int, Run], name: str, carriers: Mapping[tuple[Scalar 
         if not averages and math.isfinite(run.control(name)):
             found[seed] = run
             continue
-        carrier = next((carriers[of] for of in control_groups(run.settings, name) if of in carriers), None)
+        carrier = carrier_of(run.settings, name, carriers)
         if carrier and (averages or name == "pooled" or _alike(run, carrier)):
             found[seed] = carrier
     return found
+
+
+def carrier_of(
+    settings: Mapping[str, Scalar], name: str, carriers: Mapping[tuple[Scalar | None, ...], _Controlled]
+) -> _Controlled | None:
+    """Return whose control serves a trial with some settings; None if nobody's does."""
+    return next((carriers[of] for of in control_groups(settings, name) if of in carriers), None)
 
 
 def _alike(run: Run, other: Run) -> bool:
@@ -436,11 +471,11 @@ def _alike(run: Run, other: Run) -> bool:
 def _uncontrolled(scenarios: Iterable[Scenario]) -> Iterable[str]:
     for scenario in scenarios:
         runs = [run for variant in scenario.variants for run in variant.runs.values()]
-        carriers = _carriers(runs, "isolated")
+        held = carriers(runs, "isolated")
         for variant in scenario.variants:
             for seed in variant.runs.keys() - variant.isolated.keys():
                 run = variant.runs[seed]
-                if carrier := carriers.get(control_group(run.settings, "isolated")):
+                if carrier := held.get(control_group(run.settings, "isolated")):
                     yield (
                         f"{run.path}: not held against isolated peers, since its own trained in other rounds than "
                         f"those of {carrier.path}, whose control it was to share"

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.settings import has_effect, label
-from experiments.statistics import FEWEST_SEEDS, median, price
+from experiments.statistics import FEWEST_SEEDS, INTERVAL, median, price
 from experiments.study import Scenario, Study, differing, final_level, shared_seeds
 from strategies.console import size
 
@@ -94,38 +94,40 @@ def _of_which_seeds(scenario: Scenario, common: Sequence[int]) -> str:
 
 
 def _head_start(scenario: Scenario) -> Iterator[str]:
-    """Say by how much a distilled start cuts the rounds of federated averaging, for every two that differ in that."""
+    """Say by how much another start than a cold one cuts FedAvg's rounds, for every two that differ in that alone."""
     averaging = [v for v in scenario.variants if v.runs and v.settings["strategy"] == "fedavg"]
     keys = [key for key in differing(averaging) if key != "fedavg-start"]
     pairs = [
-        (cold, distilled)
-        for cold, distilled in itertools.product(averaging, averaging)
-        if (cold.settings["fedavg-start"], distilled.settings["fedavg-start"]) == ("cold", "distilled")
-        and all(cold.settings[key] == distilled.settings[key] for key in keys if has_effect(cold.settings, key))
+        (cold, other)
+        for cold, other in itertools.product(averaging, averaging)
+        if cold.settings["fedavg-start"] == "cold" != other.settings["fedavg-start"]
+        and all(cold.settings[key] == other.settings[key] for key in keys if has_effect(cold.settings, key))
     ]
-    for cold, distilled in pairs:
-        seeds = sorted(cold.runs.keys() & distilled.runs.keys())
+    for cold, other in pairs:
+        seeds = sorted(cold.runs.keys() & other.runs.keys())
         if not seeds:
             continue
         levels = [NEAR_THE_BEST * max(point.accuracy for point in cold.runs[seed].curve()) for seed in seeds]
         theirs, ours = (
             median([price(variant.runs[seed], level).rounds for seed, level in zip(seeds, levels, strict=True)])
-            for variant in (cold, distilled)
+            for variant in (cold, other)
         )
-        which = f"{label(distilled.settings, keys)}: " if len(pairs) > 1 else ""
-        yield f"{which}{_rounds_saved(theirs, ours, len(seeds))}"
+        which = f"{label(other.settings, keys)}: " if keys and len(pairs) > 1 else ""
+        yield f"{which}{_rounds_saved(theirs, ours, len(seeds), start=str(other.settings['fedavg-start']))}"
 
 
-def _rounds_saved(cold: float, distilled: float, seeds: int) -> str:
+def _rounds_saved(cold: float, other: float, seeds: int, *, start: str) -> str:
     medians = f"medians over {counted(seeds, 'seed')}"
     text = f"From a cold start FedAvg reaches 98 % of its own best accuracy in {counted(cold, 'round')}"
-    if math.isinf(distilled):
-        return f"{text}; from a distilled start it does not get there ({medians})."
-    cut = f", a cut of {1 - distilled / cold:.0%}" if cold else ""
-    return (
-        f"{text}; from a distilled start it gets there in {counted(distilled, 'round')}{cut} ({medians}; the exchange "
-        "before a distilled start is the first of its rounds)."
-    )
+    if math.isinf(other):
+        return f"{text}; from a {start} start it does not get there ({medians})."
+    cut = f", a cut of {1 - other / cold:.0%}" if cold else ""
+    before = {
+        "distilled": "the exchange before a distilled start is the first of its rounds",
+        "pretrained": "the epochs before a pretrained start are not counted",
+    }
+    told = f"from a {start} start it gets there in {counted(other, 'round')}{cut}"
+    return f"{text}; {told} ({medians}; {before[start]})."
 
 
 def how_to_read(scenario: Scenario) -> str:
@@ -138,12 +140,12 @@ def how_to_read(scenario: Scenario) -> str:
             parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
     parts += _samples_seen(scenario)
     parts.append(
-        "Means over seeds, at the last measurement. Gain: over the models that the peers came with. Over isolated: "
-        "final accuracy less that of the same peers without exchange, paired by seed, in points. Spread: standard "
-        "deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own label mix. Until "
-        "the target, a mean accuracy of the peers: medians over seeds, where not reached counts as infinite; seconds "
-        "are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier score: means of the "
-        "peers. Bold: the best of a column."
+        f"Means over seeds, at the last measurement, with their {INTERVAL}. Gain: over the models that the peers came "
+        "with. Over isolated: final accuracy less that of the same peers without exchange, paired by seed, in points. "
+        "Spread: standard deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own "
+        "label mix. Until the target, a mean accuracy of the peers: medians over seeds, where not reached counts as "
+        "infinite; seconds are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier "
+        "score: means of the peers. Bold: the best of a column."
     )
     return " ".join(parts)
 

@@ -136,7 +136,10 @@ class RunConfig:
         "fedmd", one_of("fedmd", "ds-fl"), "`consensus`: the server's mean (a baseline with a server)"
     )
     fedavg_start: str = _setting(
-        "cold", one_of("cold", "distilled"), "`fedavg`: start from scratch, or from a model distilled from the peers"
+        "cold",
+        one_of("cold", "pretrained", "distilled"),
+        "`fedavg`: start from scratch, from the mean of what each peer pre-trained, or from a model distilled from the "
+        "peers' own",
     )
     merge_epochs: int = _setting(
         20, at_least(1), "`fedavg-start=distilled`: epochs over the proxy set in the merging", "max-epochs"
@@ -397,7 +400,7 @@ class RunConfig:
         ``kd-weight`` that is left out gets its value.
         """
         used = dataclasses.replace(self, kd_weight=self.distillation_weight)
-        if self.strategy == "fedavg" and self.fedavg_start == "cold":
+        if self.strategy == "fedavg" and self.fedavg_start != "distilled":
             return dataclasses.replace(used, codec="fp32")
         if self.strategy != "consensus":
             return used

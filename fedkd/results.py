@@ -4,11 +4,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fedkd import __version__
 from fedkd.claim import LEFT, STATES
 from fedkd.errors import FedkdError, SettingError
 
+_SECRET = re.compile(r"--?[\w-]*(token|secret|password|key)", re.IGNORECASE)
 _PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "flwr-datasets", "scikit-learn", "safetensors")
 
 
@@ -325,7 +328,7 @@ def read_row(line: str) -> Row:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to know to run it again: versions, machine, git commit."""
+    """Return what a reader needs to know to run it again: versions, machine, command, date, git commit."""
     versions = {"fedkd": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -336,9 +339,26 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("FEDKD_COMMIT") or git_commit(Path(__file__).parent),
     }
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return a command's words with what its options keep secret left out; Flower starts an app with ``--token``.
+
+    >>> without_secrets(["flwr-simulation", "--token", "abc", "--run-id=1", "--auth-key=k"])
+    ['flwr-simulation', '--token', '***', '--run-id=1', '--auth-key=***']
+    """
+    told = []
+    for word, before in zip(words, ["", *words], strict=False):
+        name, equals, _ = word.partition("=")
+        if _SECRET.match(before) and "=" not in before:
+            told.append("***")
+        else:
+            told.append(f"{name}=***" if equals and _SECRET.match(name) else word)
+    return told
 
 
 def git_commit(folder: Path) -> str:

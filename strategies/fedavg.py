@@ -23,7 +23,9 @@ class FedAvg(Strategy):
     """Flower's FedAvg over the peers' weights, weighed by their numbers of samples (McMahan et al., 2017).
 
     Peers train ``fedavg-model``, whatever their own model is. A cold run starts from one initialisation that all
-    derive from the seed, with the first local epochs in round 0. A distilled run starts from the peers' own
+    derive from the seed, with the first local epochs in round 0. A pretrained run has each peer pre-train that
+    architecture on its own data from that initialisation, as peers that exchange logits pre-train theirs; round 1
+    averages what they got. A distilled run starts from the peers' own
     pre-trained models: their logits are merged into one model on the proxy set, by one of the peers, and that model
     is what everyone gets in round 1 (arXiv 2402.14922: clients' knowledge merged before FedAvg [paper]; on the
     proxy set, with the exchange charged as bytes and as a round [ours]).
@@ -72,7 +74,7 @@ class FedAvg(Strategy):
 
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return all logits, for a distilled start."""
-        if self.config.fedavg_start == "cold":
+        if self.config.fedavg_start != "distilled":
             return ()
         return tuple(letter for _, letter in mailbox)
 

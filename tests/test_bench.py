@@ -91,7 +91,9 @@ def test_bytes_compares_codecs_with_federated_averaging(tmp_path):
     found = bench_bytes.run(quick=True)
 
     rows = {row["way"]: row for row in found["rows"]}
-    assert rows.keys() == {"fp32", "fp16", "fedavg, 2 epochs", "fedavg, 5 epochs"}
+    assert rows.keys() == {
+        "fp32", "fp16", *(f"fedavg, {start}, {epochs} epochs" for start in ("pretrained", "cold") for epochs in (2, 5))
+    }  # fmt: skip
     assert found["targets"] == {0: pytest.approx(rows["fp32"]["best"] - bench_bytes.MARGIN)}
     assert rows["fp32"]["lost"] == 0 and rows["fp32"]["bytes"] > 0
     assert all(0 < row["best"] <= 1 for row in rows.values())

@@ -57,6 +57,7 @@ TRIALS = {
     "ds-fl": {"strategy": "consensus", "consensus": "ds-fl"},
     "fedavg": {"strategy": "fedavg", "fedavg-model": "mlp"},
     "fedavg-distilled": {"strategy": "fedavg", "fedavg-model": "mlp", "fedavg-start": "distilled"},
+    "fedavg-pretrained": {"strategy": "fedavg", "fedavg-model": "mlp", "fedavg-start": "pretrained"},
     "infoflow": {"method": "infoflow"},
     "sleeper": {"models": "mlp,sleeper:model", "round-timeout": 4.0, "rounds": 4, "schedule": "alternate"},
 }

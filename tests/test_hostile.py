@@ -198,7 +198,7 @@ def test_a_pooled_control_without_an_accuracy_is_said_to_have_no_result(tmp_path
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_the_worst_and_the_best_accuracy_of_a_control_are_possible(tmp_path, value):
-    grid = tampered(local_grid(tmp_path, 2), series(test_accuracy=[1 - value, value]), kind="isolated")
+    grid = tampered(local_grid(tmp_path, 2), curve(test_accuracy=[1 - value, value]), kind="isolated")
     run = federate(tmp_path / "isolated", 2, grid=grid, controls="isolated", rounds=1)
     assert run.summary()["peers"][1]["isolated"] == value
 

@@ -120,6 +120,7 @@ def limited(epochs, kind, **settings):
         ("start", {"pretrain_epochs": 30}, 30),
         ("start", {"strategy": "fedavg", "pretrain_epochs": 0, "local_epochs": 30}, 30),
         ("start", {"strategy": "fedavg", "fedavg_start": "distilled", "pretrain_epochs": 30}, 30),
+        ("start", {"strategy": "fedavg", "fedavg_start": "pretrained", "pretrain_epochs": 30}, 30),
         ("merge", {"strategy": "fedavg", "fedavg_start": "distilled", "merge_epochs": 30}, 30),
         ("learn", {"schedule": "alternate", "distill_epochs": 20, "local_epochs": 10}, 30),
         ("learn", {"strategy": "fedavg", "local_epochs": 30, "distill_epochs": 999}, 30),

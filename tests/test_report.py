@@ -147,6 +147,16 @@ def test_settings_and_versions_stand_under_every_figure(report):
         assert "fedkd report ..." in caption and "torch" in caption and "rounds = 2" in caption
 
 
+def test_what_an_interval_is_stands_wherever_one_is_shown(report):
+    page = report.read_text()
+
+    for title in ("Accuracy by round", "Accuracy by bytes", "Final accuracy"):
+        captions = re.findall(rf'alt="{title}: .*?</figcaption>', page, re.S)
+        assert len(captions) == 2 and all(caption.count("Student&#39;s t") == 2 for caption in captions)
+    assert page.count("<th>95 % interval</th>") == 2 and page.count("with their 95 % interval (Student&#39;s t") == 2
+    assert "bootstrap" not in page
+
+
 def test_it_says_how_little_few_seeds_can_tell(folders, tmp_path, undrawn):
     one = [folder for folder in folders if folder.name.endswith("-0")]
 
@@ -231,6 +241,20 @@ def test_the_head_start_of_federated_averaging_is_measured_against_its_cold_star
 
     # Round 0 of a distilled start is the peers' own models, not the averaged one; the exchange is the first round.
     assert "in 4 rounds; from a distilled start it gets there in 2 rounds, a cut of 50%" in page
+
+
+def test_what_pretraining_alone_saves_stands_beside_what_the_merging_does(tmp_path, undrawn):
+    curves = {"cold": [0.1, 0.3, 0.5, 0.7, 0.7], "pretrained": [0.4, 0.6, 0.7, 0.7, 0.7],
+              "distilled": [0.4, 0.7, 0.7, 0.7, 0.7]}  # fmt: skip
+    runs = [
+        make_run(tmp_path / start, [[a] for a in curve], strategy="fedavg", fedavg_start=start)
+        for start, curve in curves.items()
+    ]
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    told = re.findall(r"From a cold .* in (\d) rounds; from a (\w+) start it gets there in (\d)", page)
+    assert told == [("3", "pretrained", "2"), ("3", "distilled", "1")]
 
 
 def test_every_distilled_start_is_measured_against_the_cold_start_that_is_like_it_in_all_else(tmp_path, undrawn):

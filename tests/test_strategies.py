@@ -8,6 +8,7 @@ import pytest
 import torch
 from federation import federate, local_grid
 
+from clients.starts import _kept
 from fedkd.config import RunConfig
 from fedkd.distillation import Distillation
 from fedkd.errors import SettingError
@@ -190,6 +191,32 @@ def test_a_distilled_start_begins_fedavg_above_a_cold_one(tmp_path):
         return next(row["test_accuracy"] for row in run.rows() if row["round"] == 1)
 
     assert first_round(distilled) > first_round(cold)
+
+
+def test_a_pretrained_start_averages_in_round_1_what_every_peer_trained_before_it(tmp_path):
+    settings = {"strategy": "fedavg", "fedavg_model": "mlp", "rounds": 1, "controls": "isolated"}
+    started = {"fedavg_start": "pretrained", "pretrain_epochs": 3}
+    run = federate(tmp_path / "run", 2, **settings, **started)
+    # A cold start trains the same architecture, for `local-epochs`, before it sends its first weights.
+    cold = federate(tmp_path / "cold", 2, **settings, fedavg_start="cold", local_epochs=3)
+
+    def accuracies(run, round):
+        return [row["test_accuracy"] for row in run.rows() if row["round"] == round]
+
+    assert accuracies(run, 1) == accuracies(cold, 1)
+    before, alone = run.summary()["mean"]["before"], run.summary()["isolated_by_round"]
+    assert len(set(accuracies(cold, 0))) == 1  # all measure the common initialisation
+    assert min(accuracies(run, 0)) > accuracies(cold, 0)[0] and alone[0] == pytest.approx(before)
+
+
+def test_a_pretrained_start_never_takes_the_peers_own_model_for_the_common_one(tmp_path):
+    settings = {"strategy": "fedavg", "fedavg_model": "mlp", "fedavg_start": "pretrained", "models": "mlp", "rounds": 1}
+    _kept.clear()
+    alone = federate(tmp_path / "alone", 2, **settings)
+    _kept.clear()
+    federate(tmp_path / "own", 2, models="mlp", rounds=1)
+
+    assert federate(tmp_path / "after", 2, **settings).timeless_rows() == alone.timeless_rows()
 
 
 def test_controls_of_a_server_free_run_do_not_count_as_bytes(tmp_path):

@@ -4,13 +4,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from runs_on_disk import make_run
 from scipy import stats
 
 from experiments.checks import checks, matched_gradients
 from experiments.evidence import agreement, reliability
-from experiments.statistics import all_pairs, compare, holm, mean, median, price
+from experiments.statistics import compare, every_pair, holm, mean, median, price
 from experiments.study import read_run, study
 from fedkd.errors import FedkdError
 
@@ -201,7 +202,9 @@ def test_two_seeds_cannot_tell_and_equal_numbers_are_called_identical(tmp_path):
         js=({"divergence": "js"}, [0.7, 0.9]),
     ))  # fmt: skip
 
-    verdicts = {(p.first, p.second): p.verdict for p in all_pairs(found.scenarios[0].variants)}
+    verdicts = {
+        (p.first, p.second): p.verdict for p in every_pair({v.label: v.finals() for v in found.scenarios[0].variants})
+    }
 
     assert verdicts == {
         ("kl", "ce"): "identical",
@@ -218,17 +221,30 @@ def test_a_steady_difference_is_told_from_noise(tmp_path):
         td=({"divergence": "td"}, [0.40, 0.75, 0.45, 0.70]),
     ))  # fmt: skip
 
-    verdicts = {(p.first, p.second): p.verdict for p in all_pairs(found.scenarios[0].variants)}
+    verdicts = {
+        (p.first, p.second): p.verdict for p in every_pair({v.label: v.finals() for v in found.scenarios[0].variants})
+    }
 
     assert verdicts[("kl", "js")] == "larger than seed noise"
     assert verdicts[("kl", "td")] == "within seed noise"
 
 
-def test_the_interval_holds_the_mean_and_lies_within_the_values():
-    found = mean([0.2, 0.5, 0.9, 0.4])
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_an_interval_of_a_few_seeds_holds_the_true_mean_as_often_as_it_says(seeds):
+    draws = np.random.default_rng(seeds).normal(0.7, 0.02, size=(4000, seeds))
 
-    assert 0.2 <= found.low < found.value < found.high <= 0.9
-    assert mean([0.2, 0.5, 0.9, 0.4]) == found
+    found = [mean(list(draw)) for draw in draws]
+
+    held = np.mean([interval.low <= 0.7 <= interval.high for interval in found])
+    assert abs(held - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_the_interval_is_scipys():
+    values = [0.2, 0.5, 0.9, 0.4]
+    reference = stats.ttest_1samp(values, 0.0).confidence_interval()
+
+    assert (mean(values).low, mean(values).high) == pytest.approx((reference.low, reference.high))
+    assert math.isnan(mean([0.3, math.nan]).low) and mean([0.3, math.nan]).seeds == 1
 
 
 def test_a_target_that_is_not_reached_is_kept_as_infinite(tmp_path):
@@ -239,9 +255,10 @@ def test_a_target_that_is_not_reached_is_kept_as_infinite(tmp_path):
     assert median([price(run, 0.5).rounds, price(run, 0.8).rounds]) == math.inf
 
 
-def test_the_peers_own_models_before_a_distilled_start_reach_no_target(tmp_path):
+@pytest.mark.parametrize("start", ["distilled", "pretrained"])
+def test_the_peers_own_models_before_anything_is_averaged_reach_no_target(tmp_path, start):
     curve = [[0.7], [0.5], [0.6], [0.7]]
-    averaged = read_run(make_run(tmp_path / "a", curve, strategy="fedavg", fedavg_start="distilled"))
+    averaged = read_run(make_run(tmp_path / "a", curve, strategy="fedavg", fedavg_start=start))
     exchanged = read_run(make_run(tmp_path / "b", curve))
 
     assert (price(averaged, 0.5).rounds, price(averaged, 0.65).rounds) == (1, 3)
@@ -376,6 +393,17 @@ def test_averaging_from_scratch_is_held_against_the_peers_own_models_if_they_ran
 
     assert [variant.isolated for variant in among_themselves] == [{0: 0.2}, {0: 0.3}]
     assert [variant.isolated for variant in beside_exchange] == [{0: 0.6}] * 3
+
+
+def test_averaging_from_a_pretrained_start_is_held_against_that_architecture_trained_on_from_there(tmp_path):
+    runs = [
+        with_control(tmp_path / start, level, strategy="fedavg", fedavg_start=start)
+        for start, level in (("cold", 0.2), ("pretrained", 0.3))
+    ]
+
+    variants = study(runs).scenarios[0].variants
+
+    assert [variant.isolated for variant in variants] == [{0: 0.2}, {0: 0.3}]
 
 
 def test_the_best_variant_is_found_over_seeds_that_all_have(tmp_path):

@@ -1,20 +1,33 @@
-"""``python -m experiments.studies slices|gather|tables``: from the data to `docs/results.md`."""
+"""``python -m experiments.studies slices|run|gather|tables``: from the data to `docs/results.md`."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from experiments.outputs import is_csv_with, refuse_foreign_file
+from experiments.compare import compare
+from experiments.launch import Federation
+from experiments.outputs import is_csv_with, is_json_with, refuse_foreign_file
+from experiments.recipe import read
 from experiments.studies import slices as data
-from experiments.studies.gather import gather as read
+from experiments.studies.gather import gather as gathered
+from experiments.studies.gather import write
+from experiments.studies.record import contradictions, read_trials
 from experiments.studies.tables import render
-from fedkd.errors import SettingError
+from fedkd.errors import FedkdError, SettingError
+from fedkd.results import git_commit
+
+RECIPES = Path(__file__).parent
+PAGE = Path("docs/results.md")
+_BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_AsTheyAre = Annotated[
+    bool, typer.Option("--as-they-are", help="Take trials of several commits, or of changed files, and record that.")
+]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
-_BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 @app.command()
@@ -34,16 +47,56 @@ def slices(
 
 
 @app.command()
-def gather(folders: list[Path], out: Annotated[Path, typer.Option(help="Where the CSV files go.")]) -> None:
-    """Write one CSV file for each comparison's folder."""
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help="Of studies; all if none is given.")] = None,
+    *,
+    slices: Annotated[Path, typer.Option(help="Folder with the slices.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trials; what is finished there is not run again.")],
+    page: Annotated[Path, typer.Option(help="Page whose tables and CSV files are made anew.")] = PAGE,
+    as_they_are: _AsTheyAre = False,
+) -> None:
+    """Run studies, write their CSV and JSON files, and put the tables into the page."""
+    paths = [RECIPES / f"{name}.toml" for name in names] if names else sorted(RECIPES.glob("*.toml"))
+    commit = git_commit(RECIPES)
+    if (not commit or commit.endswith("+")) and not as_they_are:
+        raise FedkdError(
+            f"Expected a clone without changes, but its commit is {commit or 'unknown'}: commit them, or take numbers "
+            "that no commit can repeat with --as-they-are."
+        )
+    for path in paths:
+        recipe = read(path, changes={"data-dir": str(slices)})
+        words = ["fedkd", "compare", f"experiments/studies/{path.name}", "--out", str(out / path.stem)]
+        command = shlex.join([*words, f"data-dir={slices}"])
+        print(f"$ {command}", flush=True)
+        compared = compare(recipe, Federation(peers=1), out / path.stem, command=command)
+        if compared.failed:
+            raise FedkdError(f"{len(compared.failed)} trials of {path.stem} failed, the first: {compared.failed[0]}.")
+    gather([out / path.stem for path in paths], out=page.with_suffix(""), as_they_are=as_they_are)
+    tables(page)
+
+
+@app.command()
+def gather(
+    folders: list[Path],
+    *,
+    out: Annotated[Path, typer.Option(help="Where the files go.")],
+    as_they_are: _AsTheyAre = False,
+) -> None:
+    """Write a CSV and a JSON file for each comparison's folder, and say which configurations have two numbers."""
     places = {out / f"{folder.resolve().name}.csv": folder for folder in folders}
     if len(places) < len(folders):
         raise SettingError("FOLDERS", ", ".join(map(str, folders)), "folders of different names: each gives a file")
     for path in places:
+        beside = path.with_suffix(".json")
         refuse_foreign_file(path, key="--out", ours=is_csv_with(path, ("round", "accuracy", "worst", "spread")))
+        refuse_foreign_file(beside, key="--out", ours=is_json_with(beside, ("commits", "settings", "sha256")))
+    found = {path: gathered(folder, as_they_are=as_they_are) for path, folder in places.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for path, folder in places.items():
-        read(folder).to_csv(path, index=False, float_format="%.6g")
+    for path, (frame, record) in found.items():
+        write(frame, record, path)
+    recorded = [path for path in sorted(out.glob("*.csv")) if path.with_suffix(".json").exists()]
+    for sentence in contradictions({path.stem: read_trials(path) for path in recorded}):
+        print(f"two numbers for {sentence}")
 
 
 @app.command()
@@ -57,5 +110,13 @@ def fill(text: str, folder: Path) -> str:
     return _BLOCK.sub(lambda block: block[1] + "\n" + render(block[2], folder) + "\n" + block[3], text)
 
 
+def main() -> None:
+    """Run a command; an error is one line."""
+    try:
+        app()
+    except FedkdError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 if __name__ == "__main__":
-    app()
+    main()

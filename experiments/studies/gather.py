@@ -1,49 +1,113 @@
-"""A comparison's folder as one table: a row for every trial and round in which its peers were measured."""
+"""A comparison's folder as one table, and a record of what made it: see :mod:`experiments.studies.record`."""
 
+import json
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pandas as pd
 
+from experiments.comparison import Comparison
 from experiments.settings import effective
+from experiments.studies.record import ELSEWHERE, OUTCOMES, Record, fingerprint
 from experiments.study import Run, read_run
+from fedkd.config import Scalar
+from fedkd.errors import FedkdError
 
-_OUTCOMES = ("round", "accuracy", "worst", "spread", "ece", "bytes")
-_CALIBRATION = {"ece": "ece", "nll": "test_loss", "brier": "brier"}
 _ALWAYS = {"partition", "seed"}
-_NEVER = {"out-dir", "run-name", "controls", "resume", "trials", "data-dir", "peers"}
+_FOLDERS = re.compile(r"(?:(?<=[\s:,='\"])|^)(?:/|~/)(?:[^\s,'\"]*/)?(?=[^\s,'\"/])")
+_ISOLATED = {"isolated_ece": "ece", "isolated_nll": "test_loss", "isolated_brier": "brier"}
 
 
-def gather(folder: Path) -> pd.DataFrame:
+def gather(folder: Path, *, as_they_are: bool = False) -> tuple[pd.DataFrame, Record]:
     """Read the finished runs under ``folder/trials``.
+
+    Args:
+        folder: of a comparison.
+        as_they_are: take trials of several commits, or of files that no commit has, and say so in the record.
 
     Returns:
         One column for each setting in which the trials differ (empty where it has no effect), then ``round``,
         ``accuracy`` (mean over the peers), ``worst`` (peer), ``spread`` (standard deviation over the peers), ``ece``,
-        ``nll`` in nats, ``brier``, ``bytes`` (up and down, all peers, so far), and the controls ``isolated`` (with
-        ``isolated_ece``, ``isolated_nll``, ``isolated_brier``) and ``pooled`` of the trial that carried them.
+        ``nll`` in nats, ``brier``, ``bytes`` (up and down, all peers, so far), ``samples`` (private ones of a peer, on
+        average), and the controls ``isolated`` (with ``isolated_ece``, ``isolated_nll``,
+        ``isolated_brier``) and ``pooled`` of the trial that carried them. And the record beside it.
+
+    Raises:
+        FedkdError: no trial finished, or the trials are not of one commit with all its files as they were.
     """
     runs = [read_run(path) for path in sorted((folder / "trials").iterdir())]
     finished = [run for run in runs if run.summary]
-    keys = [
-        key
-        for key in finished[0].settings
-        if key in _ALWAYS or (key not in _NEVER and len({run.settings[key] for run in finished}) > 1)
-    ]
+    if not finished:
+        raise FedkdError(f"Expected finished trials in {folder / 'trials'}, but none is.")
+    record = _record(finished, folder, as_they_are=as_they_are)
+    used = [key for key in finished[0].settings if key not in ELSEWHERE]
+    keys = [key for key in used if key in _ALWAYS or len({run.settings[key] for run in finished}) > 1]
+    record["settings"] = {key: _portable(finished[0].settings[key]) for key in used if key not in keys}
     frame = pd.DataFrame([row for run in finished for row in _rows(run, keys)])
-    return frame.sort_values([*keys, "round"], kind="stable", ignore_index=True)
+    return frame.sort_values([*keys, "round"], kind="stable", ignore_index=True), record
 
 
-def _rows(run: Run, keys: Iterable[str]) -> Iterable[dict[str, object]]:
-    keys = list(keys)
+def write(found: pd.DataFrame, record: Record, path: Path) -> None:
+    """Write a CSV file and the JSON file beside it."""
+    found.to_csv(path, index=False, float_format="%.6g")
+    content = {**record, "sha256": fingerprint(path)}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _record(runs: Sequence[Run], folder: Path, *, as_they_are: bool) -> Record:
+    commits = Counter(str(run.environment.get("commit") or "none") for run in runs)
+    versions = {json.dumps(run.environment.get("versions", {})): run.environment.get("versions", {}) for run in runs}
+    clean = len(commits) == len(versions) == 1 and not any(c == "none" or c.endswith("+") for c in commits)
+    if not clean and not as_they_are:
+        which = ", ".join(f"{commit} ({count})" for commit, count in commits.items())
+        which += f", with {len(versions)} sets of versions" if len(versions) > 1 else ""
+        raise FedkdError(
+            f"Expected the trials in {folder} to be of one commit without changes (+), but they are of {which}. "
+            "Run them again from a clean clone, or take them with --as-they-are."
+        )
+    dates = sorted(str(run.environment["date"])[:10] for run in runs if run.environment.get("date"))
+    return {
+        "commits": dict(commits),
+        "versions": next(iter(versions.values())) if len(versions) == 1 else list(versions.values()),
+        "dates": [dates[0], dates[-1]] if dates else [],
+        "platform": sorted({str(run.environment.get("platform", "")) for run in runs}),
+        "command": _portable(_command(folder)),
+        "trials": len(runs),
+    }
+
+
+def _command(folder: Path) -> str:
+    return Comparison.read(folder).command if (folder / "comparison.json").exists() else ""
+
+
+def _portable(value: Scalar) -> Scalar:
+    """Leave the folders of this machine out.
+
+    >>> _portable("fedkd compare flow.toml data-dir=/home/me/slices dataset=npz:/data/a.npz")
+    'fedkd compare flow.toml data-dir=slices dataset=npz:a.npz'
+    """
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
+def _rows(run: Run, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
     settings = dict(zip(keys, effective(run.settings, keys), strict=True))
-    controls = {name: run.control(name) for name in ("isolated", "pooled")}
-    controls |= {f"isolated_{name}": run.isolated(what) for name, what in _CALIBRATION.items()}
+    peers = run.summary["peers"]
+    held = {
+        "samples": fmean(peer["samples"] for peer in peers),
+        "isolated": run.control("isolated"),
+        **{name: _mean_of_isolated(peers, measure) for name, measure in _ISOLATED.items()},
+        "pooled": run.control("pooled"),
+    }
     for point in run.curve():
-        rows = [row for row in run.rows if row.round == point.round and math.isfinite(row.test_accuracy)]
-        means = {
-            "nll": sum(row.test_loss for row in rows) / len(rows),
-            "brier": sum(row.brier for row in rows) / len(rows),
-        }
-        yield {**settings, **{name: getattr(point, name) for name in _OUTCOMES}, **means, **controls}
+        yield {**settings, **{name: getattr(point, name) for name in OUTCOMES}, **held}
+
+
+def _mean_of_isolated(peers: Sequence[dict[str, Any]], measure: str) -> float:
+    found = [(peer.get("isolated_measures") or {}).get(measure) for peer in peers]
+    known = [float(value) for value in found if value is not None]
+    return fmean(known) if known else math.nan

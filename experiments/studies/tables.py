@@ -6,333 +6,348 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-import pandas as pd
-
 from experiments import statistics
+from experiments.settings import config_of
+from experiments.statistics import Comparison, Values
+from experiments.studies.record import Recorded, read_trials
+from fedkd.config import Scalar
 
+Trials = Sequence[Recorded]
 MEASURES = ("ce", "kl", "jeffreys", "js", "td", "sed", "msed")
-Values = Mapping[int, float]
-"""A number by seed."""
+TARGETS = (0.7, 0.8, 0.9, 0.97)
+"""Shares of what cold FedAvg ends with; the last two are those of the tables of rounds and bytes."""
 
 
 def render(name: str, folder: Path) -> str:
-    """Return one table as Markdown, from the CSV files in a folder."""
-    study, table = TABLES[name]
-    return table(pd.read_csv(folder / f"{study}.csv"))
+    """Return one table as Markdown, from the files in a folder."""
+    studies, table = TABLES[name]
+    return table(*(read_trials(folder / f"{study}.csv") for study in studies))
 
 
-def _measures(frame: pd.DataFrame, partition: str) -> str:
+def _measures(trials: Trials, partition: str) -> str:
     """Compare seven measures under averaged teachers, plain and with matched gradients."""
-    found = _last(frame, partition=partition)
-    if "strategy" in found:
-        found = found[found["strategy"] == "averaged"]
-    rows = []
-    kinds = [matched for matched in (False, True) if (found["match-gradients"] == matched).any()]
-    present = [name for name in MEASURES if (found["divergence"] == name).any()]
-    against: dict[bool, list[statistics.Comparison]] = {}
-    for matched in kinds:
-        of = {name: _where(found, divergence=name, **{"match-gradients": matched}) for name in present}
-        against[matched] = _against("kl", {name: _by_seed(part, "accuracy") for name, part in of.items()})
-    for name in present:
-        row = [f"`{name}`"]
-        for matched in kinds:
-            part = _where(found, divergence=name, **{"match-gradients": matched})
-            difference = next((c for c in against[matched] if c.first == name), None)
-            row += [_percent(part, "accuracy"), _points(difference), _percent(part, "worst"), _percent(part, "spread")]
-        rows.append(row)
-    head = ["measure"]
-    for matched in kinds:
-        word = "matched" if matched else "plain"
+    found = _where(trials, partition=partition, strategy="averaged")
+    present = [name for name in MEASURES if _where(found, divergence=name)]
+    head, columns = ["measure"], [[f"`{name}`" for name in present]]
+    for word, matched in (("plain", False), ("matched", True)):
+        parts = {name: _where(found, divergence=name, match_gradients=matched) for name in present}
         head += [f"accuracy, {word}", "less `kl`", "worst peer", "spread"]
-    return _markdown(head, rows) + _controls(frame[frame["partition"] == partition])
+        columns += _beside("kl", parts)
+        columns += [[_spelled(_ends(part, what)) for part in parts.values()] for what in ("worst", "spread")]
+    return _markdown(head, columns) + _levels(found)
 
 
-def _combining(frame: pd.DataFrame) -> str:
+def _combining(trials: Trials) -> str:
     """Set averaged teachers against the sum and the mean of pairwise divergences."""
-    found = _where(_last(frame, partition="dirichlet"), **{"match-gradients": False})
-    rows = []
-    for name in ("kl", "js", "td", "sed"):
-        averaged = _by_seed(_where(found, divergence=name, strategy="averaged"), "accuracy")
-        row = [f"`{name}`", _spelled(averaged)]
-        for reduction in ("sum", "mean"):
-            other = _by_seed(_where(found, divergence=name, strategy="pairwise", reduction=reduction), "accuracy")
-            row += [_spelled(other), _points(statistics.compare("averaged", averaged, reduction, other))]
-        rows.append(row)
-    return _markdown(
-        ["measure", "averaged", "pairwise, sum", "averaged less sum", "pairwise, mean", "averaged less mean"], rows
-    )
+    found = _where(trials, partition="dirichlet", match_gradients=False)
+    names = ("kl", "js", "td", "sed")
+    averaged = [_ends(_where(found, divergence=name, strategy="averaged")) for name in names]
+    head, columns = ["measure", "averaged"], [[f"`{name}`" for name in names], list(map(_spelled, averaged))]
+    for reduction in ("sum", "mean"):
+        others = [_ends(_where(found, divergence=name, strategy="pairwise", reduction=reduction)) for name in names]
+        head += [f"pairwise, {reduction}", f"averaged less {reduction}"]
+        columns += [list(map(_spelled, others)), _differences(averaged, others)]
+    return _markdown(head, columns)
 
 
-def _rounds(frame: pd.DataFrame, partition: str) -> str:
+def _rounds(trials: Trials, partition: str) -> str:
     """Count the rounds and bytes until 90 % and 97 % of what cold FedAvg ends with."""
-    found = frame[frame["partition"] == partition]
-    cold = _where(found, strategy="fedavg", **{"fedavg-start": "cold"})
-    end = fmean(_by_seed(_last(cold), "accuracy").values())
-    targets = [0.9 * end, 0.97 * end]
-    rows = []
-    for label, part in _ways(found):
-        final = _last(part)
-        row = [label, _percent(final, "accuracy"), f"{fmean(_by_seed(final, 'bytes').values()) / 1e6:.2f} MB"]
-        for target in targets:
-            rounds, cost = zip(*(_price(run, target) for _, run in part.groupby("seed")), strict=True)
-            row += [_median(rounds, "{:.0f}"), _median([c / 1e6 for c in cost], "{:.2f} MB")]
-        rows.append(row)
-    head = ["", f"accuracy after {int(found['round'].max())} rounds", "bytes in all"]
+    found = _where(trials, partition=partition)
+    ways = _ways(found)
+    targets = [share * _cold_end(found) for share in TARGETS[-2:]]
+    head = ["", f"accuracy after {found[0].settings['rounds']} rounds", "less FedAvg, cold"]
+    columns = [list(ways), *_beside("FedAvg, cold", ways)]
+    head += ["epochs before round 1", "images of a peer a round, private + public", "bytes in all"]
+    columns += [[_before(part[0]) for part in ways.values()], [_images(part) for part in ways.values()]]
+    columns += [[_megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
     for target in targets:
         head += [f"rounds to {100 * target:.1f} %", "bytes"]
-    return _markdown(head, rows)
+        prices = [[statistics.price(trial, target) for trial in part] for part in ways.values()]
+        columns += [[_count(statistics.median([price.rounds for price in paid])) for paid in prices]]
+        columns += [[_megabytes(statistics.median([price.bytes for price in paid])) for paid in prices]]
+    return _markdown(head, columns) + _levels(_where(found, strategy="averaged"))
 
 
-def _saved(frame: pd.DataFrame) -> str:
-    """Count the rounds of FedAvg that a distilled start saves, target by target."""
+def _saved(trials: Trials) -> str:
+    """Count the rounds of FedAvg that another start than a cold one saves, target by target."""
     rows = []
-    for partition in ("iid", "dirichlet"):
-        fedavg = _where(frame, partition=partition, strategy="fedavg")
-        runs = {start: dict(list(part.groupby("seed"))) for start, part in fedavg.groupby("fedavg-start")}
-        end = fmean(_by_seed(_last(fedavg[fedavg["fedavg-start"] == "cold"]), "accuracy").values())
-        for share in (0.7, 0.8, 0.9, 0.97):
-            needed = [
-                (_price(cold, share * end)[0], _price(runs["distilled"][seed], share * end)[0])
-                for seed, cold in sorted(runs["cold"].items())
-            ]
-            words = ", ".join(f"{_count(cold)} → {_count(distilled)}" for cold, distilled in needed)
-            cuts = [_cut(needed, free) for free in (0, 1)]
-            rows.append([partition, f"{100 * share * end:.1f} %", words, *cuts])
-    return _markdown(
-        [
-            "partition", "target", "rounds, cold → distilled, by seed", "mean cut, the exchange counted as a round",
-            "mean cut, the exchange not counted",
-        ],
-        rows,
-    )  # fmt: skip
+    starts = [start for start in ("cold", "pretrained", "distilled") if _where(trials, fedavg_start=start)]
+    for partition, share in itertools.product(("iid", "dirichlet"), TARGETS):
+        found = _where(trials, partition=partition)
+        target = share * _cold_end(found)
+        needed = {
+            start: {trial.seed: statistics.price(trial, target).rounds for trial in _fedavg(found, start)}
+            for start in starts
+        }
+        by_seed = [" → ".join(_count(needed[start][seed]) for start in starts) for seed in sorted(needed["cold"])]
+        cuts = [_cut(needed["cold"], needed[start]) for start in starts[1:]]
+        cuts += [_cut(needed["cold"], needed["distilled"], free=1)]
+        rows.append([partition, f"{100 * target:.1f} %", ", ".join(by_seed), *cuts])
+    cut = {"pretrained": "mean cut, pretrained", "distilled": "mean cut, distilled, the exchange counted as a round"}
+    head = ["partition", "target", f"rounds, {' → '.join(starts)}, by seed", *(cut[start] for start in starts[1:])]
+    return _markdown([*head, "distilled, the exchange not counted"], list(zip(*rows, strict=True)))
 
 
-def _cut(needed: Sequence[tuple[float, float]], free: int) -> str:
+def _cut(cold: Values, other: Values, *, free: int = 0) -> str:
     """Return the mean cut over the seeds under which cold FedAvg reached the target.
 
     Args:
-        needed: rounds of the cold and of the distilled start; the exchange before the latter is one of its rounds.
+        cold: rounds by seed.
+        other: likewise; the exchange before a distilled start is one of its rounds.
         free: how many of its rounds are not counted.
     """
-    cuts = [1 - (distilled - free) / cold for cold, distilled in needed if math.isfinite(cold)]
+    cuts = [1 - (other[seed] - free) / rounds for seed, rounds in cold.items() if math.isfinite(rounds)]
     return f"{100 * fmean(cuts):.0f} %" if cuts and all(map(math.isfinite, cuts)) else "—"
 
 
-def _regimes(frame: pd.DataFrame) -> str:
+def _regimes(trials: Trials) -> str:
     """Set tuned distillation against the untuned methods."""
-    rows = []
+    regimes = sorted(
+        {str(trial.settings["regime"]) for trial in trials}, key=lambda r: (r != "vanilla", r == "tuned", r)
+    )
+    rows, pairs, bests = [], [], []
     for partition in ("iid", "dirichlet"):
-        start = _where(frame, partition=partition, round=0)
-        final = _last(frame, partition=partition)
-        before = {seed: float(part["accuracy"].iloc[0]) for seed, part in start.groupby("seed")}
-        ends = {regime: _by_seed(part, "accuracy") for regime, part in final.groupby("regime")}
-        best = max((r for r in ends if r != "tuned"), key=lambda r: fmean(ends[r].values()))
-        gains = {r: fmean(v[s] - before[s] for s in v) for r, v in ends.items()}
-        relative = 100 * (gains["tuned"] / gains[best] - 1) if gains[best] > 0 else math.nan
-        difference = _points(statistics.compare("tuned", ends["tuned"], best, ends[best]))
-        accuracies = (_spelled(ends[regime]) for regime in ("vanilla", "dml", "partitioned", "tuned"))
-        share = "—" if math.isnan(relative) else f"{relative:+.0f} %"
-        rows.append([partition, _spelled(before), *accuracies, f"{difference} (`{best}`)", share])
-    tuned = ("tuned", "tuned less the best untuned", "gain, relative")
-    return _markdown(["partition", "before", "vanilla", "dml", "partitioned", *tuned], rows)
+        parts = {regime: _where(trials, partition=partition, regime=regime) for regime in regimes}
+        ends = {regime: _ends(part) for regime, part in parts.items()}
+        starts = {regime: _starts(part) for regime, part in parts.items()}
+        gains = {r: fmean(ends[r][seed] - starts[r][seed] for seed in ends[r]) for r in regimes}
+        best = max((r for r in regimes if r != "tuned"), key=lambda r: fmean(ends[r].values()))
+        relative = f"{100 * (gains['tuned'] / gains[best] - 1):+.0f} %" if gains[best] > 0 else "—"
+        pairs.append((ends["tuned"], ends[best]))
+        bests.append(best)
+        before = [_spelled(starts[regime]) for regime in ("vanilla", "tuned")]
+        alone = [_spelled(_ends(parts[regime], "isolated")) for regime in ("vanilla", "tuned")]
+        rows.append([partition, *before, *alone, *(_spelled(ends[regime]) for regime in regimes), "", relative])
+    differences = _differences(*zip(*pairs, strict=True))
+    for row, difference, best in zip(rows, differences, bests, strict=True):
+        row[-2] = f"{difference} (`{best}`)"
+    head = ["partition", "before", "before, tuned", "isolated", "isolated, tuned", *regimes]
+    return _markdown([*head, "tuned less the best untuned", "gain, relative"], list(zip(*rows, strict=True)))
 
 
-def _balance(frame: pd.DataFrame) -> str:
+def _balance(trials: Trials) -> str:
     """Show accuracy and calibration of the rules of balanced KL."""
-    ways = [
-        ("`bdkd`, sharpen_if_flat", {"divergence": "bdkd", "bdkd-rule": "sharpen_if_flat"}),
-        ("`bdkd`, opposite", {"divergence": "bdkd", "bdkd-rule": "opposite"}),
-        ("`bdkd`, none (= `jeffreys`)", {"divergence": "bdkd", "bdkd-rule": "none"}),
-        ("`jeffreys`", {"divergence": "jeffreys"}),
-        ("`kl`", {"divergence": "kl"}),
-        ("`reverse_kl`", {"divergence": "reverse_kl"}),
-    ]
-    found = _last(frame)
-    parts = {label: _where(found, **chosen) for label, chosen in ways}
-    tables = {
-        what: {c.first: c for c in _against("`kl`", {k: _by_seed(v, what) for k, v in parts.items()})}
-        for what in ("accuracy", "ece")
+    ways = {
+        "`bdkd`, sharpen_if_flat": _where(trials, divergence="bdkd", bdkd_rule="sharpen_if_flat"),
+        "`bdkd`, opposite": _where(trials, divergence="bdkd", bdkd_rule="opposite"),
+        "`bdkd`, none (= `jeffreys`)": _where(trials, divergence="bdkd", bdkd_rule="none"),
+        "`jeffreys`": _where(trials, divergence="jeffreys"),
+        "`kl`": _where(trials, divergence="kl"),
+        "`reverse_kl`": _where(trials, divergence="reverse_kl"),
     }
-    rows = []
-    for label, part in parts.items():
-        row = [label]
-        for what in ("accuracy", "ece"):
-            row += [_percent(part, what), _points(tables[what].get(label))]
-        rows.append([*row, *(f"{_mean(part, what):.3f}" for what in ("nll", "brier"))])
-    start = _where(frame, round=0).drop_duplicates("seed")
-    rows.append(["before", _percent(start, "accuracy"), "", _percent(start, "ece"), "", *(
-        f"{_mean(start, what):.3f}" for what in ("nll", "brier")
-    )])  # fmt: skip
-    return _markdown(["", "accuracy", "less `kl`", "ECE", "less `kl`", "NLL", "Brier"], rows)
+    whats = ("accuracy", "ece", "nll", "brier")
+    values = {what: {label: _ends(part, what) for label, part in ways.items()} for what in whats}
+    kl = ways["`kl`"]
+    for what in whats:
+        alone = _ends(kl, "isolated" if what == "accuracy" else f"isolated_{what}")
+        if not any(map(math.isnan, _ends(kl, "isolated_ece").values())):
+            values[what]["isolated"] = alone
+        values[what]["before"] = _starts(kl, what)
+    labels = list(values["accuracy"])
+    columns = [labels]
+    for what in ("accuracy", "ece"):
+        differences = statistics.against("`kl`", {k: v for k, v in values[what].items() if k != "before"})
+        columns += [[_spelled(of) for of in values[what].values()], [_points(differences.get(k)) for k in labels]]
+    columns += [[f"{fmean(of.values()):.3f}" for of in values[what].values()] for what in ("nll", "brier")]
+    return _markdown(["", "accuracy", "less `kl`", "ECE", "less `kl`", "NLL", "Brier"], columns)
 
 
-def _map(frame: pd.DataFrame) -> str:
+def _map(trials: Trials) -> str:
     """Lay out the accuracy over α and β."""
-    found = _last(frame)
-    cakd = _where(found, divergence="cakd")
-    betas = sorted(cakd["cakd-beta"].unique())
+    cakd, dkd, kl = (_where(trials, divergence=name) for name in ("cakd", "dkd", "kl"))
+    alphas, betas = ([float(v) for v in sorted({trial.settings[key] for trial in cakd})] for key in
+                     ("cakd-alpha", "cakd-beta"))  # fmt: skip
+    parts = {
+        **{(alpha, beta): _where(cakd, cakd_alpha=alpha, cakd_beta=beta) for alpha in alphas for beta in betas},
+        **{("dkd", beta): _where(dkd, cakd_beta=beta) for beta in betas},
+        "kl": kl,
+    }
+    differences = statistics.against("kl", {str(key): _ends(part) for key, part in parts.items()})
     rows = [
-        [
-            f"α = {alpha:g}",
-            *(_percent(_where(cakd, **{"cakd-alpha": alpha, "cakd-beta": beta}), "accuracy") for beta in betas),
-        ]
-        for alpha in sorted(cakd["cakd-alpha"].unique())
+        [name, *(f"{_spelled(_ends(parts[key, beta]))}<br>{_points(differences[str((key, beta))])}" for beta in betas)]
+        for key, name in [*((alpha, f"α = {alpha:g}") for alpha in alphas), ("dkd", "`dkd`")]
     ]
-    dkd = _where(found, divergence="dkd")
-    rows.append(["`dkd`", *(_percent(_where(dkd, **{"cakd-beta": beta}), "accuracy") for beta in betas)])
-    kl = _where(found, divergence="kl")
-    return _markdown(["accuracy", *(f"β = {beta:g}" for beta in betas)], rows) + f"\n`kl`: {_percent(kl, 'accuracy')}\n"
+    head = ["accuracy, and less `kl`", *(f"β = {beta:g}" for beta in betas)]
+    return _markdown(head, list(zip(*rows, strict=True))) + f"\n`kl`: {_spelled(_ends(kl))}.\n" + _levels(kl)
 
 
-def _flow(frame: pd.DataFrame) -> str:
+def _flow(trials: Trials) -> str:
     """Set information flow against logits alone."""
-    found = _last(frame)
-    ways = {"logits alone": _where(found, method="logits")}
+    ways = {"logits alone": _where(trials, method="logits")}
     for auxiliary, decay in itertools.product((False, True), (0.7, 1.0)):
         teacher = "auxiliary teacher" if auxiliary else "direct"
         phase = "critical phase" if decay < 1 else "constant weight"
         ways[f"flow, {teacher}, {phase}"] = _where(
-            found, method="infoflow", **{"flow-auxiliary": auxiliary, "flow-decay": decay}
+            trials, method="infoflow", flow_auxiliary=auxiliary, flow_decay=decay
         )
-    accuracies = {label: _by_seed(part, "accuracy") for label, part in ways.items()}
-    differences = {c.first: c for c in _against("logits alone", accuracies)}
-    rows = [
-        [
-            label,
-            _percent(part, "accuracy"),
-            _points(differences.get(label)),
-            _percent(part, "worst"),
-            f"{_mean(part, 'bytes') / 1e6:.2f} MB",
-        ]
-        for label, part in ways.items()
-    ]
-    return _markdown(["", "accuracy", "less logits alone", "worst peer", "bytes"], rows)
+    columns = [list(ways), *_beside("logits alone", ways)]
+    columns += [[_spelled(_ends(part, "worst")) for part in ways.values()]]
+    columns += [[_megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
+    head = ["", "accuracy", "less logits alone", "worst peer", "bytes"]
+    return _markdown(head, columns) + _levels(ways["logits alone"])
 
 
-def _turns(frame: pd.DataFrame) -> str:
+def _turns(sharing: Trials, turns: Trials) -> str:
     """Set peers that distil and then train against peers whose every step does both."""
-    rows = []
-    for partition, divergence in itertools.product(("dirichlet", "iid"), ("kl", "js")):
-        found = _last(frame, partition=partition, divergence=divergence)
-        mixed, alternate = (_where(found, schedule=schedule) for schedule in ("mixed", "alternate"))
-        gain = statistics.compare("mixed", _by_seed(mixed, "accuracy"), "alternate", _by_seed(alternate, "accuracy"))
-        of_both = [_percent(part, what) for what in ("accuracy", "worst") for part in (alternate, mixed)]
-        rows.append([partition, f"`{divergence}`", of_both[0], of_both[1], _points(gain), *of_both[2:]])
+    cases = list(itertools.product(("dirichlet", "iid"), ("kl", "js")))
+    of = {"partition": [partition for partition, _ in cases], "divergence": [f"`{name}`" for _, name in cases]}
+    ends: dict[str, list[Values]] = {}
+    kinds = {
+        "taking turns": _where(turns, schedule="alternate"),
+        "sharing steps": _where(sharing, strategy="averaged", match_gradients=False, schedule="mixed"),
+    }
+    for kind, trials in kinds.items():
+        parts = [_where(trials, partition=partition, divergence=name) for partition, name in cases]
+        ends[kind] = [_ends(part) for part in parts]
+        of[kind] = list(map(_spelled, ends[kind]))
+        of[f"isolated, {kind}"] = [_spelled(_ends(part, "isolated")) for part in parts]
+        of[f"worst peer, {kind}"] = [_spelled(_ends(part, "worst")) for part in parts]
+    of["gain"] = _differences(ends["sharing steps"], ends["taking turns"])
     head = [
         "partition",
         "divergence",
-        "taking turns",
-        "sharing steps",
+        *kinds,
         "gain",
-        "worst peer, turns",
-        "worst peer, sharing",
+        *(f"{w}, {k}" for w in ("isolated", "worst peer") for k in kinds),
     ]
-    return _markdown(head, rows)
+    return _markdown(head, [of[name] for name in head])
 
 
-TABLES: Mapping[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
-    "measures-iid": ("divergences", lambda frame: _measures(frame, "iid")),
-    "measures-dirichlet": ("divergences", lambda frame: _measures(frame, "dirichlet")),
-    "measures-cifar10": ("cifar10", lambda frame: _measures(frame, "dirichlet")),
-    "combining": ("divergences", _combining),
-    "rounds-iid": ("rounds", lambda frame: _rounds(frame, "iid")),
-    "rounds-dirichlet": ("rounds", lambda frame: _rounds(frame, "dirichlet")),
-    "saved": ("rounds", _saved),
-    "regimes": ("tuned", _regimes),
-    "balance": ("balanced", _balance),
-    "map": ("decoupled", _map),
-    "flow": ("flow", _flow),
-    "turns": ("schedule", _turns),
+TABLES: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
+    "measures-iid": (["divergences"], lambda trials: _measures(trials, "iid")),
+    "measures-dirichlet": (["divergences"], lambda trials: _measures(trials, "dirichlet")),
+    "measures-cifar10": (["cifar10"], lambda trials: _measures(trials, "dirichlet")),
+    "combining": (["divergences"], _combining),
+    "rounds-iid": (["rounds"], lambda trials: _rounds(trials, "iid")),
+    "rounds-dirichlet": (["rounds"], lambda trials: _rounds(trials, "dirichlet")),
+    "saved": (["rounds"], _saved),
+    "regimes": (["tuned"], _regimes),
+    "balance": (["balanced"], _balance),
+    "map": (["decoupled"], _map),
+    "flow": (["flow"], _flow),
+    "turns": (["divergences", "schedule"], _turns),
 }
-"""The tables by name: the study that each is made from, and how."""
+"""The tables by name: the studies that each is made from, and how."""
 
 
-def _ways(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    ways = [("FedAvg, cold", {"strategy": "fedavg", "fedavg-start": "cold"})]
-    ways += [("FedAvg, distilled start", {"strategy": "fedavg", "fedavg-start": "distilled"})]
-    ways += [(f"averaged, {codec}", {"strategy": "averaged", "codec": codec}) for codec in ("fp16", "int8", "topk:3")]
-    ways += [("gossip, fanout 2, fp16", {"strategy": "gossip"}), ("consensus (FedMD), fp16", {"strategy": "consensus"})]
-    parts = [(label, _where(found, **chosen)) for label, chosen in ways]
-    return [(label, part) for label, part in parts if len(part)]
+def _ways(found: Trials) -> dict[str, Trials]:
+    starts = {"cold": "cold", "pretrained": "pretrained start", "distilled": "distilled start"}
+    ways = {f"FedAvg, {words}": _fedavg(found, start) for start, words in starts.items()}
+    ways |= {f"averaged, {c}": _where(found, strategy="averaged", codec=c) for c in ("fp16", "int8", "topk:3")}
+    ways |= {"gossip, fanout 2, fp16": _where(found, strategy="gossip")}
+    ways |= {"consensus (FedMD), fp16": _where(found, strategy="consensus")}
+    return {label: part for label, part in ways.items() if part}
 
 
-def _price(run: pd.DataFrame, target: float) -> tuple[float, float]:
-    """Return rounds and bytes until a target; infinite where it was not reached.
-
-    Round 0 of a distilled start measures the peers' own models, not FedAvg's.
-    """
-    first = 1 if (run["fedavg-start"] == "distilled").any() else 0
-    reached = run[(run["accuracy"] >= target) & (run["round"] >= first)].sort_values("round")
-    return (float(reached["round"].iloc[0]), float(reached["bytes"].iloc[0])) if len(reached) else (math.inf, math.inf)
+def _fedavg(found: Trials, start: str) -> Trials:
+    return _where(found, strategy="fedavg", fedavg_start=start)
 
 
-def _last(frame: pd.DataFrame, **chosen: object) -> pd.DataFrame:
-    return _where(frame, **chosen, round=int(frame["round"].max()))
+def _cold_end(found: Trials) -> float:
+    return fmean(_ends(_fedavg(found, "cold")).values())
 
 
-def _where(frame: pd.DataFrame, **chosen: object) -> pd.DataFrame:
-    for name, value in chosen.items():
-        frame = frame[frame[name] == value]
-    return frame
+def _before(trial: Recorded) -> str:
+    """Say how much was trained before round 1."""
+    config = config_of(trial.settings)
+    if config.strategy != "fedavg" or config.fedavg_start == "pretrained":
+        return f"{config.pretrain_epochs}"
+    merged = f"{config.pretrain_epochs}, and {config.merge_epochs} of one peer on the public images"
+    return merged if config.fedavg_start == "distilled" else "0"
 
 
-def _by_seed(frame: pd.DataFrame, what: str) -> dict[int, float]:
-    if frame["seed"].duplicated().any():
-        raise ValueError(f"Expected one trial for each seed, but got {list(frame['seed'])}.")
-    return {int(seed): float(value) for seed, value in zip(frame["seed"], frame[what], strict=True)}
+def _images(part: Trials) -> str:
+    """Say how many private and public images a peer trains on in a round."""
+    config = config_of(part[0].settings)
+    held = fmean(trial.samples for trial in part)
+    if math.isnan(held):
+        return "—"
+    shown = config.distill_epochs * config.travelling
+    private = shown if config.joint else config.local_epochs * held
+    return f"{private:.0f} + {0 if config.strategy == 'fedavg' else shown}"
 
 
-def _against(reference: str, values: Mapping[str, Values]) -> list[statistics.Comparison]:
-    """Compare all with one, corrected for their number (Holm)."""
-    found = [
-        statistics.compare(name, of, reference, values[reference]) for name, of in values.items() if name != reference
-    ]
-    adjusted = statistics.holm([c.p for c in found])
-    return [statistics.Comparison(**{**vars(c), "adjusted": p}) for c, p in zip(found, adjusted, strict=True)]
+def _where(trials: Trials, **chosen: Scalar) -> Trials:
+    """Return the trials with some settings, their names with underscores."""
+    wanted = {name.replace("_", "-"): value for name, value in chosen.items()}
+    return [trial for trial in trials if all(trial.settings[name] == value for name, value in wanted.items())]
 
 
-def _controls(frame: pd.DataFrame) -> str:
-    words = [
-        f"{name} {100 * fmean(frame[name].dropna()):.1f} %" for name in ("isolated", "pooled") if frame[name].any()
-    ]
-    start = _where(frame, round=0).drop_duplicates("seed")["accuracy"]
-    return f"\nBefore the exchange {100 * fmean(start):.1f} %; {', '.join(words)}.\n"
+def _ends(trials: Trials, what: str = "accuracy") -> Values:
+    """Return a number of the last point of every trial's curve, or of its control, by seed."""
+    return _by_seed(trials, lambda t: t.controls[what] if what in t.controls else float(getattr(t.curve()[-1], what)))
 
 
-def _mean(frame: pd.DataFrame, what: str) -> float:
-    return fmean(frame[what])
+def _starts(trials: Trials, what: str = "accuracy") -> Values:
+    return _by_seed(trials, lambda trial: float(getattr(trial.curve()[0], what)))
 
 
-def _percent(frame: pd.DataFrame, what: str) -> str:
-    return _spelled(dict(enumerate(frame[what])))
+def _by_seed(trials: Trials, number: Callable[[Recorded], float]) -> Values:
+    found = {trial.seed: number(trial) for trial in trials}
+    if not trials or len(found) < len(trials):
+        raise ValueError(f"Expected one trial for each seed, but got {[trial.seed for trial in trials]}.")
+    return found
+
+
+def _beside(reference: str, parts: Mapping[str, Trials]) -> list[list[str]]:
+    """Return a column of accuracies, and one of what they differ from a reference by."""
+    values = {label: _ends(part) for label, part in parts.items()}
+    differences = statistics.against(reference, values)
+    return [list(map(_spelled, values.values())), [_points(differences.get(label)) for label in values]]
+
+
+def _differences(ours: Sequence[Values], theirs: Sequence[Values]) -> list[str]:
+    """Return a column of differences, corrected for its length."""
+    pairs = zip(ours, theirs, strict=True)
+    return [_points(c) for c in statistics.corrected([statistics.compare("", a, "", b) for a, b in pairs])]
+
+
+def _levels(trials: Trials) -> str:
+    """Say where the peers began, and what the controls of these trials came to, which must share them."""
+    words = [f"Before the exchange {100 * fmean(_unique(trials, lambda t: t.curve()[0].accuracy)):.1f} %"]
+    for name in ("isolated", "pooled"):
+        levels = _unique(trials, lambda trial, name=name: trial.controls[name])
+        if not any(map(math.isnan, levels)):
+            words.append(f"{name} {100 * fmean(levels):.1f} %")
+    return f"\n{'; '.join(words)}.\n"
+
+
+def _unique(trials: Trials, number: Callable[[Recorded], float]) -> list[float]:
+    """Return a number by seed that is the same for all trials of a seed."""
+    found: dict[int, float] = {}
+    for trial in trials:
+        value = number(trial)
+        if found.setdefault(trial.seed, value) != value and not math.isnan(value):
+            raise ValueError(f"Expected one level for seed {trial.seed}, but got {found[trial.seed]} and {value}.")
+    return list(found.values())
 
 
 def _spelled(values: Values) -> str:
     """Return the mean and the standard deviation over seeds, in percent."""
     numbers = [100 * value for value in values.values()]
-    return f"{fmean(numbers):.1f} ± {stdev(numbers):.1f}" if len(numbers) > 1 else "—"
+    if any(map(math.isnan, numbers)):
+        return "—"
+    return f"{fmean(numbers):.1f} ± {stdev(numbers):.1f}" if len(numbers) > 1 else f"{numbers[0]:.1f}"
 
 
-def _points(found: statistics.Comparison | None) -> str:
+def _points(found: Comparison | None) -> str:
     """Return a mean difference in points with its 95 % interval; bold where it is larger than seed noise."""
     if found is None:
         return ""
     if found.identical:
         return "0 exactly"
     words = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    p = found.p if math.isnan(found.adjusted) else found.adjusted
-    return f"**{words}**" if p < 1 - statistics.LEVEL else words
+    return f"**{words}**" if found.larger_than_noise else words
 
 
 def _count(rounds: float) -> str:
     return f"{rounds:.0f}" if math.isfinite(rounds) else "not reached"
 
 
-def _median(values: Sequence[float], form: str) -> str:
-    middle = statistics.median(list(values))
-    return form.format(middle) if math.isfinite(middle) else "not reached"
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:.2f} MB" if math.isfinite(value) else "not reached"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _markdown(head: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *zip(*columns, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
