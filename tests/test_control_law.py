@@ -163,6 +163,8 @@ def others(field):
     if field.name in special:
         return special[field.name]
     kind = type(field.default)
+    if kind is str:  # names something that there is one of
+        return []
     return [not field.default] if kind is bool else [field.default + 1] if kind is int else [field.default * 0.9 + 0.1]
 
 
