@@ -18,7 +18,7 @@ from experiments.ranks import Ranking, rank
 from experiments.statistics import MEASURES, every_pair, price
 from experiments.study import Run, Scenario, Study, final_level, read_run, shared_seeds, study
 from experiments.tables import ends, numbers, shown
-from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, share, what_came_out
+from experiments.words import NEAR_THE_BEST, about_noise, how_to_read, in_short, points, share, what_came_out
 from fedkd.errors import FedkdError, SettingError
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -189,7 +189,7 @@ def _scenario(scenario: Scenario, prefix: str, wanted: float | None, place: _Pla
                 "first": p.first,
                 "second": p.second,
                 "difference": f"{100 * p.difference:+.1f}",
-                "interval": f"{100 * p.low:+.1f} to {100 * p.high:+.1f}",
+                "interval": f"{points(p.low)} to {points(p.high)}" if math.isfinite(p.low) else "–",
                 "p": f"{p.adjusted:.2g}",
                 "seeds": p.seeds,
             }

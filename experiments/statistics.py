@@ -18,6 +18,9 @@ MEASURES = ("accuracy", "worst", "spread", "own_accuracy", "ece", "nll", "brier"
 INTERVAL = "95 % interval (Student's t: it holds if seeds scatter normally)"
 """What stands under every figure that shows an interval."""
 
+_ROUNDING = 1e-12
+"""Of means over peers: what differs by less is equal."""
+
 Values = Mapping[int, float]
 """A number by seed."""
 
@@ -51,7 +54,9 @@ class Comparison:
         first: label; ``second`` likewise.
         difference: mean of first − second.
         low: lower end of the 95 % interval of the mean difference (Student's t); ``high``: upper end.
-        p: two-sided p of the paired t-test; NaN for fewer than two seeds, or where all differences are zero.
+        p: two-sided p of the paired t-test; NaN for fewer than two seeds, or where all differences are zero. Where they
+            are all the same and not zero, which leaves that test nothing to measure noise by, it is the sign-flip
+            test's, and there is no interval.
         adjusted: the same after Holm's correction for all pairs tested together.
         seeds: how many.
         identical: every difference is zero.
@@ -121,6 +126,9 @@ def _half(values: Sequence[float]) -> float:
 def compare(first: str, a: Values, second: str, b: Values) -> Comparison:
     """Compare two variants by the seeds they share, with the paired t-test.
 
+    Accuracies are counts over small test sets: two or three seeds that differ by the same number of images are no rarity,
+    and no certainty. The t-test would call them one, at p = 0.
+
     Args:
         first: the label of ``a``.
         a: by seed.
@@ -131,6 +139,7 @@ def compare(first: str, a: Values, second: str, b: Values) -> Comparison:
 
     differences = np.asarray([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=float)
     differences = differences[np.isfinite(differences)]
+    differences[np.abs(differences) < _ROUNDING] = 0.0
     count = len(differences)
     if count == 0:
         return Comparison(first, second, math.nan, math.nan, math.nan, math.nan, 0, False)
@@ -141,8 +150,8 @@ def compare(first: str, a: Values, second: str, b: Values) -> Comparison:
     if count < 2:
         return Comparison(first, second, center, half, half, math.nan, count, False)
     error = float(differences.std(ddof=1)) / math.sqrt(count)
-    if error < 1e-12:  # the same difference under every seed
-        return Comparison(first, second, center, center, center, 0.0, count, False)
+    if error < _ROUNDING:  # the same difference under every seed
+        return Comparison(first, second, center, math.nan, math.nan, 2 / 2**count, count, False)
     p = 2 * float(special.stdtr(count - 1, -abs(center) / error))
     return Comparison(first, second, center, center - half, center + half, p, count, False)
 

@@ -1,5 +1,6 @@
 """Runs read back: what they cost, how they are sorted, and what a few seeds allow to say."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -185,6 +186,22 @@ def test_what_was_not_measured_is_not_compared():
     assert compare("a", {0: math.nan}, "b", {0: 1.0}).seeds == 0
 
 
+def test_one_difference_under_every_seed_is_no_certainty():
+    a, b = {seed: 0.5 + 0.1 * seed + 0.025 for seed in range(3)}, {seed: 0.5 + 0.1 * seed for seed in range(3)}
+
+    (result,) = every_pair({"a": a, "b": b})
+
+    flips = [np.mean(signs) for signs in itertools.product([-1, 1], repeat=3)]
+    assert result.difference == pytest.approx(0.025) and result.p == np.mean([abs(flip) >= 1 for flip in flips])
+    assert not result.larger_than_noise and math.isnan(result.low) and math.isnan(result.high)
+
+
+def test_what_rounding_alone_tells_apart_is_identical():
+    (result,) = every_pair({"a": dict.fromkeys(range(3), 0.1 + 0.2), "b": dict.fromkeys(range(3), 0.3)})
+
+    assert result.identical and not result.larger_than_noise
+
+
 def test_holm_never_claims_more_than_the_single_tests():
     p_values = [0.004, 0.03, math.nan, 0.2, 0.01]
 
@@ -284,8 +301,8 @@ def test_controls_see_agreement_and_its_absence(tmp_path):
 def test_floor_and_ceiling_are_checked_by_name(tmp_path):
     found = study(runs_of(
         tmp_path,
-        low=({"divergence": "kl"}, [0.3, 0.3]),
-        high=({"divergence": "js"}, [0.99, 0.99]),
+        low=({"divergence": "kl"}, [0.299, 0.301]),
+        high=({"divergence": "js"}, [0.989, 0.991]),
     ))  # fmt: skip
 
     by_name = {check.name: check for check in checks(found)}

@@ -331,12 +331,14 @@ def _spelled(values: Values) -> str:
 
 
 def _points(found: Comparison | None) -> str:
-    """Return a mean difference in points with its 95 % interval; bold where it is larger than seed noise."""
+    """Return a mean difference in points with its 95 % interval, where there is one; bold where it is larger than seed noise."""
     if found is None:
         return ""
     if found.identical:
         return "0 exactly"
-    words = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    words = f"{100 * found.difference:+.1f}"
+    if math.isfinite(found.low):
+        words += f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"**{words}**" if found.larger_than_noise else words
 
 
