@@ -39,7 +39,8 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
         raise SettingError("NAME", name, "one of " + ", ".join(BENCHES))
     options = options or {}
     if options and name != "gpu":
-        raise SettingError(f"--{next(iter(options))}", next(iter(options.values())), "left out: it is of `bench gpu`")
+        option, value = next(iter(options.items()))
+        raise SettingError(_spelled(option, value), str(value), "left out: it is of `bench gpu`")
     if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")
@@ -48,3 +49,8 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
     importlib.import_module(BENCHES[name]).main(json_path, quick=quick, **options)
     if quick:
         print("--quick shows that the benchmark runs; its figures mean nothing")
+
+
+def _spelled(option: str, value: object) -> str:
+    """Return an option as it is typed."""
+    return {"fleets": "--fleet", "compiled": "--compiled" if value else "--plain"}.get(option, f"--{option}")

@@ -79,16 +79,16 @@ def main(
     wanted = gpu_rows.rows(
         size, actors=tuple(actors) or size["actors"], fleets=tuple(fleets) or tuple(size["fleets"]), compiled=ways
     )
-    if not gpu and not quick:
-        said = _no_gpu(size, wanted)
-        print(said)
-        leave({"ratio": None, "missing": dict.fromkeys((row.name for row in wanted), said)}, json_path)
-        return
     found: Figures = {
         "ratio": None, "plain_ratio": None,
         "device": torch.cuda.get_device_name() if gpu else "cpu: there is no GPU, the figures say nothing about one",
         "size": size, "settings": SETTINGS, "bare": None, "plain": None, "rows": [], "trace": [], "missing": {},
     }  # fmt: skip
+    if not gpu and not quick:
+        said = _no_gpu(size, wanted)
+        print(said)
+        leave({**found, "missing": dict.fromkeys((row.name for row in wanted), said)}, json_path)
+        return
     print(f"{size['peers']} peers on {found['device']}")
     _measure_all(wanted, found, size, "cuda" if gpu else "cpu", json_path, ends=time.monotonic() + seconds)
     for what, over in (("ratio", "the bare loop"), ("plain_ratio", "the plain loop of the mixed fleet")):
@@ -100,9 +100,8 @@ def main(
 def _measure_all(
     wanted: Sequence[Row], found: Figures, size: Size, device: str, json_path: Path | None, *, ends: float
 ) -> None:
-    watch, took = Watch(), dict[str, float]()
-    watch.start()
-    with tempfile.TemporaryDirectory(prefix="fedkd-gpu-") as name:
+    took: dict[str, float] = {}
+    with Watch() as watch, tempfile.TemporaryDirectory(prefix="fedkd-gpu-") as name:
         folder = Path(name)
         np.savez(folder / "data.npz", **gpu_rows.images(size))
         for row in wanted:

@@ -5,6 +5,7 @@ A row that hangs or runs out of memory then costs itself alone, and what one lea
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,7 @@ def rows(
     Raises:
         SettingError: no such fleet, or no number of actors.
     """
+    fleets = tuple(dict.fromkeys(fleets))
     for fleet in fleets:
         if fleet not in size["fleets"]:
             raise SettingError("--fleet", fleet, f"of {', '.join(size['fleets'])}, with commas between them")
@@ -246,7 +248,11 @@ def main() -> None:
     for option in ("--row", "--folder", "--size", "--device"):
         parser.add_argument(option, required=True)
     given = parser.parse_args()
-    found = measure(Row.parse(given.row), Path(given.folder), json.loads(given.size), given.device)
+    row = Row.parse(given.row)
+    if row.kind == "plain":
+        # Its loop is a process of its own, which would stay on the GPU beside the rows that come after this one.
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    found = measure(row, Path(given.folder), json.loads(given.size), given.device)
     print(f"{FIGURES}{json.dumps(found)}")
 
 

@@ -1,9 +1,11 @@
 """A GPU's memory and utilisation while something runs, as nvidia-smi has them."""
 
+import os
 import subprocess
 import threading
+from contextlib import suppress
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 _COMMAND = ("nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
 
@@ -15,25 +17,36 @@ class Sample(NamedTuple):
     busy: float
 
 
-class Watch(threading.Thread):
-    """Samples five times a second from its start; without nvidia-smi it has nothing to say."""
+class Watch:
+    """Samples five times a second while its block runs; without nvidia-smi it has nothing to say."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
         self.samples: list[Sample] = []
+        self._smi: subprocess.Popen[str] | None = None
+        self._reader = threading.Thread(target=self._read, daemon=True)
 
-    def run(self) -> None:
-        """Take samples until the process ends."""
-        try:
-            with subprocess.Popen(_COMMAND, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as smi:
-                for line in smi.stdout or ():
-                    try:
-                        used, busy = map(float, line.split(",")[:2])
-                    except ValueError:  # "[N/A]"
-                        continue
-                    self.samples.append(Sample(used, busy))
-        except OSError:
-            return
+    def __enter__(self) -> Self:
+        with suppress(OSError):
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"  # a run uses no other
+            self._smi = subprocess.Popen(
+                [*_COMMAND, f"--id={first}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        self._reader.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._smi:
+            self._smi.kill()
+            self._smi.wait()
+        self._reader.join()
+
+    def _read(self) -> None:
+        for line in (self._smi and self._smi.stdout) or ():
+            try:
+                used, busy = map(float, line.split(",")[:2])
+            except ValueError:  # "[N/A]"
+                continue
+            self.samples.append(Sample(used, busy))
 
     def since(self, first: int) -> dict[str, float]:
         """Return what was seen since a number of samples; empty where nothing was.

@@ -126,8 +126,8 @@ def _half(values: Sequence[float]) -> float:
 def compare(first: str, a: Values, second: str, b: Values) -> Comparison:
     """Compare two variants by the seeds they share, with the paired t-test.
 
-    Accuracies are counts over small test sets: two or three seeds that differ by the same number of images are no rarity,
-    and no certainty. The t-test would call them one, at p = 0.
+    Accuracies are counts over small test sets: three seeds that differ by the same number of images are no rarity, and
+    no certainty. The t-test would call them one, at p = 0.
 
     Args:
         first: the label of ``a``.

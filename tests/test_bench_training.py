@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from experiments import bench_gpu, bench_loop, gpu_rows
 from experiments.bench import bench
+from experiments.gpu_watch import Watch
 from experiments.project import OWN_FOLDER
 from fedkd.errors import SettingError
 
@@ -54,6 +56,7 @@ def test_without_a_gpu_the_benchmark_says_what_is_missing(tmp_path: Path, capsys
     assert content["ratio"] is None
     assert list(content["missing"]) == ["bare", "resnet18/4", "resnet18/1", "trace"]
     assert "32 peers of resnet18" in content["missing"]["bare"]
+    assert content["rows"] == [] and content["bare"] is content["plain"] is None  # what reads the file finds its keys
 
 
 def test_the_bare_loop_of_the_gpu_runs_on_a_cpu() -> None:
@@ -89,11 +92,11 @@ def test_what_does_not_fit_is_said_to_be_missing_and_the_rest_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured = {"bare": {"images_per_second": 200.0}, "plain": {"images_per_second": 50.0}, "mixed/2": "out of memory"}
-    left: list[set[str]] = []
+    left: list[Any] = []
 
     def run(row: gpu_rows.Row, folder: Path, size: gpu_rows.Size, device: str, limit: float) -> Any:
         path = tmp_path / "gpu.json"
-        left.append({row["fleet"] for row in json.loads(path.read_text())["rows"]} if path.exists() else set())
+        left.append(json.loads(path.read_text()) if path.exists() else None)
         return measured.get(row.name, {"images_per_second": 100.0})
 
     monkeypatch.setattr(bench_gpu, "_run", run)
@@ -103,13 +106,64 @@ def test_what_does_not_fit_is_said_to_be_missing_and_the_rest_is_written(
     assert content["ratio"] == 0.5 and content["plain_ratio"] == 2.0
     assert content["missing"]["mixed/2"] == "out of memory" and content["missing"]["trace"].startswith("no time: ")
     assert [(row["fleet"], row["actors"]) for row in content["rows"]] == [("mixed", 1)]
-    assert left[-1] == {"mixed"} or len(left) == 4  # a row's figures lie in the file before the next one runs
+    before, bare, plain, failed = left  # a row's figures lie in the file before the next one runs
+    assert before is None and (bare["bare"], bare["plain"], plain["plain"]) == (200.0, None, 50.0)
+    assert list(failed["missing"]) == ["mixed/2"] and failed["rows"] == []
     assert "MISSING: out of memory" in capsys.readouterr().out
 
 
-def test_options_of_one_benchmark_are_refused_by_the_others() -> None:
-    with pytest.raises(SettingError, match="it is of `bench gpu`"):
-        bench("losses", None, quick=True, options={"actors": [1]})
+@pytest.mark.parametrize(
+    ("option", "typed"),
+    [({"actors": [1]}, "--actors"), ({"fleets": ["mixed"]}, "--fleet"), ({"compiled": False}, "--plain")],
+)
+def test_options_of_one_benchmark_are_refused_by_the_others(option: dict[str, Any], typed: str) -> None:
+    with pytest.raises(SettingError, match=f"`{typed}` to be left out: it is of `bench gpu`"):
+        bench("losses", None, quick=True, options=option)
+
+
+def test_a_fleet_that_is_named_twice_is_measured_once() -> None:
+    asked = {"actors": (1,), "compiled": (False,)}
+    assert gpu_rows.rows(gpu_rows.FULL, fleets=("mixed", "mixed"), **asked) == gpu_rows.rows(
+        gpu_rows.FULL, fleets=("mixed",), **asked
+    )
+
+
+def test_nothing_watches_the_gpu_any_more_when_a_benchmark_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho '[N/A], 3'\necho 100, 7\nexec sleep 600\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with Watch() as watch:
+        while not watch.samples:
+            pass
+    assert watch.since(0)["peak_mib"] == 100
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def title(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_a_row_that_is_given_up_leaves_no_loop_behind(tmp_path: Path) -> None:
+    size = {**gpu_rows.QUICK, "rounds": 10**9}
+    np.savez(tmp_path / "data.npz", **gpu_rows.images(size))
+    command = [sys.executable, "-m", "experiments.gpu_rows", "--row=plain", f"--folder={tmp_path}", "--device=cpu"]
+    with subprocess.Popen([*command, f"--size={json.dumps(size)}"], cwd=OWN_FOLDER) as row:
+        while not (
+            loops := [child for child in psutil.Process(row.pid).children() if "experiments.plain_loop" in title(child)]
+        ):
+            assert row.poll() is None
+        row.terminate()
+    _, alive = psutil.wait_procs(loops, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 @pytest.mark.flower

@@ -331,7 +331,7 @@ def _spelled(values: Values) -> str:
 
 
 def _points(found: Comparison | None) -> str:
-    """Return a mean difference in points with its 95 % interval, where there is one; bold where it is larger than seed noise."""
+    """Return a mean difference in points with its 95 % interval, if any; bold where it is larger than seed noise."""
     if found is None:
         return ""
     if found.identical:
