@@ -13,7 +13,7 @@ from fedkd.claim import refuse_held, refuse_taken
 from fedkd.config import PEER, RunConfig
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
-from fedkd.rules import STRATEGIES, split_list
+from fedkd.rules import DATASETS, SOURCES, STRATEGIES, split_list
 from strategies.resuming import resumed
 from strategies.topology import topology
 from strategies.trials import read_trials
@@ -30,7 +30,7 @@ def check(config: RunConfig, peers: int, *, app: Path, cwd: Path, files: bool = 
         peers: how many peers there are.
         app: the folder of the app that runs.
         cwd: where the user stands.
-        files: whether data and checkpoints are on this machine.
+        files: whether peers, data and checkpoints are on this machine.
 
     Raises:
         SettingError: what the settings name is not there, or not possible with so many peers.
@@ -39,6 +39,7 @@ def check(config: RunConfig, peers: int, *, app: Path, cwd: Path, files: bool = 
         config = resumed(config, Path(config.resume))
     if files:
         _check_files(config, peers)
+        _check_device(config)
     for key, spec in _specs(config):
         _check_module(key, spec, app=app, cwd=cwd)
     if not config.trials:
@@ -114,6 +115,8 @@ def hidden_by(folder: Path, *, app: Path) -> list[str]:
 def _check_files(config: RunConfig, peers: int) -> None:
     for key, spec in (("dataset", config.dataset), ("proxy", config.proxy)):
         kind, _, path = spec.partition(":")
+        if not path and spec not in (*DATASETS, "split" if key == "proxy" else ""):
+            raise SettingError(key, spec, f"{'split, or ' * (key == 'proxy')}{SOURCES}")
         for index in range(peers if PEER in path else 1):
             place = path.replace(PEER, str(index))
             if kind == "npz" and not Path(place).is_file():
@@ -126,6 +129,14 @@ def _check_files(config: RunConfig, peers: int) -> None:
                 raise SettingError(key, entry.strip(), "files that exist, or - for none")
     if config.trials and not Path(config.trials).is_file():
         raise SettingError("trials", config.trials, "a file of trials")
+
+
+def _check_device(config: RunConfig) -> None:
+    if config.device in ("auto", "cpu"):
+        return  # importing torch costs seconds
+    from clients.peer import pick_device
+
+    pick_device(config.device)
 
 
 def _specs(config: RunConfig) -> Iterator[tuple[str, str]]:

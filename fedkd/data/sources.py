@@ -16,12 +16,10 @@ from torch import Tensor
 
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec, load_callable
+from fedkd.rules import DATASETS, SOURCES
 from fedkd.seeding import derive
 
 Array = npt.NDArray[Any]
-
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
-ALLOWED = f"one of {', '.join(NAMES)}, npz:PATH, folder:PATH or package.module:function"
 
 # The handwritten digits come without a test set; this one is part of the source's definition, like a file would be.
 _DIGITS_SPLIT = derive(0, "digits")
@@ -75,7 +73,7 @@ def load_source(spec: str, *, data_dir: Path, download: bool = False, key: str =
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         return _digits(key=key)
-    if spec in NAMES:
+    if spec in DATASETS:
         from fedkd.data.torchvision_sets import load
 
         return from_arrays(spec, *load(spec, data_dir=data_dir, download=download, key=key), key=key)
@@ -87,7 +85,7 @@ def load_source(spec: str, *, data_dir: Path, download: bool = False, key: str =
         return from_arrays(spec, *load_folder(spec, data_dir, key=key), key=key)
     if is_callable_spec(spec):
         return _from_callable(spec, key=key)
-    raise SettingError(key, spec, ALLOWED)
+    raise SettingError(key, spec, SOURCES)
 
 
 def as_float(inputs: Tensor) -> Tensor:
