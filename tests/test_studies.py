@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shlex
 from datetime import date
 from pathlib import Path
 
@@ -148,6 +149,39 @@ def test_a_record_says_commit_versions_dates_and_command_without_this_machines_f
     assert record["command"] == "fedkd compare experiments/studies/kl.toml --out kl data-dir=slices"
     assert record["dates"] == [str(date.today())] * 2 or len(set(record["dates"])) == 2  # midnight in between
     assert "/home" not in json.dumps(record)
+
+
+@pytest.mark.parametrize("folder", ["/home/ada", "/home/Ada L/old", "~ada", "~", "../ada"])
+def test_no_folder_of_a_user_is_written_into_a_record(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("HOME", "/home/ada")
+    for path in (a_comparison(tmp_path) / "trials").iterdir():
+        config = json.loads((path / "config.json").read_text())
+        config["settings"] |= {"dataset": f"npz:{folder}/x.npz", "checkpoints": f"-, {folder}/a.pt,{folder}/b.pt"}
+        (path / "config.json").write_text(json.dumps(config))
+    words = [f"{folder}/kl.toml", "--out", "/home/ada", f"data-dir={folder}/slices/", f"dataset=npz:{folder}/x"]
+    Comparison("KL", "", (), None, shlex.join(["fedkd", "compare", *words]), "", {}).write(tmp_path)
+
+    _, record = gather(tmp_path)
+
+    assert record["settings"]["dataset"] == "npz:x.npz" and record["settings"]["checkpoints"] == "-,a.pt,b.pt"
+    assert shlex.split(record["command"])[2:] == ["kl.toml", "--out", "~", "data-dir=slices", "dataset=npz:x"]
+    assert "ada" not in json.dumps(record).lower().replace("adam", "")
+
+
+def with_dataset_of_its_own(folder, path):
+    """Change where the data of the trials with sed lie; return the comparison's folder."""
+    for config in folder.glob("trials/sed-*/config.json"):
+        config.write_text(config.read_text().replace("/home/me/digits.npz", path))
+    return folder
+
+
+def test_files_that_trials_vary_are_told_by_name_alone(tmp_path):
+    frame, record = gather(with_dataset_of_its_own(a_comparison(tmp_path / "one"), "/home/me/other.npz"))
+
+    assert set(frame["dataset"]) == {"npz:digits.npz", "npz:other.npz"} and "dataset" not in record["settings"]
+
+    with pytest.raises(FedkdError, match="files under `dataset` of different names"):
+        gather(with_dataset_of_its_own(a_comparison(tmp_path / "two"), "/home/you/digits.npz"))
 
 
 @pytest.mark.parametrize(

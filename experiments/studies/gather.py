@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from fedkd.config import Scalar
 from fedkd.errors import FedkdError
 
 _ALWAYS = {"partition", "seed"}
-_FOLDERS = re.compile(r"(?:(?<=[\s:,='\"])|^)(?:/|~/)(?:[^\s,'\"]*/)?(?=[^\s,'\"/])")
+_PATH = re.compile(r"(?:(?<=[:,=])|^)[ ]*(?:/|~|\.\./)[^,]*")
 _ISOLATED = {"isolated_ece": "ece", "isolated_nll": "test_loss", "isolated_brier": "brier"}
 
 
@@ -38,7 +39,8 @@ def gather(folder: Path, *, as_they_are: bool = False) -> tuple[pd.DataFrame, Re
         ``isolated_brier``) and ``pooled`` of the trial that carried them. And the record beside it.
 
     Raises:
-        FedkdError: no trial finished, or the trials are not of one commit with all its files as they were.
+        FedkdError: no trial finished, the trials are not of one commit with all its files as they were, or they vary
+            files that only their folders tell apart.
     """
     runs = [read_run(path) for path in sorted((folder / "trials").iterdir())]
     finished = [run for run in runs if run.summary]
@@ -47,6 +49,12 @@ def gather(folder: Path, *, as_they_are: bool = False) -> tuple[pd.DataFrame, Re
     record = _record(finished, folder, as_they_are=as_they_are)
     used = [key for key in finished[0].settings if key not in ELSEWHERE]
     keys = [key for key in used if key in _ALWAYS or len({run.settings[key] for run in finished}) > 1]
+    for key in keys:
+        values = {run.settings[key] for run in finished}
+        if len({_portable(value) for value in values}) < len(values):
+            raise FedkdError(
+                f"Expected files under `{key}` of different names, since their folders are left out: rename one."
+            )
     record["settings"] = {key: _portable(finished[0].settings[key]) for key in used if key not in keys}
     frame = pd.DataFrame([row for run in finished for row in _rows(run, keys)])
     return frame.sort_values([*keys, "round"], kind="stable", ignore_index=True), record
@@ -76,7 +84,7 @@ def _record(runs: Sequence[Run], folder: Path, *, as_they_are: bool) -> Record:
         "versions": next(iter(versions.values())) if len(versions) == 1 else list(versions.values()),
         "dates": [dates[0], dates[-1]] if dates else [],
         "platform": sorted({str(run.environment.get("platform", "")) for run in runs}),
-        "command": _portable(_command(folder)),
+        "command": shlex.join(str(_portable(word)) for word in shlex.split(_command(folder))),
         "trials": len(runs),
     }
 
@@ -86,16 +94,23 @@ def _command(folder: Path) -> str:
 
 
 def _portable(value: Scalar) -> Scalar:
-    """Leave the folders of this machine out.
+    """Leave the folders of this machine, which may be called after its user, out of a setting or a command's word.
 
-    >>> _portable("fedkd compare flow.toml data-dir=/home/me/slices dataset=npz:/data/a.npz")
-    'fedkd compare flow.toml data-dir=slices dataset=npz:a.npz'
+    >>> _portable("npz:/home/me/my data/a.npz"), _portable("--checkpoints=/home/me/a.pt,-,../me/b.pt"), _portable("~me")
+    ('npz:a.npz', '--checkpoints=a.pt,-,b.pt', '~')
     """
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+    return _PATH.sub(_name, value) if isinstance(value, str) else value
+
+
+def _name(path: re.Match[str]) -> str:
+    place = Path(path[0].strip())
+    at_home = place.name.startswith("~") or place == Path.home()
+    return "~" if at_home else place.name
 
 
 def _rows(run: Run, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
-    settings = dict(zip(keys, effective(run.settings, keys), strict=True))
+    values = effective(run.settings, keys)
+    settings = {key: value and _portable(value) for key, value in zip(keys, values, strict=True)}
     peers = run.summary["peers"]
     held = {
         "samples": fmean(peer["samples"] for peer in peers),
