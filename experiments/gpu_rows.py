@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -208,9 +208,14 @@ def images(size: Size) -> dict[str, np.ndarray]:
     return found
 
 
-def _trained(size: Size) -> int:
-    """Return how many images a round trains on, over all peers."""
-    return int(size["peers"] * (size["proxy"] + size["private"]))
+def _rate(size: Size, seconds: Sequence[float]) -> float:
+    """Return the images a second over the rounds with training that lasted so long, but for the first.
+
+    Kernels are chosen, and models compiled, in the first one; where there is no other, it counts.
+    """
+    counted = seconds[1:] or seconds
+    trained = size["peers"] * (size["proxy"] + size["private"])  # in a round, over all peers
+    return float(trained * len(counted) / sum(counted))
 
 
 def _plain(data: Path, size: Size, device: str) -> float:
@@ -221,7 +226,7 @@ def _plain(data: Path, size: Size, device: str) -> float:
     )
     if done.returncode:
         raise FedkdError(f"the plain loop failed: {done.stderr.strip()[-500:]}")
-    return float(_trained(size) / min(json.loads(done.stdout)["seconds"]))
+    return _rate(size, json.loads(done.stdout)["seconds"])
 
 
 def _fleet(folder: Path, size: Size, row: Row, device: str) -> float:
@@ -236,10 +241,7 @@ def _fleet(folder: Path, size: Size, row: Row, device: str) -> float:
     outcome = launch(OWN_FOLDER, settings, federation, out=lambda _: None)
     if not outcome.completed:
         raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-    seconds = json.loads((place / "summary.json").read_text(encoding="utf-8"))["round_seconds"][1:]
-    # Kernels are chosen, and models compiled, in the first round with training; a run of one has no other.
-    counted = seconds[1:] or seconds
-    return float(_trained(size) * len(counted) / sum(counted))
+    return _rate(size, json.loads((place / "summary.json").read_text(encoding="utf-8"))["round_seconds"][1:])
 
 
 def main() -> None:

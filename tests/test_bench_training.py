@@ -15,6 +15,7 @@ import torch
 from experiments import bench_gpu, bench_loop, gpu_rows
 from experiments.bench import bench
 from experiments.gpu_watch import Watch
+from experiments.launch import COMPLETED, Outcome
 from experiments.project import OWN_FOLDER
 from fedkd.errors import SettingError
 
@@ -61,6 +62,25 @@ def test_without_a_gpu_the_benchmark_says_what_is_missing(tmp_path: Path, capsys
 
 def test_the_bare_loop_of_the_gpu_runs_on_a_cpu() -> None:
     assert gpu_rows.bare_loop(gpu_rows.QUICK, "cpu") > 0
+
+
+def test_the_plain_loop_and_a_run_are_counted_over_the_same_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {**gpu_rows.QUICK, "peers": 2, "proxy": 30, "private": 20}
+    said = json.dumps({"seconds": [9.0, 1.0, 3.0]})
+    monkeypatch.setattr(gpu_rows.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+
+    def launch(app: Path, settings: dict[str, Any], federation: Any, out: Any) -> Any:
+        place = Path(settings["out-dir"])
+        place.mkdir()
+        (place / "summary.json").write_text(json.dumps({"round_seconds": [5.0, 9.0, 1.0, 3.0]}))
+        return Outcome("1", COMPLETED, "", {}, ())
+
+    monkeypatch.setattr(gpu_rows, "launch", launch)
+    for row in (gpu_rows.Row("plain"), gpu_rows.Row("fleet", "mixed", 1)):
+        found = gpu_rows.measure(row, tmp_path, size, "cpu")
+        assert found["images_per_second"] == 2 * 2 * (30 + 20) / (1 + 3)
 
 
 def test_the_telling_rows_come_first_and_a_figure_after_what_it_is_set_against() -> None:
