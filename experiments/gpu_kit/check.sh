@@ -70,7 +70,7 @@ PY
 
 part_b() {
   fedkd doctor --ray 2>&1 | tee "$work/doctor.log"
-  verdict "$(grep -E '^(nothing is wrong|wrong: )' "$work/doctor.log" | sed -e 's/^nothing/ok: nothing/' || echo 'NO END')"
+  verdict "$(sed -n -e 's/^nothing is wrong/ok: &/p' -e '/^wrong: /p' "$work/doctor.log" | grep . || echo 'NO END')"
 }
 
 part_c() {
@@ -164,6 +164,7 @@ smi=$out/smi.csv
 nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu,clocks.sm,power.draw --format=csv,noheader,nounits -lms 500 \
   >>"$smi" 2>/dev/null &
 smi_pid=$!
+trap 'kill "$smi_pid" 2>/dev/null' EXIT # also of a script that is stopped: it would write on for ever
 lines() { wc -l <"$smi" 2>/dev/null || echo 0; }
 
 summary=()
