@@ -47,6 +47,16 @@ def refuse_foreign_file(path: Path, *, key: str, ours: bool) -> None:
         raise SettingError(key, str(path), "a new file, or one that this command made; take another, or remove it")
 
 
+def refuse_existing(path: Path, *, key: str) -> None:
+    """Refuse a file that exists, of a kind that does not tell who made it.
+
+    Raises:
+        SettingError: names the file, and the way out.
+    """
+    if path.exists():
+        raise SettingError(key, str(path), "a new file; take another, or remove it")
+
+
 def is_report(folder: Path) -> bool:
     """Tell whether a folder holds a report of ours."""
     return GENERATOR in _head(folder / "report.html")

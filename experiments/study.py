@@ -147,8 +147,8 @@ class Run:
         return math.nan if value is None else float(value)
 
     def isolated(self, what: str) -> float:
-        """Return the peers' mean of what was measured of their isolated controls (``ece``, ...); NaN without them."""
-        found = [peer.get("isolated_measures", {}).get(what) for peer in self.summary.get("peers", ())]
+        """Return the peers' mean of a measure of their isolated controls (``test_loss``, as in a row), or NaN."""
+        found = [(peer.get("isolated_measures") or {}).get(what) for peer in self.summary.get("peers", ())]
         values = [float(value) for value in found if value is not None]
         return fmean(values) if values else math.nan
 

@@ -301,6 +301,15 @@ def gathered(tmp_path, *folders):
     return CliRunner().invoke(studies, words, catch_exceptions=False)
 
 
+def test_slices_are_written_over_none(tmp_path):
+    (tmp_path / "cifar10.npz").write_bytes(b"mine")
+
+    with pytest.raises(SettingError, match=r"`OUT` to be a new file; take another, or remove it.*cifar10\.npz"):
+        CliRunner().invoke(studies, ["slices", str(tmp_path), "--cifar10", "any.npz"], catch_exceptions=False)
+
+    assert files(tmp_path) == {"cifar10.npz": b"mine"}
+
+
 def test_gathered_tables_take_the_place_of_gathered_tables_alone(tmp_path):
     for name in ("a", "b/a"):
         make_run(tmp_path / name / "trials" / "seed=0", [[0.1], [0.2]])

@@ -10,7 +10,7 @@ import typer
 
 from experiments.compare import compare
 from experiments.launch import Federation
-from experiments.outputs import is_csv_with, is_json_with, refuse_foreign_file
+from experiments.outputs import is_csv_with, is_json_with, refuse_existing, refuse_foreign_file
 from experiments.recipe import read
 from experiments.studies import slices as data
 from experiments.studies.gather import gather as gathered
@@ -38,7 +38,7 @@ def slices(
 ) -> None:
     """Write the slices that the studies' recipes name."""
     for name in (name for name, source in (("fashion-mnist", fashion_mnist), ("cifar10", cifar10)) if source):
-        refuse_foreign_file(out / f"{name}.npz", key="OUT", ours=False)
+        refuse_existing(out / f"{name}.npz", key="OUT")
     out.mkdir(parents=True, exist_ok=True)
     if fashion_mnist:
         np.savez(out / "fashion-mnist.npz", **data.fashion_mnist(fashion_mnist))

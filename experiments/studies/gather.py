@@ -1,7 +1,6 @@
 """A comparison's folder as one table, and a record of what made it: see :mod:`experiments.studies.record`."""
 
 import json
-import math
 import re
 import shlex
 from collections import Counter
@@ -115,14 +114,8 @@ def _rows(run: Run, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
     held = {
         "samples": fmean(peer["samples"] for peer in peers),
         "isolated": run.control("isolated"),
-        **{name: _mean_of_isolated(peers, measure) for name, measure in _ISOLATED.items()},
+        **{name: run.isolated(measure) for name, measure in _ISOLATED.items()},
         "pooled": run.control("pooled"),
     }
     for point in run.curve():
         yield {**settings, **{name: getattr(point, name) for name in OUTCOMES}, **held}
-
-
-def _mean_of_isolated(peers: Sequence[dict[str, Any]], measure: str) -> float:
-    found = [(peer.get("isolated_measures") or {}).get(measure) for peer in peers]
-    known = [float(value) for value in found if value is not None]
-    return fmean(known) if known else math.nan

@@ -343,7 +343,7 @@ def _points(found: Comparison | None) -> str:
 
 
 def _count(rounds: float) -> str:
-    return f"{rounds:.0f}" if math.isfinite(rounds) else "not reached"
+    return f"{rounds:g}" if math.isfinite(rounds) else "not reached"
 
 
 def _megabytes(value: float) -> str:
