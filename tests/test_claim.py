@@ -302,10 +302,11 @@ def gathered(tmp_path, *folders):
 
 
 def test_slices_are_written_over_none(tmp_path):
-    (tmp_path / "cifar10.npz").write_bytes(b"mine")
+    file = tmp_path / "cifar10.npz"
+    file.write_bytes(b"mine")
 
     with pytest.raises(SettingError, match=r"`OUT` to be a new file; take another, or remove it.*cifar10\.npz"):
-        CliRunner().invoke(studies, ["slices", str(tmp_path), "--cifar10", "any.npz"], catch_exceptions=False)
+        CliRunner().invoke(studies, ["slices", str(tmp_path), "--cifar10", str(file)], catch_exceptions=False)
 
     assert files(tmp_path) == {"cifar10.npz": b"mine"}
 

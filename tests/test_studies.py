@@ -346,6 +346,32 @@ def test_one_command_runs_the_studies_and_writes_their_files_and_the_page(tmp_pa
     assert record["command"] == "fedkd compare experiments/studies/kl.toml --out kl data-dir=slices"
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["slices", "out"], "`--fashion-mnist` to be given, or --cifar10"),
+        (["slices", "out", "--cifar10", "none.npz"], "`--cifar10` to be a file, but got 'none.npz'"),
+        (["slices", "out", "--fashion-mnist", "none"], "`--fashion-mnist` to be a folder"),
+        (["gather", "none", "--out", "out"], "none has no trials"),
+        (["tables", "none.md"], "`PAGE` to be a page that is there"),
+        (
+            ["run", "speed", "--slices", ".", "--out", "out", "--page", "page.md"],
+            "`NAMES` to be of balanced, .*'speed'",
+        ),
+        (["run", "--slices", ".", "--out", "out"], "`--page` to be a page that is there.*docs/results.md"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_run_or_written(tmp_path, monkeypatch, words, complaint):
+    (tmp_path / "page.md").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "git_commit", lambda folder: "c0ffee")
+    monkeypatch.setattr(commands, "compare", lambda *args, **kwargs: pytest.fail("it ran"))
+
+    with pytest.raises(FedkdError, match=complaint):
+        CliRunner().invoke(commands.app, words, catch_exceptions=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
 @pytest.mark.parametrize("commit", ["c0ffee+", ""])
 def test_studies_of_a_changed_clone_are_refused_before_anything_runs(tmp_path, monkeypatch, commit):
     monkeypatch.setattr(commands, "git_commit", lambda folder: commit)

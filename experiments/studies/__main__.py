@@ -37,6 +37,12 @@ def slices(
     cifar10: Annotated[Path | None, typer.Option(help="An npz with x_train, y_train, x_test, y_test.")] = None,
 ) -> None:
     """Write the slices that the studies' recipes name."""
+    if not fashion_mnist and not cifar10:
+        raise SettingError("--fashion-mnist", "", "given, or --cifar10")
+    if fashion_mnist and not fashion_mnist.is_dir():
+        raise SettingError("--fashion-mnist", str(fashion_mnist), "a folder")
+    if cifar10 and not cifar10.is_file():
+        raise SettingError("--cifar10", str(cifar10), "a file")
     for name in (name for name, source in (("fashion-mnist", fashion_mnist), ("cifar10", cifar10)) if source):
         refuse_existing(out / f"{name}.npz", key="OUT")
     out.mkdir(parents=True, exist_ok=True)
@@ -56,14 +62,18 @@ def run(
     as_they_are: _AsTheyAre = False,
 ) -> None:
     """Run studies, write their CSV and JSON files, and put the tables into the page."""
-    paths = [RECIPES / f"{name}.toml" for name in names] if names else sorted(RECIPES.glob("*.toml"))
+    paths = {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+    if unknown := [name for name in names or () if name not in paths]:
+        raise SettingError("NAMES", unknown[0], f"of {', '.join(paths)}")
+    _refuse_missing(page, key="--page")  # what takes hours must not fail at its last step
     commit = git_commit(RECIPES)
     if (not commit or commit.endswith("+")) and not as_they_are:
         raise FedkdError(
             f"Expected a clone without changes, but its commit is {commit or 'unknown'}: commit them, or take numbers "
             "that no commit can repeat with --as-they-are."
         )
-    for path in paths:
+    chosen = [paths[name] for name in names or paths]
+    for path in chosen:
         recipe = read(path, changes={"data-dir": str(slices)})
         words = ["fedkd", "compare", f"experiments/studies/{path.name}", "--out", str(out / path.stem)]
         command = shlex.join([*words, f"data-dir={slices}"])
@@ -71,7 +81,7 @@ def run(
         compared = compare(recipe, Federation(peers=1), out / path.stem, command=command)
         if compared.failed:
             raise FedkdError(f"{len(compared.failed)} trials of {path.stem} failed, the first: {compared.failed[0]}.")
-    gather([out / path.stem for path in paths], out=page.with_suffix(""), as_they_are=as_they_are)
+    gather([out / path.stem for path in chosen], out=page.with_suffix(""), as_they_are=as_they_are)
     tables(page)
 
 
@@ -102,7 +112,13 @@ def gather(
 @app.command()
 def tables(page: Path) -> None:
     """Put the tables, made from the CSV files in the folder of the page's name, between their markers in a page."""
+    _refuse_missing(page, key="PAGE")
     page.write_text(fill(page.read_text(), page.with_suffix("")))
+
+
+def _refuse_missing(page: Path, *, key: str) -> None:
+    if not page.is_file():
+        raise SettingError(key, str(page), "a page that is there; docs/results.md is in a clone's folder")
 
 
 def fill(text: str, folder: Path) -> str:

@@ -38,9 +38,11 @@ def gather(folder: Path, *, as_they_are: bool = False) -> tuple[pd.DataFrame, Re
         ``isolated_brier``) and ``pooled`` of the trial that carried them. And the record beside it.
 
     Raises:
-        FedkdError: no trial finished, the trials are not of one commit with all its files as they were, or they vary
-            files that only their folders tell apart.
+        FedkdError: it is no comparison's folder, no trial finished, the trials are not of one commit with all its files
+            as they were, or they vary files that only their folders tell apart.
     """
+    if not (folder / "trials").is_dir():
+        raise FedkdError(f"Expected the folder of a comparison, but {folder} has no trials.")
     runs = [read_run(path) for path in sorted((folder / "trials").iterdir())]
     finished = [run for run in runs if run.summary]
     if not finished:
