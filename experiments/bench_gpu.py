@@ -13,7 +13,6 @@ then exercises the same code on the CPU at a tiny size, whose figures say nothin
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import tempfile
@@ -133,17 +132,25 @@ def _run(row: Row, folder: Path, size: Size, device: str, limit: float) -> str |
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # a launch takes its Flower and Ray down with it
-            try:
-                process.communicate(timeout=_DOWN)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+            _end(process)
             return f"not done in {limit:.0f} s"
+        except BaseException:
+            _end(process)
+            raise
     for line in said.splitlines():
         if line.startswith(FIGURES):
             return dict(json.loads(line.removeprefix(FIGURES)))
     return " | ".join(said.strip().splitlines()[-3:])[-500:] or f"exit status {process.returncode}"
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a row's process, and with it what it started: a launch takes its Flower and Ray down with it."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_DOWN)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _note(row: Row, figures: str | Figures, found: Figures) -> None:

@@ -163,6 +163,34 @@ def test_nothing_watches_the_gpu_any_more_when_a_benchmark_has_ended(
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_row_ends_with_its_time_or_with_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    begun: list[Any] = []
+    communicate = subprocess.Popen.communicate
+
+    def once(process: Any, *arguments: Any, **options: Any) -> Any:
+        begun.append(process)
+        if interrupted and len(begun) == 1:
+            raise KeyboardInterrupt
+        return communicate(process, *arguments, **options)
+
+    (tmp_path / "row").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "row").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "row"))
+    monkeypatch.setattr(subprocess.Popen, "communicate", once)
+    measured = (gpu_rows.Row("plain"), tmp_path, gpu_rows.QUICK, "cpu", 0.01)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            bench_gpu._run(*measured)
+    else:
+        assert bench_gpu._run(*measured) == "not done in 0 s"
+    alive = begun[0].poll() is None
+    begun[0].kill()
+    assert not alive
+
+
 def title(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
