@@ -16,7 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 APP = "fedkd/flower-app"
 ROOMS = ("clients", "strategies", "experiments")
 KINDS = (".py", ".toml", ".jinja")
-_NOT_OURS = ("__pycache__", "runs", "build", "dist")
+_NOT_OURS = ("__pycache__", "runs", "build", "dist", "gpu_kit")  # the kit packs a clone, and is no part of the app
 _OWN_LIBRARY = '    "fedkd/**/*.py",\n'
 
 
