@@ -21,7 +21,7 @@ STRATEGIES = {
         "fedavg_model": "test_smallest:normalised",
     },
 }  # fmt: skip
-REGIMES = ("vanilla", "dml", "dp", "tuned")
+REGIMES = ("vanilla", "dml", "partitioned", "tuned")
 FEATURES = 4
 
 
