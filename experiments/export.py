@@ -87,6 +87,8 @@ def export(run: Path, *, peer: str | None, form: str, out: Path | None = None) -
     """
     if form not in FORMATS:
         raise SettingError("--format", form, f"one of {', '.join(FORMATS)}")
+    if form == "onnx":
+        _need_onnx()
     found = find(run, peer)
     card = Card.read(found)
     file = out or Path(f"{card.peer}.{FORMATS[form].suffix}")
@@ -178,11 +180,8 @@ def _pt2(found: Path, card: Card, file: Path) -> None:
 
 
 def _onnx(found: Path, card: Card, file: Path) -> None:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - what torch's exporter is made of
-    except ImportError as error:
-        raise ExportError(f"The format onnx needs {error.name}: pip install --editable '.[export]'") from error
+    import onnx
+
     raw, example = _raw(found, card)
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
@@ -193,6 +192,14 @@ def _onnx(found: Path, card: Card, file: Path) -> None:
     content = onnx.load(str(file))
     onnx.helper.set_model_props(content, {"card": json.dumps(card.content())})
     onnx.save(content, str(file))
+
+
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 - what torch's exporter is made of
+    except ImportError as error:
+        raise ExportError(f"The format onnx needs {error.name or 'onnx'}: pip install 'fedkd[export]'.") from error
 
 
 def _raw(found: Path, card: Card) -> tuple[Raw, Tensor]:

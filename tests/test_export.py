@@ -137,8 +137,8 @@ def test_the_command_line_says_whose_model_and_where(tmp_path, finished, monkeyp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"peer": None, "form": "onnx"}, "`--peer` to be one of peer-0, peer-1"),
-        ({"peer": "ada", "form": "onnx"}, "`--peer` to be one of peer-0, peer-1.*'ada'"),
+        ({"peer": None, "form": "pt2"}, "`--peer` to be one of peer-0, peer-1"),
+        ({"peer": "ada", "form": "pt2"}, "`--peer` to be one of peer-0, peer-1.*'ada'"),
         ({"peer": "peer-0", "form": "pickle"}, "`--format` to be one of safetensors, torchscript, pt2, onnx"),
     ],
 )
