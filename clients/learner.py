@@ -21,7 +21,7 @@ from fedkd.profile import Stopwatch
 from fedkd.robust import agreement_weights
 from fedkd.rules import numbers
 from fedkd.seeding import derive
-from fedkd.training import Beside, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
+from fedkd.training import Beside, Diverged, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""
@@ -231,10 +231,15 @@ class Learner:
             distillation = Distillation.from_config(self.config, temperature=temperature, weight=weight)
             self._step(candidate, private, heard, distillation, round)
             logits = predict(candidate, held_out.inputs, fast=self.how.fast)
+            if not bool(logits.isfinite().all()):
+                continue
             score = (metrics.accuracy(logits, held_out.labels), -metrics.nll(logits, held_out.labels))
             if best is None or score > best:
                 best = score
                 memo["temperature"], memo["kd_weight"] = temperature, weight
+        if best is None:
+            what = "the model's logits, with every temperature and weight that was tried,"
+            raise Diverged(what, learning_rate=self.how.learning_rate, round=round)
 
     def _proxy(self, round: int) -> Tensor:
         inputs = self.site.commons.proxy_inputs

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.final import Final
 from clients.flow import Flow
 from clients.holding_out import choices_are_due
 from clients.learner import Heard, Learner, Memo, stack
 from clients.place import Place
 from clients.private import Private, withhold
+from clients.rehearsal import check_start, rehearse
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
 from clients.site import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.starts import pretrain
@@ -39,7 +41,7 @@ from fedkd.protocol import Answer, Arrays, Letter, Mail
 from fedkd.rules import split_list
 from fedkd.seeding import derive
 from fedkd.source import source_hash, source_root
-from fedkd.training import predict
+from fedkd.training import Diverged, predict
 
 if TYPE_CHECKING:
     from clients.secrets import Secrets
@@ -91,6 +93,7 @@ class Peer:
         if not place.simulated:
             make_room(self.store.folder)
         self.secrets = _secrets(place, self.store) if config.sealed else None
+        self.final = Final(place, config, self.site.commons)
         self.private = Private.of(config, place, run)
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
@@ -122,7 +125,10 @@ class Peer:
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        model, name = self._build(), self.place.model_spec(self.config)
+        own, name = self._build(), self.place.model_spec(self.config)
+        model = own
+        if checkpoint := self.place.checkpoint_path(self.config):
+            check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)
         if self.private:
             self.private.check_budget()
         if self.config.flow_auxiliary and self.flow:
@@ -130,9 +136,11 @@ class Peer:
         if self.config.strategy == "fedavg":
             model, merged = self._common(), self.config.fedavg_start == "distilled"
             name = f"{name} → {self.config.fedavg_model}" if merged else self.config.fedavg_model
+            self._rehearse(model, self.config.fedavg_model, key="fedavg-model")
         if self.config.strategy != "fedavg" or self.config.fedavg_start == "distilled":
             self.codec.layout((self.config.travelling, self.classes))
             self.learner.check()
+            self._rehearse(own, self.place.model_spec(self.config), key="models")
         commons = self.site.commons
         return self._reply(
             mail,
@@ -158,6 +166,7 @@ class Peer:
         """Round 0: load or make the model, pre-train it on private data, and answer with its first knowledge."""
         self.store.begin()
         remember_data(self.store.folder, self.site.fingerprints)
+        self.final.begin(mail)
         if self.secrets:
             self.secrets.pin(mail.keys)
         averages = self.config.strategy == "fedavg"
@@ -171,7 +180,7 @@ class Peer:
             return self._average(mail, model)
         found, bins = self._examine(mail.round, model)
         if common:
-            self.store.save(mail.round, model, trained=trained)
+            self._save(mail, model, self.config.fedavg_model, found, trained=trained)
             found |= {"samples": len(self.site.labels), "samples_seen": trained.samples}
             return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
         return self._close(mail, model, found, bins, memo={}, trained=trained)
@@ -218,8 +227,10 @@ class Peer:
             found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
             trained = trained.then(mail.round, self.learner.seen - seen)
             arrays = _weights(model)
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise self._diverged("the model's weights", mail.round)
             model.load_state_dict(average)
-        self.store.save(mail.round, model, trained=trained)
+        self._save(mail, model, self.config.fedavg_model, found, trained=trained)
         found["samples_seen"] = trained.samples
         return self._reply(mail, metrics=found, arrays=arrays, series=bins)
 
@@ -357,7 +368,7 @@ class Peer:
         with self.watch.phase("encode"):
             arrays = self._knowledge(mail, model)
         with self.watch.phase("store"):
-            self.store.save(mail.round, model, memo, trained)
+            self._save(mail, model, self.place.model_spec(self.config), found, memo, trained=trained)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[self._warm_key] = _Warm(mail.round, model, dict(memo))
@@ -367,11 +378,27 @@ class Peer:
         facts: dict[str, str | int] = {"refused": "; ".join(refused or [])}
         return self._reply(mail, metrics=found, arrays=arrays, facts=facts, series=bins)
 
+    def _save(
+        self,
+        mail: Mail,
+        model: nn.Module,
+        spec: str,
+        found: Mapping[str, float],
+        memo: Memo | None = None,
+        *,
+        trained: Trained,
+    ) -> None:
+        """Save the state of a round, which is also what the run leaves unless another round follows."""
+        card = self.final.card(mail, spec, found)
+        state = self.store.save(mail.round, model, memo, trained, said=card.head() if card else None)
+        if card:
+            self.final.keep(mail, state)
+
     def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
         """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""
         inputs = self.site.commons.proxy_inputs[proxy_subset(self.config, mail.round + 1, self.device)]
         with self.watch.phase("predict"):
-            logits = predict(model, inputs, fast=self.config.fast)
+            logits = self._logits(model, inputs, mail.round)
         if self.place.simulated and is_attacker(self.config, self.place.index, self.place.of):
             logits = poison(logits, self.config, index=self.place.index, round=mail.round)
         published = logits.cpu().numpy()
@@ -420,8 +447,21 @@ class Peer:
     def _examine(self, round: int, model: nn.Module) -> tuple[dict[str, float], Series]:
         """Return what a model scores on the test set, and at the start and the end of a run its reliability diagram."""
         with self.watch.phase("evaluate"):
-            logits = predict(model, self.site.commons.test_inputs, fast=self.config.fast)
+            logits = self._logits(model, self.site.commons.test_inputs, round)
             return self._scores(logits), self._bins(logits) if round in (0, self.config.rounds) else {}
+
+    def _logits(self, model: nn.Module, inputs: Tensor, round: int) -> Tensor:
+        """Predict; what is no number is a model that training has ruined, and nothing to measure or publish."""
+        logits = predict(model, inputs, fast=self.config.fast)
+        if not bool(logits.isfinite().all()):
+            raise self._diverged("the model's logits", round)
+        return logits
+
+    def _diverged(self, what: str, round: int) -> Diverged:
+        return Diverged(what, learning_rate=self.config.learning_rate, round=None if round == NO_ROUND else round)
+
+    def _rehearse(self, model: nn.Module, spec: str, *, key: str) -> None:
+        rehearse(model, spec, self.site.commons.proxy_inputs, self.config, classes=self.classes, key=key)
 
     def _scores(self, logits: Tensor) -> dict[str, float]:
         labels = self.site.commons.test_labels

@@ -243,7 +243,8 @@ class Place:
         """Return the run's settings as they hold here, with this peer's own in the place of the server's.
 
         In a simulation the server and its peers are one user's, so the run's settings fill what a peer leaves open. A
-        deployed peer leaves nothing open: no path, data source, code or device that the server names is used.
+        deployed peer leaves nothing open: no path, data source, code or device that the server names is used; and its
+        model stays with it whatever the server says.
 
         Raises:
             SettingError: a deployed peer lacks what it has to bring, or the server names code for it to run.
@@ -268,7 +269,7 @@ class Place:
         if is_callable_spec(config.divergence):
             raise SettingError("divergence", config.divergence, "one of the library's in a deployment")
         own["device"] = self.device or "auto"
-        return replace(config, download=False, **own)  # type: ignore[arg-type]
+        return replace(config, download=False, keep_models=True, **own)  # type: ignore[arg-type]
 
     def conceal(self, text: str) -> str:
         """Return a text for others to read, with this peer's own paths replaced by the settings that hold them."""

@@ -274,6 +274,8 @@ def _data_dir(data_dir: str) -> Path:
 def _commons(settings: _DataSettings) -> Commons:
     data_dir = _data_dir(settings.data_dir)
     source = _source(settings.dataset, data_dir, settings.download, settings.versions)
+    if len(source.classes) < 2:
+        raise SettingError("dataset", settings.dataset, "data of at least two classes")
     proxy, pool = _proxy(settings, source, data_dir)
     test, pool = _test(settings, source, pool)
     scale = standardizer(settings.normalize, proxy.inputs)

@@ -16,7 +16,7 @@ _EXCHANGE = {
     "trim", "regime", "schedule", "distill_epochs", "local_epochs", "cakd_alpha", "cakd_beta", "bdkd_delta",
     "bdkd_rule", "method", "flow_auxiliary", "flow_decay", "flow_weight", "flow_initial", "proxy_per_round", "codec",
     "controls", "eval_every", "out_dir", "run_name", "trials", "resume", "privacy_epsilon", "privacy_delta",
-    "privacy_clip", "profile",
+    "privacy_clip", "profile", "keep_models",
 }  # fmt: skip
 """Settings without a say in how a peer starts. One that is not named here costs a hit, never a wrong start.
 

@@ -118,9 +118,22 @@ class Store:
         return earlier[-1]
 
     def save(
-        self, round: int, model: nn.Module, memo: Mapping[str, float] | None = None, trained: Trained | None = None
-    ) -> None:
-        """Write the state of a round; on any error the earlier states stay as they were.
+        self,
+        round: int,
+        model: nn.Module,
+        memo: Mapping[str, float] | None = None,
+        trained: Trained | None = None,
+        *,
+        said: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the state of a round and return its file; on any error the earlier states stay as they were.
+
+        Args:
+            round: the round at whose end it stands.
+            model: the peer's.
+            memo: what the peer chose.
+            trained: what the model was trained on so far.
+            said: what else the file's header says, for readers of the file.
 
         Raises:
             StateError: the disk refuses (full, read-only, gone).
@@ -130,6 +143,7 @@ class Store:
             "run": self.run,
             "memo": json.dumps(dict(memo or {})),
             "trained": json.dumps([trained.rounds, trained.samples]),
+            **(said or {}),
         }
         try:
             write_whole(self._path(round), lambda partial: save_model(model, str(partial), metadata=head))
@@ -139,6 +153,7 @@ class Store:
         kept = [other for other in others if other < round][1 - _KEEP :]
         for old in set(others) - set(kept):  # later ones too: nothing goes on from a round that was done over
             self._path(old).unlink(missing_ok=True)
+        return self._path(round)
 
     def load(self, round: int, model: nn.Module) -> dict[str, float]:
         """Read the state of a round into a model of the same architecture; return its memo.

@@ -122,6 +122,8 @@ def _say_how_to_go_on(config: "RunConfig", folder: Path) -> None:
 
     if config.trials or not resumable(config) or not (folder / "relay.safetensors").exists():
         return
+    if (folder / "summary.json").exists():  # all rounds are done: what failed would fail again
+        return
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     typer.echo(f"go on: {shlex.join(['fedkd', 'run', f'resume={near}'])}", err=True)
 
@@ -349,6 +351,33 @@ def tune(
         raise typer.Exit(stopped.exit_code) from stopped
     typer.echo(f"best of {found.trials} trials: {found.accuracy:.1%} on held-out samples. On the test set:")
     typer.echo(found.command)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a real peer's own folder, or the file of a model.")],
+    peer: Annotated[str | None, typer.Option(help="Whose model; may be left out where there is one.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, torchscript, pt2 (torch.export) or onnx.")
+    ] = "torchscript",
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: PEER.SUFFIX here. Nothing is overwritten.")
+    ] = None,
+) -> None:
+    """Write a peer's improved model as a file that loads without fedkd.
+
+    Its scaling of inputs is inside, except in safetensors. A JSON file beside it has the classes, the form of an input,
+    the accuracy before and after, and where the model comes from.
+    """
+    from experiments.export import export as write
+
+    done = write(run, peer=peer, form=form, out=out)
+    card = done.card
+    reached = f"{card.before:.1%} → {card.after:.1%}" + (
+        f" (round {card.measured_round})" * (card.measured_round != card.round)
+    )
+    typer.echo(f"{card.peer}: {card.model} of run {card.run}, round {card.round}, accuracy {reached}")
+    typer.echo(f"written to {done.file}, about it {done.about}")
 
 
 @app.command()

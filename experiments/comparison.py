@@ -11,7 +11,7 @@ from experiments.study import Run
 from fedkd.config import RunConfig, Scalar
 from fedkd.errors import FedkdError
 
-_NOT_TYPED = ("peers", "out-dir", "run-name", "resume", "trials")
+_NOT_TYPED = ("peers", "out-dir", "run-name", "resume", "trials", "keep-models")
 
 
 @dataclass(frozen=True)

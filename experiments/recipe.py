@@ -167,7 +167,7 @@ def plan(recipe: Recipe, *, begun: Mapping[str, str] | None = None) -> list[Plan
     for axes in recipe.grids:
         for values in itertools.product(*axes.values()):
             given = {**recipe.settings, **dict(zip(axes, values, strict=True))}
-            config = RunConfig.from_mapping({"peers": _DEFAULT_PEERS, **given, "controls": ""})
+            config = RunConfig.from_mapping({"peers": _DEFAULT_PEERS, "keep-models": False, **given, "controls": ""})
             settings = config.to_mapping()
             if config.peers == 0:
                 raise SettingError("peers", 0, "a whole number >= 1 in a comparison")

@@ -25,7 +25,7 @@ _SAME_RUN = {"out-dir", "run-name", "controls", "resume", "trials"}
 
 NO_VARIANT = {
     *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
-    "threads", "round-timeout", "eval-every", "profile",
+    "threads", "round-timeout", "eval-every", "profile", "keep-models",
 }  # fmt: skip
 """Settings that set no variants apart."""
 

@@ -339,7 +339,7 @@ def study(runs: Sequence[Run]) -> Study:
     common = {
         key: runs[0].settings[key]
         for key in keys
-        if key not in ("out-dir", "run-name", "controls", "resume", "trials")
+        if key not in ("out-dir", "run-name", "controls", "resume", "trials", "keep-models")
         and len({run.settings[key] for run in runs}) == 1
         and runs[0].settings[key] != defaults[key]
     }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import optuna
 
 _STUDY = "study.journal"
-_ALWAYS: Mapping[str, Scalar] = {"evaluate-on": "validation", "controls": ""}
+_ALWAYS: Mapping[str, Scalar] = {"evaluate-on": "validation", "controls": "", "keep-models": False}
 
 
 class Stopped(FedkdError):

@@ -23,7 +23,10 @@ LEFT = (
 STATES = "peers"
 """The folder of simulated peers' states."""
 
-_BESIDE = {LOCK, STATES, "log.txt"}
+MODELS = "models"
+"""The folder of the models that a run leaves: in the run's own folder, at a real peer in the peer's own."""
+
+_BESIDE = {LOCK, STATES, MODELS, "log.txt"}
 _PASSING = re.compile(r"\..*\.partial|fedkd-\w{8}")  # a file being written, and the launcher's own folder on a cluster
 _MOST_NAMES = 3
 

@@ -303,6 +303,9 @@ class RunConfig:
     out_dir: str = _setting(
         "", ANY, "folder for the results; empty: `runs/<time>-<run-name>` where the run was started"
     )
+    keep_models: bool = _setting(
+        True, ANY, "leave each peer's final model in `models/` of the results; real peers keep theirs in any case"
+    )
     run_name: str = _setting("fedkd", NAME, "name of the run")
 
     @classmethod

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd import __version__
-from fedkd.claim import LEFT, STATES
+from fedkd.claim import LEFT, MODELS, STATES
 from fedkd.errors import FedkdError, SettingError
 
 _SECRET = re.compile(r"--?[\w-]*(token|secret|password|key)", re.IGNORECASE)
@@ -126,6 +126,7 @@ class Summary:
         topology: degree, diameter and spectral gap of the graph; empty without one.
         privacy: the (ε, δ) that is promised and under which conditions; empty without such a promise.
         caveats: what has to be said beside these numbers, a sentence each.
+        models: where the peers' models are: a folder below the run's, or with whom; empty if none was kept.
     """
 
     peers: Sequence[PeerSummary]
@@ -141,6 +142,7 @@ class Summary:
     topology: Mapping[str, float | str] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()
+    models: str = ""
 
     def mean(self, what: str) -> float:
         """Return the mean of a number over the peers that have it (``before``, ``after``, ``gain``, ...)."""
@@ -184,7 +186,8 @@ class RunFolder:
         """Remove what an earlier try in this folder left, so that nothing of it can be taken for this one's."""
         for name in LEFT:
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / STATES, ignore_errors=True)
+        for name in (STATES, MODELS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.

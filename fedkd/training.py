@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fedkd.config import RunConfig
 from fedkd.descent import Descent
 from fedkd.distillation import Distillation
+from fedkd.errors import FedkdError
 from fedkd.fast import forward
 from fedkd.seeding import derive, seeded
 from fedkd.teachers import Prepared
@@ -32,6 +33,25 @@ Losses = tuple[Tensor, Tensor]
 
 PREDICTED_AT_ONCE = (128, 1024)
 """Samples in one forward pass without gradients, on a CPU, whose caches hold no more, and on a GPU."""
+
+
+class Diverged(FedkdError):
+    """Training has driven a model to where it answers no numbers any more.
+
+    Args:
+        what: what is not finite.
+        learning_rate: of the steps that led there.
+        round: in which it was noticed; None: in none.
+
+    >>> raise Diverged("the model's logits", learning_rate=1e30, round=3)
+    Traceback (most recent call last):
+    fedkd.training.Diverged: round 3: the model's logits are not finite; learning-rate = 1e30
+    """
+
+    def __init__(self, what: str, *, learning_rate: float, round: int | None = None) -> None:
+        where = "" if round is None else f"round {round}: "
+        rate = f"{learning_rate:g}".replace("e+", "e")
+        super().__init__(f"{where}{what} are not finite; learning-rate = {rate}")
 
 
 @dataclass(frozen=True)
@@ -241,15 +261,22 @@ def fit_alone(
 def _endless_labels(
     model: nn.Module, inputs: Tensor, labels: Tensor, *, how: Optimization, seed: int, drawn: Drawn | None
 ) -> Callable[[], Tensor]:
-    """Return what gives the cross-entropy of one private batch after another, the data gone through again and again."""
+    """Return what gives the cross-entropy of one private batch after another, the data gone through again and again.
+
+    A peer's only sample goes through the model in evaluation mode, as in :func:`fit`: batch normalisation has no
+    variance over one sample.
+    """
     order = torch.Generator().manual_seed(derive(seed, "private"))
     endless = chain.from_iterable(batches(len(inputs), how.batch_size, order, inputs.device) for _ in repeat(None))
 
     def loss() -> Tensor:
-        own = next(endless)
+        own, training = next(endless), model.training
         if drawn is not None:
             drawn(own)
-        return F.cross_entropy(forward(model, inputs[own], fast=how.fast), labels[own])
+        model.train(training and len(own) > 1)
+        logits = forward(model, inputs[own], fast=how.fast)
+        model.train(training)
+        return F.cross_entropy(logits, labels[own])
 
     return loss
 

@@ -5,13 +5,14 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.claim import held, new_folder, refuse_taken
+from fedkd.claim import MODELS, held, new_folder, refuse_taken
 from fedkd.config import RunConfig
 from fedkd.effect import without_effect
 from fedkd.errors import FedkdError
@@ -25,10 +26,11 @@ from fedkd.workdir import STARTED_IN
 from strategies.asynchronous import Asynchronous
 from strategies.console import MOST_SHOWN, closing_line, summary_table, topology_line
 from strategies.controls import conclude
+from strategies.failures import never_trained
 from strategies.introductions import introduce
 from strategies.post import Post
 from strategies.registry import strategy_class
-from strategies.relay import Relay
+from strategies.relay import Relay, RelayError
 from strategies.resuming import changed_since, resumed
 from strategies.trials import Say, read_trials, run_trials
 
@@ -90,10 +92,15 @@ def _run(grid: Grid, run_id: int, config: RunConfig, folder: RunFolder, *, say: 
     closed = time.monotonic()
     summary = conclude(relay, config, say=say)
     _leave(relay, config, folder, summary, controls=time.monotonic() - closed, say=say)
+    if problem := never_trained(relay.rows):
+        raise RelayError(problem)
 
 
 def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary, *, controls: float, say: Say) -> None:
     """Write what a finished run leaves, and say what came of it."""
+    simulated = relay.post.simulated
+    kept = MODELS if config.keep_models or not simulated else ""
+    summary = replace(summary, models=kept if simulated else "with each peer")
     folder.write_summary(summary)
     title = f"{config.run_name}: {config.strategy}, {config.divergence}, {config.dataset}, {config.partition}"
     accuracy_png(folder.path / "accuracy.png", relay.rows, summary, title=title)
@@ -108,6 +115,8 @@ def _leave(relay: Relay, config: RunConfig, folder: RunFolder, summary: Summary,
         say(profile_table(lines))
     say(closing_line(summary, controls=controls if config.controls else 0.0))
     say(f"results: {folder.path}")
+    if kept:
+        say(f"models: {folder.path / kept if simulated else f'{kept}/ of each peer, which keeps its own'}")
 
 
 @contextmanager

@@ -46,8 +46,9 @@ class Trial:
         return Path(self.config.out_dir)
 
     def finished(self) -> bool:
-        """Tell whether its folder holds the summary of a run with these settings."""
-        return (self.folder / "summary.json").exists() and self._begun()
+        """Tell whether its folder holds the summary of a run with these settings that did not fail."""
+        failed = (self.folder / "error.txt").exists()
+        return not failed and (self.folder / "summary.json").exists() and self._begun()
 
     def next_config(self) -> RunConfig:
         """Return the settings to run it with: resumed where a killed run can be continued."""
@@ -149,8 +150,10 @@ def _work(trial: Trial, run: Run) -> str:
         except (Exception, SystemExit) as error:  # whatever breaks in one trial must not cost the others
             folder.write_error(traceback.format_exc())
             return f"{type(error).__name__}: {error}"
+        finally:
+            if (folder.path / "summary.json").exists():  # the states of hundreds of trials would fill a disk
+                shutil.rmtree(folder.path / STATES, ignore_errors=True)
     (folder.path / "error.txt").unlink(missing_ok=True)
-    shutil.rmtree(folder.path / STATES, ignore_errors=True)  # models of hundreds of trials would fill a disk
     return ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.export import export
 from experiments.launch import Federation
 from experiments.tensorboard import Board
 from experiments.tune import tune as search
@@ -206,6 +207,10 @@ def use_privacy(tmp_path):
     Mechanism.from_config(RunConfig(privacy_epsilon=1.0))
 
 
+def use_export(tmp_path):
+    export(tmp_path, peer=None, form="onnx")
+
+
 @pytest.mark.parametrize(
     ("extra", "module", "use"),
     [
@@ -213,6 +218,7 @@ def use_privacy(tmp_path):
         ("tune", "optuna", use_tune),
         ("tensorboard", "torch.utils.tensorboard", use_tensorboard),
         ("privacy", "dp_accounting.pld", use_privacy),
+        ("export", "onnx", use_export),
     ],
 )
 def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_path, monkeypatch, extra, module, use):
@@ -225,7 +231,7 @@ def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_
 def test_every_extra_that_a_user_may_need_is_among_these():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
-    assert set(declared) - {"dev", "docs", "mutation"} == {"fast", "zstd", "tune", "tensorboard", "privacy"}
+    assert set(declared) - {"dev", "docs", "mutation"} == {"fast", "zstd", "tune", "tensorboard", "privacy", "export"}
 
 
 def test_uv_installs_what_the_project_needs(tmp_path):
