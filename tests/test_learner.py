@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clients.learner import Heard, Learner, stack
+from clients.site import proxy_subset
 from fedkd.config import RunConfig
 from fedkd.distillation import Distillation, teacher_or_self
 from fedkd.profile import Stopwatch
@@ -98,6 +99,15 @@ def test_without_teachers_a_round_is_the_isolated_controls(schedule):
     other = model()
     learner(1, schedule=schedule).alone(other, round=3)
     assert not same(other, alone)
+
+
+def test_taking_turns_a_control_trains_on_its_labels_alone_and_else_on_the_batches_of_a_shared_step():
+    local, turns, mixed = model(), model(), model()
+    learner(local_epochs=3).local(local, round=2, epochs=3)
+    learner(local_epochs=3, schedule="alternate").alone(turns, round=2)
+    learner(local_epochs=3).alone(mixed, round=2)
+
+    assert same(turns, local) and not same(mixed, local)
 
 
 def test_losses_and_what_was_used_are_told_as_the_schedule_has_them():
@@ -217,6 +227,18 @@ def test_merging_teaches_what_the_teachers_know_on_the_proxy_set_of_round_one():
     again = model()
     learner(5, strategy="fedavg", fedavg_start="distilled", merge_epochs=30).merge(again, TAUGHT)
     assert same(again, student)  # whichever peer does it
+
+
+def test_merging_is_about_the_subset_that_the_first_knowledge_is_about():
+    made = learner(strategy="fedavg", fedavg_start="distilled", merge_epochs=150, proxy_per_round=12, learning_rate=0.5)
+    labels = torch.randint(0, CLASSES, (12,), generator=stream(8))  # by no rule that another sample would follow
+    student = model()
+    made.merge(student, heard(8.0 * nn.functional.one_hot(labels, CLASSES)))
+
+    inputs = data(PROXY, 3)[0]
+    said = {t: student(inputs[proxy_subset(made.config, t, "cpu")]).argmax(1) for t in range(4)}
+    right = {t: float((top == labels).float().mean()) for t, top in said.items()}
+    assert max(right, key=right.get) == 1 and right[1] > 0.6
 
 
 def test_letters_are_stacked_in_their_order_with_their_weights_and_features():
