@@ -30,7 +30,15 @@ def facts(ledger):
         for index, one in ledger.mailbox
     ]
     return repr(
-        (letters, ledger.round, ledger.started, ledger.bytes_up, ledger.bytes_down, ledger.seconds, ledger.elapsed)
+        (
+            letters,
+            ledger.round,
+            sorted(ledger.started),
+            ledger.bytes_up,
+            ledger.bytes_down,
+            ledger.seconds,
+            ledger.elapsed,
+        )
     )
 
 
