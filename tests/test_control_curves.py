@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.config import RunConfig
-from fedkd.protocol import Answer
+from fedkd.protocol import Answer, Mail
 from fedkd.results import Measures, Row
-from strategies.controls import Curve, _by_round, _curve, _peer_summary
+from strategies.controls import Curve, _answers, _by_round, _curve, _peer_summary
+from strategies.post import Receipt
 from strategies.roster import Member
 
 NAMES = [field.name for field in fields(Measures)]
@@ -123,3 +125,79 @@ def test_of_a_peer_that_was_never_measured_nothing_is_said():
 
     assert all(math.isnan(getattr(found, name)) for name in ("before", "after", "own_after", "isolated", "temperature"))
     assert found.failures == {"error": 2}
+
+
+class Counter:
+    """Notes until when it is waited for, and hands out what it was given, a minute after each look."""
+
+    def __init__(self, clock, receipts=()):
+        self.clock, self.receipts, self.deadlines, self.sent, self.recalled = clock, list(receipts), [], [], False
+
+    def send(self, mails, *, rounds=1):
+        self.sent.append((dict(mails), rounds))
+
+    def next(self, *, deadline):
+        self.deadlines.append(deadline)
+        self.clock.now += 60.0
+        return [self.receipts.pop(0)] if self.receipts else []
+
+    def recall(self):
+        self.recalled = True
+
+
+def exchange(monkeypatch, mails, *, peers=1, receipts=(), ready=()):
+    """Send a control's mails, a round's time being 100 seconds; return the post office and what came."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("strategies.controls.time", SimpleNamespace(monotonic=lambda: clock.now))
+    post, late = Counter(clock, receipts), []
+    relay = SimpleNamespace(
+        config=SimpleNamespace(round_timeout=100.0), post=post, ready=lambda: list(ready),
+        accept_late=lambda receipt, *, bytes_up: late.append((receipt.node, bytes_up)),
+    )  # fmt: skip
+    members = [SimpleNamespace(node=node) for node in mails]
+
+    def make(of):
+        return {m.node: mails.get(m.node, Mail("isolated", 5, {})) for m in of}
+
+    found = list(_answers(relay, make, members, "isolated", lambda line: pytest.fail(line), peers=peers))
+    return post, found, late
+
+
+def isolated(round):
+    return Mail("isolated", round, {})
+
+
+@pytest.mark.parametrize(
+    ("rounds", "peers", "seconds"), [([3], 1, 300), ([2, 7], 1, 700), ([3], 4, 1200), ([0], 1, 100), ([0, 0], 3, 300)]
+)
+def test_a_control_has_the_time_that_the_rounds_it_repeats_had_together(monkeypatch, rounds, peers, seconds):
+    post, found, _ = exchange(monkeypatch, {node: isolated(round) for node, round in enumerate(rounds)}, peers=peers)
+
+    assert post.deadlines == [seconds] and found == [] and post.recalled
+    assert [allowed for _, allowed in post.sent] == [seconds / 100]
+
+
+def test_where_nobody_is_free_nobody_is_waited_for(monkeypatch):
+    post, found, _ = exchange(monkeypatch, {})
+
+    assert post.deadlines == [] and found == []
+
+
+def test_what_is_late_from_a_round_is_kept_and_its_sender_has_its_control_too_with_as_much_time(monkeypatch):
+    late = Receipt(2, Mail("learn", 4, {}), Answer("c", 4), 7, 9)
+    stranger = Receipt(3, Mail("learn", 4, {}), None, 5, 9)
+    receipts = [
+        stranger,
+        late,
+        Receipt(0, isolated(5), Answer("a", 5), 0, 0),
+        Receipt(2, isolated(5), Answer("c", 5), 0, 0),
+    ]
+
+    post, found, kept = exchange(
+        monkeypatch, {0: isolated(5)}, receipts=receipts, ready=[SimpleNamespace(node=2), SimpleNamespace(node=0)]
+    )
+
+    assert kept == [(3, 5), (2, 7)] and [receipt.node for receipt in found] == [0, 2]
+    assert [set(mails) for mails, _ in post.sent if mails] == [{0}, {2}]
+    # From a stranger's answer nobody gains time; the late peer's mail went out at second 120.
+    assert post.deadlines == [500, 500, 620, 620]
