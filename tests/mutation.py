@@ -383,12 +383,8 @@ def _measure(unit: Sequence[str], data: Path, clock: Path) -> int:
 
 def _is_equivalent(mutant: Mutant, known: Sequence[dict[str, Any]]) -> bool:
     """Whether ``equivalent.toml`` names the line, and the change where it names one."""
-    return any(
-        mutant.path == one["file"]
-        and mutant.before == one["line"]
-        and mutant.after in one.get("becomes", [mutant.after])
-        for one in known
-    )
+    named = [one for one in known if one["file"] in (mutant.path, "*") and one["line"] == mutant.before]
+    return any(mutant.after in one.get("becomes", [mutant.after]) for one in named)
 
 
 def _module(path: str, chosen: Sequence[Mutant], measured: Measured, budget: float, known: Any) -> tuple[int, int]:

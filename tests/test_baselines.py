@@ -96,6 +96,7 @@ def test_weights_are_averaged_by_samples_of_whoever_answered_in_the_round_before
     assert (letter.sender, letter.round) == ("server", 0) and list(made.teachers(0, 1)) == [0, 1, 2]
     np.testing.assert_allclose(letter.arrays["w"], mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(letter.arrays["b"], 2 * mean, rtol=1e-5, atol=1e-6)
+    assert made.letters(1, 1, box)[0] is letter  # held once, however many hear it
     # Nobody answers in round 1: the average of the round before is what there is.
     assert made.letters(1, 2, box) == (letter,)
     assert fedavg().letters(0, 1, Mailbox()) == ()

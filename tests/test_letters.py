@@ -90,6 +90,7 @@ def test_without_rounds_knowledge_ages_by_one_with_as_many_answers_as_there_are_
 
     found = heard(made.letters(0, 1, box))
 
+    assert box.updates == len(answers)
     for peer in range(1, peers):
         laps = max(lap for lap in range(len(answers) + 1) if lap * peers <= since[peer])
         assert found.get(f"peer-{peer}", 0.0) == (2.0**-laps if laps <= staleness else 0.0)
@@ -101,6 +102,9 @@ def test_who_has_sent_nothing_is_not_heard_and_older_knowledge_never_replaces_ne
 
     assert heard(strategy(3).letters(0, 3, box)) == {"peer-2": 1.0}
     assert [(peer, one.round) for peer, one in box] == [(0, 2), (2, 2)] and len(box) == 2
+    box.updates += 5
+    box.put(2, letter(2, 1))
+    assert box.updates_since(2) == 5
     box.put(2, letter(2, 2))  # a round that is answered again, by a peer that came back
     assert box.updates_since(2) == 0
 

@@ -191,3 +191,51 @@ def test_after_long_silence_one_more_mail_is_under_way_each_time(tmp_path, monke
     post = sent(grid, window=window)
 
     assert post.next(deadline=0.0) == [] and window.quiet == 1
+
+
+class Clock:
+    """Time that passes in sleep alone."""
+
+    def __init__(self):
+        self.now, self.pauses, self.at = 1000.0, [], []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.pauses.append(seconds)
+        self.now += seconds
+        for due, act in list(self.at):
+            if self.now >= due:
+                self.at.remove((due, act))
+                act()
+
+
+def test_an_answer_is_waited_for_until_the_deadline_and_looked_for_less_and_less_often(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("strategies.post.time", clock)
+    grid = Grid(1, tmp_path)
+    grid.silent = {0}
+    post = sent(grid)
+
+    assert post.next(deadline=clock.now + 60.0) == []
+
+    assert clock.now == pytest.approx(1060.0)
+    assert clock.pauses[:-1] == sorted(clock.pauses[:-1]) and clock.pauses[0] < clock.pauses[-2] < 1
+    reply = Message(pack_answer(Answer("late", 1)), reply_to=grid.sent[0])
+    clock.at = [(clock.now + 29.5, lambda: grid.deliver(grid.sent[0], reply))]
+    (late,) = post.next(deadline=clock.now + 30.0)
+    assert late.answer.peer == "late" and late.seconds == pytest.approx(clock.now - 1000.0)
+    assert clock.now < 1060.0 + 30.0 + 1e-6
+
+
+def test_a_window_hears_of_the_answer_that_waited_least(tmp_path):
+    """The others may have been behind it: that one tells whether an actor was idle."""
+    window = Listening(2)
+    grid = Grid(2, tmp_path, lambda message: pack_answer(Answer("p", 1, metrics={"seconds": next(worked)})))
+
+    for order in ((-100.0, -5000.0), (-5000.0, -100.0)):
+        worked = iter(order)
+        sent(grid, window=window).next(deadline=math.inf)
+
+    assert len(window.waits) == 2 and all(100 <= waited < 700 for waited in window.waits)

@@ -17,6 +17,7 @@ def facts(**changed):
     said = {
         "source": source_hash(), "source-root": "", "index": 1, "model": "mlp", "parameters": 10, "samples": 20,
         "classes": json.dumps(["a", "b"]), "fingerprint": "f", "peers": 3, "simulated": 1,
+        "held-out": 4, "chosen-unseen": 1,
     }  # fmt: skip
     return {**said, **{name.replace("_", "-"): value for name, value in changed.items()}}
 
@@ -32,14 +33,17 @@ def peers(count, **changed):
 def test_a_member_is_what_it_said():
     said = introduced(index=0, samples=0)
 
-    assert said == Member(7, "north", 0, "mlp", 10, 0, ("a", "b"), "f", 3, True)
+    assert said == Member(7, "north", 0, "mlp", 10, 0, ("a", "b"), "f", 3, True, held_out=4)
+    assert said.caveat() == "" and "north" in introduced(chosen_unseen=0).caveat()
     assert not introduced(simulated=0).simulated and introduced().public_key == ""
 
 
-@pytest.mark.parametrize("name", ["index", "parameters", "samples", "peers"])
+@pytest.mark.parametrize("name", ["index", "parameters", "samples", "peers", "held_out"])
 @pytest.mark.parametrize("value", [-1, 10**18, 1.0, True, "1"])
 def test_a_number_that_cannot_be_is_refused_by_its_name(name, value):
-    with pytest.raises(RosterError, match=f"north introduced itself wrongly: `{name}` is a whole number from 0"):
+    with pytest.raises(
+        RosterError, match=f"north introduced itself wrongly: `{name.replace('_', '-')}` is a whole number from 0"
+    ):
         introduced(**{name: value})
 
 

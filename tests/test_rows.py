@@ -3,13 +3,14 @@
 import json
 import math
 from dataclasses import fields, replace
+from importlib import metadata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd.protocol import Answer
-from fedkd.results import PeerSummary, Row, RunFolder, Summary, mean, read_row, row_line
+from fedkd.results import PeerSummary, Row, RunFolder, Summary, environment, mean, read_row, row_line
 from strategies.relay import same_said_once
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=False)
@@ -48,6 +49,29 @@ def test_a_number_that_is_infinite_is_none(row):
 def test_what_is_no_row_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         read_row(json.dumps({**json.loads(row_line(PLAIN)), **change}))
+
+
+def test_a_wrong_number_is_named_with_its_own_value():
+    with pytest.raises(ValueError, match=r"unexpected (round = 'one'|bytes_up = 'many')$"):
+        read_row(json.dumps({**json.loads(row_line(PLAIN)), "round": "one", "bytes_up": "many"}))
+
+
+def test_who_says_nothing_of_bytes_letters_and_what_it_holds_out_has_none():
+    assert (PLAIN.bytes_up, PLAIN.bytes_down, PLAIN.refused_letters) == (0, 0, 0)
+    assert peer("a", 0.5, 0.5).held_out == 0
+
+
+def test_a_package_that_is_missing_costs_no_others_version(monkeypatch):
+    known = environment()["versions"]
+    version = metadata.version
+
+    def without_ray(package):
+        if package == "ray":
+            raise metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(metadata, "version", without_ray)
+    assert environment()["versions"] == {name: value for name, value in known.items() if name != "ray"}
 
 
 @pytest.mark.parametrize("line", ["[]", "3", "null", "{}", '{"round": 1}', "{"])
@@ -102,6 +126,9 @@ def test_rewound_a_folder_holds_the_rounds_up_to_one_and_no_half_line(tmp_path, 
     folder = RunFolder(tmp_path)
     rows = [replace(PLAIN, round=t, peer=name) for t in range(4) for name in ("a", "b")]
     for t in range(4):
+        if t == 1:  # what a kill and a start that was killed too can leave
+            with (tmp_path / "rounds.jsonl").open("a") as file:
+                file.write('{"round": 0, "pe\n')
         folder.append(rows[2 * t : 2 * t + 2])
         folder.append_reliability(t, "a", {"confidence": [0.5], "accuracy": [math.nan], "samples": [1]})
         folder.append_profile([{"round": t, "peer": "a", "train": 0.5}])

@@ -123,3 +123,22 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
         layer = nn.Linear(300, 300)
         store.load(newest, layer)
         assert newest >= rounds and torch.equal(layer.weight, torch.full((300, 300), float(newest)))
+
+
+def test_a_start_makes_folders_for_their_owner_alone_and_removes_states_and_halves_of_them_only(tmp_path):
+    folder = tmp_path / "peer" / "runs" / "a"
+    store = Store(folder, "a")
+    assert store.rounds() == []
+    store.begin()
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.parents)][:3] == [0o700] * 3
+
+    store.save(1, model(1.0))
+    for name in ("key.json", "round-000001.txt", "a.partial"):
+        (folder / name).write_text("x")
+    store.begin()
+
+    assert {path.name for path in folder.iterdir()} == {"key.json", "round-000001.txt"}
+    (folder / "round-000007.safetensors").write_bytes(b"")
+    assert store.rounds() == [7] and store.latest(before=8) == 7
+    with pytest.raises(StateError):
+        store.latest(before=7)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from runs_on_disk import make_run
 from scipy import stats
 
@@ -468,3 +470,24 @@ def test_reliability_pools_peers_and_leaves_out_empty_bins(tmp_path):
     assert list(found) == ["before", "after"]
     assert found["after"].samples.tolist() == [4.0, 16.0]
     assert found["after"].ece == pytest.approx(0.25)
+
+
+def test_of_nothing_the_mean_is_unknown_and_of_no_seed():
+    for values in ([], [math.nan], [math.inf, math.nan]):
+        found = mean(values)
+        assert found.seeds == 0 and all(map(math.isnan, (found.value, found.low, found.high)))
+
+
+def test_what_is_identical_is_a_difference_of_zero_and_a_steady_one_is_no_chance():
+    same = compare("a", {0: 0.5, 1: 0.6, 2: 0.7}, "b", {0: 0.5, 1: 0.6, 2: 0.7})
+    steady = every_pair({"a": {0: 0.75, 1: 0.5, 2: 0.25}, "b": {0: 0.5, 1: 0.25, 2: 0.0}})[0]
+
+    assert same.identical and (same.difference, same.low, same.high) == (0, 0, 0) and math.isnan(same.p)
+    assert (steady.difference, steady.low, steady.high) == (0.25, 0.25, 0.25)
+    assert not steady.identical and steady.larger_than_noise
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9))
+def test_the_median_is_numpys(values):
+    assert median(values) == pytest.approx(float(np.median(values)))
+    assert math.isnan(median([*values, math.nan])) and math.isnan(median([]))

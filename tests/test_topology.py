@@ -303,3 +303,13 @@ def test_degrees_are_those_of_one_round() -> None:
     assert (stats.degree_min, stats.degree_max, stats.degree_mean) == (1, 8, 16 / 9)
     stats = topology("exponential", 9, seed=0).stats()
     assert (stats.degree_min, stats.degree_max, stats.degree_mean) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("peers", [2, 3, 8, 11])
+def test_the_hops_of_the_exponential_graph_double_from_one_and_begin_again(peers: int) -> None:
+    """i hears i + 2^((t−1) mod ⌈log₂ N⌉): Ying et al., NeurIPS 2021 [paper]."""
+    found = topology("exponential", peers, seed=0)
+    hop = 1
+    for round in range(1, 12):
+        assert found.neighbours(peers - 1, round) == ((peers - 1 + hop) % peers,)
+        hop = 1 if 2 * hop >= peers else 2 * hop
