@@ -64,6 +64,9 @@ _SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`,
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
 
+_BOUNDS = Bounds()
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a peer lets a server ask for; checked before any work starts.
@@ -87,7 +90,7 @@ class Limits:
     seconds: float = 24 * 3600.0
     epsilon: float | None = None
     delta: float = 1e-5
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = _BOUNDS
 
     def check_payload(self, size: int) -> None:
         """Refuse a mail whose arrays are larger than this peer allows.
