@@ -461,7 +461,8 @@ class Peer:
         return Diverged(what, learning_rate=self.config.learning_rate, round=None if round == NO_ROUND else round)
 
     def _rehearse(self, model: nn.Module, spec: str, *, key: str) -> None:
-        rehearse(model, spec, self.site.commons.proxy_inputs, self.config, classes=self.classes, key=key)
+        inputs, frank = self.site.commons.proxy_inputs, self.place.simulated
+        rehearse(model, spec, inputs, self.config, classes=self.classes, key=key, frank=frank)
 
     def _scores(self, logits: Tensor) -> dict[str, float]:
         labels = self.site.commons.test_labels
