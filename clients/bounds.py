@@ -27,6 +27,7 @@ class Bounds:
         max_threads: CPU threads.
         max_text: characters of one text in a mail.
         max_memory: bytes of all that a mail's letters hold, decoded.
+        max_models: models that runs left to the owner, who alone removes them.
     """
 
     max_batch_size: int = 1024
@@ -37,6 +38,7 @@ class Bounds:
     max_threads: int = os.cpu_count() or 1
     max_text: int = 10_000
     max_memory: int = 4 * 2**30
+    max_models: int = 100
 
     def check(self, config: RunConfig) -> None:
         """Refuse settings that ask for more.

@@ -21,6 +21,7 @@ from clients.store import StateError, write_whole
 from fedkd import __version__
 from fedkd.claim import MODELS
 from fedkd.config import RunConfig
+from fedkd.errors import FedkdError
 from fedkd.models.card import Card, CardError
 from fedkd.protocol import Mail
 from fedkd.results import git_commit
@@ -42,13 +43,32 @@ class Final:
         self._place, self._config, self._commons = place, config, commons
 
     def begin(self, mail: Mail) -> None:
-        """Put aside what a real peer has under the run's name already: a start that comes again replaces no model."""
+        """Put aside what a real peer has under the run's name already: a start that comes again replaces no model.
+
+        Raises:
+            FedkdError: there is no room for one more.
+        """
         kept = self.path(mail)
-        if not self._config.keep_models or self._place.simulated or (earlier := _card(kept)) is None:
+        earlier = _card(kept)
+        if self._place.simulated or (earlier is not None and earlier.round == 0):
             return
-        if earlier.round > 0:
+        self.check_room()
+        if earlier is not None:
             free = (kept.with_name(f"{kept.stem}.{n}{kept.suffix}") for n in count(1))
             kept.rename(next(path for path in free if not path.exists()))
+
+    def check_room(self) -> None:
+        """Refuse to begin a run at a real peer that keeps as many models as its owner has room for.
+
+        Raises:
+            FedkdError: names the limit and the cure.
+        """
+        most, folder = self._place.limits.bounds.max_models, self._place.state_dir / MODELS
+        if not self._place.simulated and len(list(folder.glob("*.safetensors"))) >= most:
+            raise FedkdError(
+                f"this peer keeps at most {most} models (its `max-models`), and has as many: its owner removes some "
+                f"from {folder}, or raises the limit"
+            )
 
     def card(self, mail: Mail, model: str, found: Mapping[str, float]) -> Card | None:
         """Return what is to be said of a state at the end of a round; None where no model is kept.

@@ -31,7 +31,8 @@ def named_part(path: str, count: int) -> np.ndarray:
         Indices into the training set ``[n]`` int64, ascending, each once.
 
     Raises:
-        SettingError: the file cannot be read or holds anything else.
+        SettingError: the file cannot be read or holds anything else. It says where, and not what: a path that was mixed
+            up may name the data themselves, and a peer's errors are read by others.
     """
     allowed = f"a file of whole numbers from 0 to {count - 1}, the indices of the training samples that are held out"
     try:
@@ -39,11 +40,14 @@ def named_part(path: str, count: int) -> np.ndarray:
         if file.stat().st_size > _MOST_BYTES:
             raise SettingError("held-out", path, f"a file of at most {_MOST_BYTES} bytes")
         words = file.read_text(encoding="ascii").split()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SettingError("held-out", path, f"{allowed} ({error})") from error
-    wrong = next((word for word in words if not (word.isdigit() and len(word) < 16 and int(word) < count)), None)
-    if wrong is not None or not words:
-        raise SettingError("held-out", path, f"{allowed}, not {wrong[:40]!r}" if wrong else allowed)
+    except UnicodeDecodeError as error:
+        raise SettingError("held-out", path, f"{allowed} (it is no text)") from error
+    right = [word.isdigit() and len(word) < 16 and int(word) < count for word in words]
+    if not all(right) or not words:
+        found = f"; number {right.index(False) + 1} of its {len(words)} is none" if words else ""
+        raise SettingError("held-out", path, allowed + found)
     return np.unique(np.array(words, dtype=np.int64))
 
 

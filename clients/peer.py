@@ -129,6 +129,8 @@ class Peer:
         model = own
         if checkpoint := self.place.checkpoint_path(self.config):
             check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)
+        if not self.final.path(mail).exists():  # else it goes on
+            self.final.check_room()
         if self.private:
             self.private.check_budget()
         if self.config.flow_auxiliary and self.flow:
@@ -164,9 +166,9 @@ class Peer:
 
     def _start(self, mail: Mail) -> Answer:
         """Round 0: load or make the model, pre-train it on private data, and answer with its first knowledge."""
+        self.final.begin(mail)
         self.store.begin()
         remember_data(self.store.folder, self.site.fingerprints)
-        self.final.begin(mail)
         if self.secrets:
             self.secrets.pin(mail.keys)
         averages = self.config.strategy == "fedavg"
@@ -461,7 +463,8 @@ class Peer:
         return Diverged(what, learning_rate=self.config.learning_rate, round=None if round == NO_ROUND else round)
 
     def _rehearse(self, model: nn.Module, spec: str, *, key: str) -> None:
-        rehearse(model, spec, self.site.commons.proxy_inputs, self.config, classes=self.classes, key=key)
+        inputs, frank = self.site.commons.proxy_inputs, self.place.simulated
+        rehearse(model, spec, inputs, self.config, classes=self.classes, key=key, frank=frank)
 
     def _scores(self, logits: Tensor) -> dict[str, float]:
         labels = self.site.commons.test_labels

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from clients.answering import by_kind
 from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
@@ -17,7 +18,9 @@ from fedkd.training import Optimization, fit, predict
 _passed: set[tuple[object, ...]] = set()  # the process's cache: architectures of which one trained here
 
 
-def rehearse(model: nn.Module, spec: str, inputs: Tensor, config: RunConfig, *, classes: int, key: str) -> None:
+def rehearse(
+    model: nn.Module, spec: str, inputs: Tensor, config: RunConfig, *, classes: int, key: str, frank: bool = False
+) -> None:
     """Train a model by one step, and write and read its state; afterwards it is as it was.
 
     The inputs are public and the labels made up, so that nothing is learned of anyone's data. Architectures that this
@@ -30,6 +33,8 @@ def rehearse(model: nn.Module, spec: str, inputs: Tensor, config: RunConfig, *, 
         config: the run's settings.
         classes: how many there are.
         key: the setting that holds the spec.
+        frank: whether others may read the text of the model's own error, which can hold anything; else it goes to the
+            peer's log.
 
     Raises:
         SettingError: the model does not train, or its state cannot be stored.
@@ -49,7 +54,7 @@ def rehearse(model: nn.Module, spec: str, inputs: Tensor, config: RunConfig, *, 
             fit(model, two, labels, epochs=1, how=how, seed=derive(config.seed, "rehearsal"))
             load_model(model, state)
     except (Exception, SystemExit) as error:  # a user's own model may fail in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0] if frank else by_kind(error)
         raise SettingError(
             key, spec, f"a model that one training step and its state's file can do with ({reason})"
         ) from error

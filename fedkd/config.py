@@ -21,6 +21,7 @@ from fedkd.models import check as check_model
 from fedkd.rules import (
     ANY,
     DIVERGENCE,
+    EPSILON,
     NAME,
     NON_EMPTY,
     NUMBERS,
@@ -248,7 +249,7 @@ class RunConfig:
     sealed: bool = _setting(False, ANY, "encrypt knowledge end to end: the relay sees sizes only")
     privacy_epsilon: float = _setting(
         0.0,
-        between(0, 1e4),
+        EPSILON,
         "ε of all knowledge that a peer publishes in the run, by clipping and Gaussian noise; 0: off",
         FREE,
     )

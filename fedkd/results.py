@@ -248,7 +248,7 @@ class RunFolder:
         """Put rows in the place of earlier ones, by the number of their line from 0."""
         lines = self._lines("rounds.jsonl")
         for number, row in rows.items():
-            lines[number] = row_line(row).rstrip("\n")
+            lines[number] = row_line(replace(row, run=self.run)).rstrip("\n")
         self._write_text("rounds.jsonl", "".join(line + "\n" for line in lines))
 
     def append_reliability(self, round: int, peer: str, bins: Mapping[str, Sequence[float]]) -> None:

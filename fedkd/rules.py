@@ -69,6 +69,8 @@ TOPOLOGY = Rule(
 )
 TEMPERATURES = (0.001, 10_000.0)
 """Beyond them a softmax is a step or flat, and float32 overflows."""
+EPSILON = Rule("0, or a number in [0.001, 10000]", lambda v: v == 0 or 1e-3 <= v <= 1e4)
+"""Below it the search for its noise takes minutes, or does not end."""
 WEIGHT = Rule("a number > 0, or -1", lambda v: math.isfinite(v) and (v > 0 or v == -1))
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fedkd.results import Row
 from strategies.console import round_line
-from strategies.post import QUIET
+from strategies.post import QUIET, Receipt
 from strategies.relay import Relay
 from strategies.roster import Member
 
@@ -47,7 +47,7 @@ class Asynchronous:
                 wake = min(wake, now + 2 * QUIET)
             receipts = self._relay.post.next(deadline=wake)
             for receipt in receipts:
-                self._take(self._relay.accept(receipt), self._relay.member(receipt))
+                self._take(receipt)
             if receipts:
                 heard = time.monotonic()
             elif time.monotonic() >= heard + self._config.round_timeout:
@@ -80,8 +80,13 @@ class Asynchronous:
             self._rounds[m.index] += 1
             self._relay.post.send({m.node: self._relay.round_mail(m, self._rounds[m.index])})
 
-    def _take(self, row: Row, m: Member) -> None:
+    def _take(self, receipt: Receipt) -> None:
+        m = self._relay.member(receipt)
         self._given_up.discard(m.node)
+        if receipt.mail.round == 0:  # the start has closed, with a row of its own
+            self._relay.accept_late(receipt, bytes_up=receipt.bytes_up)
+            return
+        row = self._relay.accept(receipt)
         self._batch.append(row)
         if row.status == "ok":
             self._done += 1

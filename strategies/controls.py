@@ -2,6 +2,7 @@
 
 import math
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -37,9 +38,8 @@ class Curve:
 
     def at(self, round: int) -> Measures:
         """Return what was last measured up to a round: it stands there until it trains again."""
-        return next(
-            (m for r, m in zip(reversed(self.rounds), reversed(self.found), strict=True) if r <= round), Measures()
-        )
+        place = bisect_right(self.rounds, round)
+        return self.found[place - 1] if place else Measures()
 
 
 def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
@@ -165,6 +165,8 @@ def _answers(
 ) -> Iterator[Receipt]:
     """Yield what comes back to a control's mails; what is late from a round goes into that round's row.
 
+    What is late from another control is nobody's: that one has been summed up.
+
     A control does in one mail what took its peers a mail a round, or for ``peers`` of them together: it has as much
     time.
 
@@ -178,24 +180,27 @@ def _answers(
     """
     try:
         sent = mails(members)
-        awaited = set(sent)
-        rounds = max((max(1, mail.round) for mail in sent.values()), default=1) * peers
-        deadline = time.monotonic() + rounds * relay.config.round_timeout
-        relay.post.send(sent, rounds=rounds)
+        awaited, deadline = set(sent), _send(relay, sent, peers)
         while awaited and (receipts := relay.post.next(deadline=deadline)):
             for receipt in receipts:
                 awaited.discard(receipt.node)
                 if receipt.mail.kind == kind:
                     yield receipt
-                    continue
-                relay.accept_late(receipt, bytes_up=receipt.bytes_up)
-                more = mails([m for m in relay.ready() if m.node == receipt.node])
-                relay.post.send(more, rounds=rounds)
-                awaited.update(more)
-                deadline = max(deadline, time.monotonic() + (rounds * relay.config.round_timeout if more else 0))
+                elif receipt.mail.kind in ("start", "learn"):
+                    relay.accept_late(receipt, bytes_up=receipt.bytes_up)
+                    more = mails([m for m in relay.ready() if m.node == receipt.node])
+                    awaited.update(more)
+                    deadline = max(deadline, _send(relay, more, peers))
         relay.post.recall()
     except Exception as error:  # whatever breaks in a control must not cost the rounds before it their summary
         say(f"control {kind}: broken off: {one_line(f'{type(error).__name__}: {error}')}")
+
+
+def _send(relay: Relay, mails: Mapping[int, Mail], peers: int) -> float:
+    """Send a control's mails; return until when their answers may take, on the clock of ``time.monotonic``."""
+    rounds = max((max(1, mail.round) for mail in mails.values()), default=0) * peers
+    relay.post.send(mails, rounds=rounds)
+    return time.monotonic() + rounds * relay.config.round_timeout
 
 
 def _possible(accuracy: float) -> bool:

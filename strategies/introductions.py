@@ -46,7 +46,9 @@ def introduce(post: Post, config: RunConfig, *, run: str, state_dir: str) -> lis
         members += _introductions(post, config, newcomers, mail, known=members)
         met |= newcomers
         missing = _count(members, config) - len(members)
-    return roster(members)
+    found = roster(members)
+    post.keep_to(m.node for m in found)  # one too many may still introduce itself, and is nobody's member
+    return found
 
 
 def _settled_nodes(post: Post, config: RunConfig) -> int:

@@ -100,6 +100,11 @@ class Post:
         """Return how many more mails would be sent at once."""
         return max(0.0, min(self._window.size - len(self._pending), self._hosts.free()) - len(self._outbox))
 
+    def keep_to(self, nodes: Iterable[int]) -> None:
+        """Expect nothing more of any peer but these: what others still owe is not read."""
+        kept = set(nodes)
+        self._pending = {id_: sent for id_, sent in self._pending.items() if sent.node in kept}
+
     def recall(self) -> None:
         """Forget the mail that waits to be sent."""
         self._outbox.clear()

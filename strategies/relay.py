@@ -76,6 +76,8 @@ class Relay:
         self.ledger = Ledger.load(folder.path) if resume else Ledger()
         self.rows: list[Row] = folder.rewind(self.ledger.round) if resume else []
         self.late: list[Row] = []
+        self._last_rounds: dict[str, int] = {}
+        self._note_rounds(self.rows)
         _refuse_other_peers(self.rows, members)
         self._began = (time.monotonic() if began is None else began) - self.ledger.elapsed
         self._bytes_before = self.ledger.bytes_up - post.bytes_up, self.ledger.bytes_down - post.bytes_down
@@ -123,7 +125,7 @@ class Relay:
 
     def last_round(self, m: Member) -> int:
         """Return the last round that a peer has had mail of, by its own count where there is no barrier."""
-        return max((row.round for row in self.rows if row.peer == m.name), default=0)
+        return self._last_rounds.get(m.name, 0)
 
     def member(self, receipt: Receipt) -> Member:
         """Return who sent a reply."""
@@ -168,6 +170,7 @@ class Relay:
         missed = f"no answer within {self.config.round_timeout:g} s"
         error = f"{missed}; later: {row.error}" if row.error else f"{missed}, but later"
         self.late.append(replace(row, status="late", error=error[:_LONGEST_TEXT], bytes_up=bytes_up))
+        self._note_rounds(self.late[-1:])
 
     def record(self, rows: Sequence[Row]) -> None:
         """Write rows and what came with them, before anything that could fail."""
@@ -180,6 +183,7 @@ class Relay:
             self._folder.replace_rows({place: self.rows[place] for place in found})
         rows = [*rows, *(row for row in late if (row.peer, row.round) not in places)]
         self.rows += rows
+        self._note_rounds(rows)
         self._folder.append(rows)
         for bins in self._bins:
             self._folder.append_reliability(*bins)
@@ -187,6 +191,10 @@ class Relay:
         self._bins, self._spent = [], []
         up, down = self._bytes_before
         self.ledger.bytes_up, self.ledger.bytes_down = up + self.post.bytes_up, down + self.post.bytes_down
+
+    def _note_rounds(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self._last_rounds[row.peer] = max(row.round, self._last_rounds.get(row.peer, 0))
 
     def _run_round(self, round: int) -> None:
         began = time.monotonic()

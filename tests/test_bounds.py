@@ -140,3 +140,24 @@ def test_letters_that_grow_when_they_are_decoded_are_refused_before_that(tmp_pat
 
 def test_simulated_peers_are_one_users_and_unbounded(tmp_path):
     assert federate(tmp_path, 2, rounds=1, batch_size=10**6, max_staleness=10**6).summary()["peers"]
+
+
+def test_a_server_that_starts_a_run_again_and_again_does_not_fill_the_disk_with_models(tmp_path):
+    """They are their owner's, so that none of them is removed: what is too much is refused."""
+    site = {**make_sites(tmp_path / "sites", peers=2)[0], "max-models": 2}
+    settings = {**RunConfig().to_mapping(), **SMALL, "models": "mlp", "pretrain-epochs": 0, "rounds": 1}
+
+    def ask(kind, run="run"):
+        return asked(tmp_path, Mail(kind, int(kind == "learn"), settings, run), Peer, **site).error
+
+    def kept():
+        return {path.name: path.read_bytes() for path in tmp_path.glob("*/models/*.safetensors")}
+
+    assert [ask(kind) for kind in ("start", "learn", "start", "learn")] == [""] * 4
+    before = kept()
+    assert len(before) == 2
+    for kind, run in (("start", "run"), ("start", "other"), ("introduce", "other")):
+        assert "at most 2 models (its `max-models`)" in ask(kind, run) and str(tmp_path) not in ask(kind, run)
+    assert ask("introduce") == "" == ask("learn") and kept().keys() == before.keys()
+    next(iter(tmp_path.glob("*/models/*.1.safetensors"))).unlink()
+    assert ask("introduce", "other") == "" == ask("start", "other")

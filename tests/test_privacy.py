@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from federation import federate, local_grid
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import kstest, norm
@@ -56,6 +56,21 @@ def test_a_second_accountant_of_another_kind_bounds_the_first():
 def test_no_change_of_the_logits_moves_a_release_further_than_its_sensitivity(logits, others, clip):
     moved = np.linalg.norm(clipped(logits, clip) - clipped(others, clip))
     assert moved <= sensitivity(4, clip)
+
+
+@given(epsilon=st.floats(0.001, 1e4), delta=st.floats(1e-12, 0.1), releases=st.integers(1, 10_001))
+@example(0.001, 1e-12, 10_001)
+@example(1e4, 0.1, 1)
+def test_the_noise_of_every_budget_that_is_allowed_is_found(epsilon, delta, releases):
+    RunConfig.from_mapping({"privacy-epsilon": epsilon, "privacy-delta": delta})
+
+    assert 0 < noise_multiplier(epsilon, delta, releases) < math.inf
+
+
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-9, 0.0009, -1.0, 10_001.0, math.nan])
+def test_a_budget_whose_noise_takes_a_peer_forever_to_find_is_refused(epsilon):
+    with pytest.raises(SettingError, match="privacy-epsilon"):
+        RunConfig.from_mapping({"privacy-epsilon": epsilon})
 
 
 @given(logits=ROWS)

@@ -68,6 +68,16 @@ def fails_later(*, input_shape, num_classes):
     return FailsLater(input_shape, num_classes)
 
 
+def cannot_keep_a_secret(*, input_shape, num_classes):
+    class Telling(Whole):
+        def forward(self, x):
+            if self.training:
+                raise RuntimeError("no weights at smb://ada:hunter2@nas")
+            return super().forward(x)
+
+    return Telling(input_shape, num_classes)
+
+
 def drops_out(*, input_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
 
@@ -133,6 +143,17 @@ def test_a_failed_rehearsal_is_repeated():
     for _ in range(2):
         with pytest.raises(SettingError, match="`model`"):
             rehearsal.rehearse(broken, "own", torch.rand(2, 4), RunConfig(), classes=2, key="model")
+
+
+def test_of_what_a_real_peers_own_model_says_its_kind_alone_leaves_the_peer(tmp_path, capfd):
+    sites = make_sites(tmp_path / "sites", 2)
+    own = {"simulated": False, "worker": False, "model": f"{HERE}:cannot_keep_a_secret"}
+    grid = local_grid(tmp_path, 2, node_config={i: {**site, **own} for i, site in enumerate(sites)})
+
+    with pytest.raises(RelayError, match=r"`models`.*RuntimeError: the peer's log says more"):
+        federate(tmp_path, 2, grid=grid, seats=2, proxy_size=60)
+    assert "hunter2" not in str([reply.content for reply in grid.replies])
+    assert "hunter2" in capfd.readouterr().err
 
 
 # --- in the rounds ---
