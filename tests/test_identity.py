@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from federation import federate, local_grid
+from federation import Finished, federate, local_grid
 from flwr.app import ConfigRecord
 
 from clients.secrets import Secrets
@@ -15,6 +15,7 @@ from experiments.deploy.keys import node_key, write_secret
 from fedkd.errors import SettingError
 from fedkd.identity import Credential, Identity, check_trusted, fingerprint, read_trusted
 from fedkd.sealing import Keys, SealError
+from strategies.relay import RelayError
 
 NAMES = ["peer-0", "peer-1", "peer-2"]
 
@@ -198,11 +199,12 @@ def test_a_relay_that_swaps_keys_from_the_start_is_refused_by_name_and_gets_noth
     change = with_the_relays_own_identity(tmp_path) if change == "identity" else change
     rewritten(trusting, change)
 
-    run = federate(tmp_path, 3, grid=trusting, sealed=True, rounds=1)
+    with pytest.raises(RelayError, match=f"^peer-0 never trained: the relay's keys are not believed: {complaint}"):
+        federate(tmp_path, 3, grid=trusting, sealed=True, rounds=1)
 
+    run = Finished(tmp_path / "run", trusting, {})
     row = row_of(run, "peer-0", 0)
     assert row["status"] == "error"
-    assert "the relay's keys are not believed" in row["error"]
     assert re.search(complaint, row["error"])
     sent = [r.content for r in trusting.replies if r.content["answer"]["peer"] == "peer-0"]
     assert not any("knowledge" in content for content in sent)
@@ -226,9 +228,8 @@ def test_a_relay_that_gives_a_peer_another_key_as_its_own_is_refused(tmp_path):
     grid = local_grid(tmp_path, 3)
     rewritten(grid, lambda keys: {**keys, "peer-0": Keys.generate().public_bytes.hex()})
 
-    run = federate(tmp_path, 3, grid=grid, sealed=True, rounds=1)
-
-    assert "another public key for peer-0" in row_of(run, "peer-0", 0)["error"]
+    with pytest.raises(RelayError, match=r"^peer-0 never trained: .*another public key for peer-0"):
+        federate(tmp_path, 3, grid=grid, sealed=True, rounds=1)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"run": "r"}', None])

@@ -101,5 +101,5 @@ def test_a_warm_model_answers_its_own_run_alone(site, tmp_path):
 
     said = ask(site, tmp_path, "learn", run="b", round=1)
 
-    assert "belongs to run a, not to b" in said.error and not said.arrays
+    assert "no state before round 1" in said.error and not said.arrays
     assert ask(site, tmp_path, "learn", run="a", round=1).error == ""
