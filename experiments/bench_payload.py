@@ -25,8 +25,8 @@ MEGABYTES = (0.1, 1.0, 10.0, 100.0)
 QUICK_MEGABYTES = (0.1, 1.0)
 PEERS, CLASSES, ROUNDS = 3, 1000, 4
 _PIXELS = (4, 4, 1)
-_TO_NAME = 'dataset = ""', 'model = ""', 'proxy = ""'
-_OF_ITS_OWN = 'dataset = "npz:data.npz"', 'model = "mlp"', 'proxy = "npz:proxy.npz"'
+_AS_INIT_HAS_IT = 'dataset = ""', 'model = ""', 'proxy = ""', "require-sealed = true"
+_OF_ITS_OWN = 'dataset = "npz:data.npz"', 'model = "mlp"', 'proxy = "npz:proxy.npz"', "require-sealed = false"
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def _give_data(deployment: Deployment, *, samples: int) -> None:
         np.savez(folder / "data.npz", x_train=private, y_train=np.arange(CLASSES), **few)
         np.savez(folder / "proxy.npz", x_train=proxy, y_train=np.zeros(samples, np.int64), **few)
         text = (folder / "peer.toml").read_text(encoding="utf-8")
-        for empty, own in zip(_TO_NAME, _OF_ITS_OWN, strict=True):
-            text = text.replace(empty, own)
+        for said, own in zip(_AS_INIT_HAS_IT, _OF_ITS_OWN, strict=True):
+            text = text.replace(said, own)
         (folder / "peer.toml").write_text(text, encoding="utf-8")
 
 

@@ -43,9 +43,10 @@ def round_seconds(federation: Federated) -> float:
 
 
 def saved(federation: Federated, name: str) -> dict[int, bytes]:
-    """Return the states on a peer's disk, by round; each one can be read."""
+    """Return the states of the newest run on a peer's disk, by round; each one can be read."""
     found = {}
-    for path in federation.state(name).glob("round-*.safetensors"):
+    newest = max(federation.state(name).glob("runs/*/"), key=lambda folder: folder.stat().st_mtime)
+    for path in newest.glob("round-*.safetensors"):
         with contextlib.suppress(FileNotFoundError):  # an old one, removed meanwhile
             found[int(path.stem.removeprefix("round-"))] = path.read_bytes()
             with safe_open(path, framework="numpy") as file:
@@ -133,7 +134,7 @@ def test_a_peer_that_hangs_costs_the_others_one_round_and_comes_back(share, fede
     goes_on_without(run, "peer-1", since=late["round"])
 
     comes_back(run, "peer-1", since=late["round"] + 1)
-    assert late["error"] == f"no answer within {round_seconds(federation):g} s"
+    assert late["error"].startswith(f"no answer within {round_seconds(federation):g} s")
     assert held == before
     assert federation.worker("peer-1") != worker  # the one that hung was ended
 

@@ -142,7 +142,7 @@ def test_a_worker_that_crashes_says_why_to_its_owner_alone(tmp_path, sites, end_
 def test_a_full_disk_at_a_peer_is_an_error_that_leaves_its_state_as_it_was(tmp_path, sites, end_workers):
     place, own = place_of(sites[0], tmp_path), own_settings({**sites[0], "idle-seconds": 60})
     ask(mail("start", pretrain_epochs=1), place, own, seconds=60)
-    (state,) = place.state_dir.rglob("*.safetensors")
+    (state,) = place.state_dir.rglob("round-*.safetensors")
     before = state.read_bytes()
     (pid,) = worker_pids(tmp_path)
     psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
