@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.averaging import load_weights, weights
+from clients.device import pick_device
 from clients.final import Final
 from clients.flow import Flow
 from clients.holding_out import choices_are_due
@@ -32,7 +34,6 @@ from fedkd import metrics, models
 from fedkd.attacks import is_attacker, poison
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
-from fedkd.errors import SettingError
 from fedkd.fast import arranged, compiled
 from fedkd.knowledge import decode_features, without_features
 from fedkd.memory import keep_freed_memory
@@ -184,7 +185,7 @@ class Peer:
         if common:
             self._save(mail, model, self.config.fedavg_model, found, trained=trained)
             found |= {"samples": len(self.site.labels), "samples_seen": trained.samples}
-            return self._reply(mail, metrics=found, arrays=_weights(model), series=bins)
+            return self._reply(mail, metrics=found, arrays=weights(model), series=bins)
         return self._close(mail, model, found, bins, memo={}, trained=trained)
 
     def _pretrain(self, model: nn.Module, *, common: bool) -> int:
@@ -228,7 +229,7 @@ class Peer:
             seen = self.learner.seen
             found["local_loss"] = self.learner.local(model, round=mail.round, epochs=self.config.local_epochs)
             trained = trained.then(mail.round, self.learner.seen - seen)
-            arrays = _weights(model)
+            arrays = weights(model)
             if not all(np.isfinite(array).all() for array in arrays.values()):
                 raise self._diverged("the model's weights", mail.round)
             model.load_state_dict(average)
@@ -243,7 +244,7 @@ class Peer:
         if heard is None:
             raise BadKnowledge(f"no peer's knowledge can be used: {'; '.join(refused)}")
         self.learner.merge(model, heard)
-        return self._reply(mail, metrics=self._measure(model), arrays=_weights(model))
+        return self._reply(mail, metrics=self._measure(model), arrays=weights(model))
 
     def _isolated(self, mail: Mail) -> Answer:
         """The control: the same start and the same private batches, without any teacher.
@@ -330,7 +331,7 @@ class Peer:
         model = self._common()
         if len(mail.letters) != 1:
             raise BadKnowledge(f"expected one letter with the server's weights, but got {len(mail.letters)}")
-        _load_weights(model, mail.letters[0].arrays)
+        load_weights(model, mail.letters[0].arrays)
         return model
 
     def _new(self, spec: str, *, key: str, seed_key: int | str, width: float = 1.0) -> nn.Module:
@@ -496,41 +497,3 @@ def _secrets(place: Place, store: Store) -> "Secrets":
     from clients.secrets import Secrets  # only sealed mail pays for the import of the ciphers
 
     return Secrets(store.folder, place.name, store.run, identity=place.identity, trusted=place.trusted_keys)
-
-
-def _weights(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return a model's floating-point state, which federated averaging averages: a copy, for the model moves on."""
-    state = model.state_dict().items()
-    return {name: value.cpu().float().numpy().copy() for name, value in state if value.is_floating_point()}
-
-
-def _load_weights(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    expected = {name: tuple(array.shape) for name, array in _weights(model).items()}
-    found = {name: tuple(array.shape) for name, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(expected.items() ^ found.items())
-        raise BadKnowledge(f"the server's weights do not fit the common model: {wrong[:4]}")
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, strict=False)
-
-
-def pick_device(name: str, *, repeatable: bool = True) -> torch.device:
-    """Return the device of a setting; ``auto`` is the GPU that this process was given, else the CPU.
-
-    Args:
-        name: the setting.
-        repeatable: whether a GPU has to choose the same kernels in every run, or may try which are the fastest.
-
-    Raises:
-        SettingError: no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingError("device", name, "auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingError("device", name, f"a device of this process ({torch.cuda.device_count()} GPUs visible)")
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, not repeatable
-    return device

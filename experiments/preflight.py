@@ -134,7 +134,7 @@ def _check_files(config: RunConfig, peers: int) -> None:
 def _check_device(config: RunConfig) -> None:
     if config.device in ("auto", "cpu"):
         return  # importing torch costs seconds
-    from clients.peer import pick_device
+    from clients.device import pick_device
 
     pick_device(config.device)
 

@@ -11,7 +11,7 @@ from flwr.serverapp import strategy as flower
 
 from fedkd.codec import BadKnowledge
 from fedkd.config import RunConfig
-from fedkd.protocol import Answer, Arrays, Letter, Packed
+from fedkd.protocol import Answer, Arrays, Kind, Letter, Packed
 from strategies.mailbox import SERVER, Mailbox
 from strategies.strategy import Strategy
 
@@ -39,25 +39,24 @@ class FedAvg(Strategy):
     def __init__(self, config: RunConfig, peers: int, classes: int) -> None:
         super().__init__(replace(config, topology="complete"), peers, classes)
         self._average: tuple[int, Letter] | None = None
-        self._samples: dict[str, int] = {}
+        self._weighed: dict[str, tuple[int, int]] = {}  # by peer: the round of its newest weights, and their samples
 
     def teachers(self, peer: int, round: int) -> Sequence[int]:
         """Return everyone: the server reads all weights."""
         return range(self.peers)
 
-    def check(self, answer: Answer) -> None:
+    def check(self, answer: Answer, *, kind: Kind = "learn") -> None:
         """Refuse weights that cannot be averaged; logits, sent for a distilled start, are checked as such."""
-        distilled = self.config.fedavg_start == "distilled"
-        if answer.round == 0 and distilled:
+        if kind == "start" and self.config.fedavg_start == "distilled":
             return super().check(answer)
-        merged = distilled and self._average is None  # the model that was distilled at the start
+        merged = kind == "merge"  # the model that was distilled at the start
         if answer.round == self.config.rounds and not answer.arrays and not merged:
             return None  # the last average is only measured
         _check_finite(answer.arrays)
         if self._average is not None and (found := _layout(answer.arrays)) != _layout(self._average[1].arrays):
             raise BadKnowledge(f"expected weights like the average's, but got other names or shapes: {found[:4]}")
         if not merged:
-            self._samples[answer.peer] = _samples(answer)
+            self._weighed[answer.peer] = (answer.round, _samples(answer))
         return None
 
     def left_out(self, round: int, mailbox: Mailbox) -> Mapping[int, str]:
@@ -73,17 +72,18 @@ class FedAvg(Strategy):
         }
 
     def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
-        """Return all logits, for a distilled start."""
-        if self.config.fedavg_start != "distilled":
+        """Return all logits, for a distilled start, until they have been merged."""
+        if self.config.fedavg_start != "distilled" or mailbox.get(SERVER) is not None:
             return ()
         return tuple(letter for _, letter in mailbox)
 
     def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:
         """Return the server's average of what came in the round before."""
         if self._average is None or self._average[0] != round:
-            fresh = [letter for index, letter in mailbox if index != SERVER and letter.round == round - 1]
+            newest = (letter for index, letter in mailbox if index != SERVER and letter.round == round - 1)
+            fresh = [letter for letter in newest if self._weighed.get(letter.sender, (-1, 0))[0] == letter.round]
             merged = mailbox.get(SERVER)
-            if round == 1 and merged is not None:
+            if self._average is None and merged is not None:
                 self._average = (round, merged)
             elif fresh:
                 self._average = (round, Letter("server", round - 1, Packed.of(self._aggregate(fresh, round))))
@@ -98,7 +98,7 @@ class FedAvg(Strategy):
                 RecordDict(
                     {
                         "arrays": ArrayRecord({name: Array(array) for name, array in letter.arrays.items()}),
-                        "metrics": MetricRecord({"num-examples": self._samples[letter.sender]}),
+                        "metrics": MetricRecord({"num-examples": self._weighed[letter.sender][1]}),
                     }
                 ),
                 dst_node_id=index,

@@ -95,8 +95,8 @@ class Relay:
         rounds = 0 if self.config.mode == "async" else self.config.rounds
         for round in range(self.ledger.round + 1, rounds + 1):
             self._run_round(round)
-            if round == 0 and (letters := self.strategy.to_merge(self.ledger.mailbox)):
-                self._merge(letters)
+            if round < rounds and (letters := self.strategy.to_merge(self.ledger.mailbox)):
+                self._merge(letters, round + 1)
 
     def seconds(self) -> float:
         """Return the wall time of the run so far, that of the parts before it was resumed included."""
@@ -150,7 +150,7 @@ class Relay:
         if self.config.profile and (seconds := spent(answer.metrics, there_and_back=receipt.seconds)):
             self._spent.append({"round": row.round, "peer": m.name, "model": m.model, **seconds})
         try:
-            self.strategy.check(answer)
+            self.strategy.check(answer, kind=receipt.mail.kind)
         except BadKnowledge as error:
             return replace(row, status="refused", error=f"knowledge refused: {error}"[:_LONGEST_TEXT])
         self.ledger.started.add(m.index)
@@ -234,18 +234,18 @@ class Relay:
         self.ledger.save(self._folder.path)
         self._say(round_line(round, self.config.rounds, rows, self.ledger.seconds))
 
-    def _merge(self, letters: tuple[Letter, ...]) -> None:
+    def _merge(self, letters: tuple[Letter, ...], round: int) -> None:
         """Have one peer distil all knowledge into the model that a baseline with a server starts from."""
         merging = self.ready()[0]
         problem = f"no answer within {self.config.round_timeout:g} s"
-        for receipt in self.exchange({merging.node: self.mail("merge", 1, letters)}):
+        for receipt in self.exchange({merging.node: self.mail("merge", round, letters)}):
             if receipt.mail.kind != "merge":
                 self.accept_late(receipt)
             elif receipt.answer is None or receipt.error:
                 problem = receipt.error
             else:
                 try:
-                    self.strategy.check(receipt.answer)
+                    self.strategy.check(receipt.answer, kind="merge")
                 except BadKnowledge as error:
                     problem = str(error)
                     continue

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedkd.codec import BadKnowledge, codec
 from fedkd.config import RunConfig
 from fedkd.knowledge import decode_features, without_features
-from fedkd.protocol import Answer, Letter
+from fedkd.protocol import Answer, Kind, Letter
 from fedkd.rules import split_list
 from strategies.mailbox import Mailbox
 from strategies.sealed import address, check_sealed, most_sealed
@@ -43,8 +43,12 @@ class Strategy(ABC):
     def teachers(self, peer: int, round: int) -> Sequence[int]:
         """Return the peers that one peer hears in a round (counted from 1), ascending, itself not among them."""
 
-    def check(self, answer: Answer) -> None:
+    def check(self, answer: Answer, *, kind: Kind = "learn") -> None:
         """Refuse knowledge that no peer could use.
+
+        Args:
+            answer: holds it.
+            kind: the kind of the mail that it answers.
 
         Raises:
             BadKnowledge: what is wrong with it.

@@ -160,18 +160,18 @@ def test_a_distilled_start_sends_all_logits_to_one_peer_and_its_model_to_everyon
     made = fedavg(fedavg_start="distilled")
     sent = {peer: codec("fp32").encode(logits(peer)) for peer in range(3)}
     for peer in range(3):
-        made.check(answer(peer, 0, sent[peer]))
+        made.check(answer(peer, 0, sent[peer]), kind="start")
     box = filled(dict.fromkeys(range(3), 0), sent.__getitem__)
 
     assert [one.sender for one in made.to_merge(box)] == ["peer-0", "peer-1", "peer-2"]
     assert fedavg().to_merge(box) == ()
     with pytest.raises(BadKnowledge):
-        made.check(answer(0, 0, weights(1), samples=1))
+        made.check(answer(0, 0, weights(1), samples=1), kind="start")
     with pytest.raises(BadKnowledge, match="no array"):
-        made.check(answer(0, 3, {}))  # the merged model itself is asked for
-    made.check(answer(0, 3, weights(4)))  # whose samples do not count
+        made.check(answer(0, 3, {}), kind="merge")  # the merged model itself is asked for
+    made.check(answer(0, 3, weights(4)), kind="merge")  # whose samples do not count
     box.put(SERVER, Letter("peer-0", 0, Packed.of(weights(4))))
-    assert [len(box), {peer for peer, _ in box}] == [4, {SERVER, 0, 1, 2}]
+    assert [len(box), {peer for peer, _ in box}] == [4, {SERVER, 0, 1, 2}] and made.to_merge(box) == ()
     for peer in range(3):
         (letter,) = made.letters(peer, 1, box)
         np.testing.assert_array_equal(letter.arrays["w"], 4)
@@ -180,3 +180,19 @@ def test_a_distilled_start_sends_all_logits_to_one_peer_and_its_model_to_everyon
         box.put(peer, Letter(f"peer-{peer}", 1, Packed.of(weights(peer))))
     (letter,) = made.letters(0, 2, box)
     np.testing.assert_allclose(letter.arrays["w"], (0 * 1 + 1 * 2 + 2 * 3) / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("late", [(0,), (0, 1)])
+def test_the_logits_of_peers_that_start_late_are_neither_refused_nor_averaged(late):
+    made = fedavg(fedavg_start="distilled")
+    box = Mailbox()
+    box.put(SERVER, Letter("server", 0, Packed.of(weights(4))))
+    made.letters(2, 1, box)
+    for peer in range(3):
+        kind, arrays = ("start", codec("fp32").encode(logits(peer))) if peer in late else ("learn", weights(peer))
+        made.check(answer(peer, 1, arrays, samples=1 + peer), kind=kind)
+        box.put(peer, Letter(f"peer-{peer}", 1, Packed.of(arrays)))
+    (letter,) = made.letters(0, 2, box)
+    learned = [peer for peer in range(3) if peer not in late]
+    mean = np.average(learned, weights=[1 + peer for peer in learned])
+    np.testing.assert_allclose(letter.arrays["w"], mean, rtol=1e-6)

@@ -110,6 +110,11 @@ def run(tmp_path_factory, witness, fates, *, killed_at=None, **settings):
 @example({(1, 0): "errs", (2, 2): "late 3"}, {"strategy": "fedavg", "fedavg_model": "mlp"}, None)
 @example({(0, 2): "unheard", (2, 1): "refused"}, {"schedule": "alternate"}, 10)
 @example({}, {"participation": 0.5}, 9)
+@example(
+    {(0, 0): "refused", (1, 0): "errs", (2, 0): "late 1", (0, 2): "late 1"},  # nothing to merge when round 0 closes
+    {"strategy": "fedavg", "fedavg_model": "mlp", "fedavg_start": "distilled", "merge_epochs": 1},
+    None,
+)
 @example({(1, 0): "errs"}, {"regime": "tuned", "tune_temperatures": "1", "tune_weights": "1"}, None)
 def test_a_control_sees_the_private_batches_that_its_peer_saw_under_any_schedule(
     tmp_path_factory, fates, way, killed_at

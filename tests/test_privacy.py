@@ -158,7 +158,7 @@ def test_what_travels_is_the_clipped_and_noised_knowledge_alone(tmp_path):
         ({"strategy": "gossip", "mode": "async"}, "`privacy-epsilon` to be 0 under mode async"),
         ({"privacy-delta": 0.0}, r"`privacy-delta` to be a number in \[1e-12, 0.1\], but got 0.0"),
         ({"privacy-clip": 0.0}, "`privacy-clip` to be a number > 0, but got 0.0"),
-        ({"privacy-epsilon": -1.0}, "`privacy-epsilon` to be a number in \\[0, 10000\\], but got -1.0"),
+        ({"privacy-epsilon": -1.0}, "`privacy-epsilon` to be 0, or a number in \\[0.001, 10000\\], but got -1.0"),
     ],
 )
 def test_settings_under_which_the_promise_would_not_hold_are_refused(settings, message):
