@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
-from clients.place import Place
-from fedkd.config import RunConfig
+from clients.configuration import Place
 from fedkd.errors import FedkdError
-from fedkd.protocol import Answer, Mail, pack_answer, unpack_mail, wire_bytes
+from fedkd.settings.config import RunConfig
+from fedkd.wire.messages import Answer, Mail, pack_answer, unpack_mail, wire_bytes
 
 if TYPE_CHECKING:
     from clients.peer import Peer

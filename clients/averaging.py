@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkd.codec import BadKnowledge
+from fedkd.wire.codecs import BadKnowledge
 
 
 def weights(model: nn.Module) -> dict[str, np.ndarray]:

@@ -1,17 +1,18 @@
 """How much of what costs memory, time or disk a server may ask of a deployed peer. Imports no torch.
 
-Every setting that costs something names the limit that bounds it where it is declared, in :mod:`fedkd.config`. Here is
-how much a run asks for, and the limits' defaults; epochs are counted by the mail, in :mod:`clients.place`.
+Every setting that costs something names the limit that bounds it where it is declared, in
+:mod:`fedkd.settings.config`. Here is how much a run asks for, and the limits' defaults; epochs are counted by the mail,
+in :mod:`clients.configuration`.
 """
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from fedkd.config import RunConfig, key
 from fedkd.errors import FedkdError, SettingError
-from fedkd.protocol import Mail
-from fedkd.rules import split_list
+from fedkd.settings.config import RunConfig, key
+from fedkd.settings.rules import split_list
+from fedkd.wire.messages import Mail
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.answering import always, answer, check, discreetly, frankly, round_of, telling
-from clients.place import Own, Place, own_settings, without_paths
-from fedkd.config import RunConfig
-from fedkd.protocol import seat_of
+from clients.configuration import Own, Place, own_settings, without_paths
+from fedkd.settings.config import RunConfig
+from fedkd.wire.messages import seat_of
 
 if TYPE_CHECKING:
     from clients.peer import Peer
@@ -48,7 +48,7 @@ def _reply(content: RecordDict, node_config: Own, node_id: int, time_to_live: fl
 
 
 def _ask_worker(content: RecordDict, place: Place, own: Own, time_to_live: float) -> RecordDict:
-    from clients.resident import ask
+    from clients.worker_client import ask
 
     check(content, place)  # what is refused needs no worker
     return ask(content, place, own, seconds=min(time_to_live, place.limits.seconds))

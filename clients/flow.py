@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedkd.config import RunConfig
 from fedkd.errors import SettingError
-from fedkd.fast import forward
-from fedkd.infoflow import FlowLoss, features, project
-from fedkd.knowledge import encode_features
-from fedkd.protocol import Arrays
-from fedkd.rules import split_list
+from fedkd.losses.information_flow import FlowLoss, features, project
 from fedkd.seeding import derive
-from fedkd.training import Beside
+from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import split_list
+from fedkd.training.fast import forward
+from fedkd.training.loops import Beside
+from fedkd.wire.features import encode_features
+from fedkd.wire.messages import Arrays
 
 _POOL = "mean"
 _CHUNK = 512
@@ -31,7 +31,7 @@ class Flow:
         weight: of the flow loss beside the logits' loss.
         loss: over the layers, with its schedule over the rounds.
         seed: of the projections.
-        fast: whether models compute as :func:`fedkd.fast.forward` has it.
+        fast: whether models compute as :func:`fedkd.training.fast.forward` has it.
     """
 
     layers: tuple[str, ...]

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clients.data import Labelled, Site, proxy_subset
 from clients.flow import Flow
-from clients.site import Labelled, Site, proxy_subset
 from fedkd import metrics
-from fedkd.config import RunConfig
-from fedkd.decoupled import warm_up
-from fedkd.distillation import Distillation, teacher_or_self
 from fedkd.errors import SettingError
-from fedkd.profile import Stopwatch
-from fedkd.robust import agreement_weights
-from fedkd.rules import numbers
+from fedkd.losses.decoupled import warm_up
+from fedkd.losses.robust import agreement_weights
+from fedkd.results.profile import Stopwatch
 from fedkd.seeding import derive
-from fedkd.training import Beside, Diverged, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
+from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import numbers
+from fedkd.training.distillation import Distillation, teacher_or_self
+from fedkd.training.loops import Beside, Diverged, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""

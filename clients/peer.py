@@ -1,7 +1,7 @@
 """One site's life: it introduces itself, starts, learns from what it hears, and answers with what it knows.
 
-A :class:`Peer` knows nothing of Flower: it turns a :class:`~fedkd.protocol.Mail` into an
-:class:`~fedkd.protocol.Answer`. Its data and its weights stay with it; only encoded logits on the public
+A :class:`Peer` knows nothing of Flower: it turns a :class:`~fedkd.wire.messages.Mail` into an
+:class:`~fedkd.wire.messages.Answer`. Its data and its weights stay with it; only encoded logits on the public
 proxy set and numbers about itself go out.
 """
 
@@ -17,35 +17,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
+from clients.configuration import Place
+from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.device import pick_device
-from clients.final import Final
+from clients.final_model import Final
 from clients.flow import Flow
-from clients.holding_out import choices_are_due
+from clients.held_out import choices_are_due
 from clients.learner import Heard, Learner, Memo, stack
-from clients.place import Place
-from clients.private import Private, withhold
+from clients.pretrained import pretrain
 from clients.rehearsal import check_start, rehearse
+from clients.releases import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
-from clients.site import Site, file_versions, open_pool, open_site, proxy_subset
-from clients.starts import pretrain
-from clients.store import Store, Trained
+from clients.state import Store, Trained
 from fedkd import metrics, models
-from fedkd.attacks import is_attacker, poison
-from fedkd.codec import BadKnowledge, codec
-from fedkd.config import RunConfig
-from fedkd.fast import arranged, compiled
-from fedkd.knowledge import decode_features, without_features
-from fedkd.memory import keep_freed_memory
-from fedkd.profile import Stopwatch
-from fedkd.protocol import Answer, Arrays, Letter, Mail
-from fedkd.rules import split_list
+from fedkd.results.profile import Stopwatch
 from fedkd.seeding import derive
+from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import split_list
 from fedkd.source import source_hash, source_root
-from fedkd.training import Diverged, predict
+from fedkd.training.fast import arranged, compiled
+from fedkd.training.loops import Diverged, predict
+from fedkd.training.memory import keep_freed_memory
+from fedkd.wire.codecs import BadKnowledge, codec
+from fedkd.wire.features import decode_features, without_features
+from fedkd.wire.messages import Answer, Arrays, Letter, Mail
 
 if TYPE_CHECKING:
-    from clients.secrets import Secrets
+    from clients.keys import Secrets
 
 NO_ROUND = -1
 _TOLD = {"refused_letters", "epsilon"}
@@ -494,6 +494,6 @@ class Peer:
 
 
 def _secrets(place: Place, store: Store) -> "Secrets":
-    from clients.secrets import Secrets  # only sealed mail pays for the import of the ciphers
+    from clients.keys import Secrets  # only sealed mail pays for the import of the ciphers
 
     return Secrets(store.folder, place.name, store.run, identity=place.identity, trusted=place.trusted_keys)

@@ -10,10 +10,10 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from clients.answering import by_kind
-from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
-from fedkd.training import Optimization, fit, predict
+from fedkd.settings.config import RunConfig
+from fedkd.training.loops import Optimization, fit, predict
 
 _passed: set[tuple[object, ...]] = set()  # the process's cache: architectures of which one trained here
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from clients.store import write_whole
+from clients.state import write_whole
 from fedkd.errors import FedkdError
 
 _RUNS, _OVER, _DATA = "runs", "over", "data.json"

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import psutil
 from flwr.app import RecordDict
 
-from clients import frame
+from clients import frames
 from clients.answering import answer
-from clients.place import Place
-from fedkd.config import RunConfig
+from clients.configuration import Place
+from fedkd.settings.config import RunConfig
 from fedkd.source import source_hash
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ def _serve_one(listener: socket.socket, source: str) -> bool:
     except (TimeoutError, BlockingIOError):
         return False
     # A handler that was killed while it waited is no reason to end: the state is saved, the next mail finds it.
-    with connection, contextlib.suppress(OSError, frame.BadFrame):
+    with connection, contextlib.suppress(OSError, frames.BadFrame):
         connection.setblocking(True)
-        note, content = frame.receive(connection)
+        note, content = frames.receive(connection)
         if note["source"] != source:
-            frame.send(connection, {"stale": True}, RecordDict())
+            frames.send(connection, {"stale": True}, RecordDict())
             return False
         place = Place.of_own(note["own"], name=note["name"], root=Path(note["root"]), simulated=False)
-        frame.send(connection, {}, answer(content, place, _peer))
+        frames.send(connection, {}, answer(content, place, _peer))
     return True
 
 

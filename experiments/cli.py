@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from experiments.bench import BENCHES
+from experiments.bench.benchmarks import BENCHES
 from experiments.command import WithSettings
 from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError, SettingError
 
 if TYPE_CHECKING:
-    from fedkd.config import RunConfig
+    from fedkd.settings.config import RunConfig
 
 _PEERS = 6
 _RECIPES = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
@@ -64,7 +64,7 @@ def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]
     if folder is None:
         yield lambda out, trials=None: out
         return
-    from experiments.tensorboard import Board
+    from experiments.report.tensorboard import Board
 
     with Board(folder) as board:
         yield board.follow
@@ -77,7 +77,7 @@ def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
         raise SettingError("peers", word, f"left out beside --peers {option}")
     before = 0
     if resumed := str(settings.get("resume", "")):
-        from experiments.study import read_run
+        from experiments.analysis.runs import read_run
 
         earlier = read_run(Path(resumed))
         before = int(earlier.settings["peers"])
@@ -94,7 +94,7 @@ def _may_share(settings: Mapping[str, Any]) -> bool:
 
     Not where each trial of a file says so, and not where a run is resumed that has counted nodes.
     """
-    from fedkd.results import RunFolder
+    from fedkd.results.folder import RunFolder
 
     if settings.get("trials"):
         return False
@@ -106,8 +106,8 @@ def _finished(run: Path) -> bool:
     """Tell that a run is complete, with its table, if it is."""
     if not (run / "summary.json").exists():
         return False
-    from experiments.show import show as show_run
-    from experiments.study import read_run
+    from experiments.analysis.runs import read_run
+    from experiments.report.terminal import show as show_run
 
     found = read_run(run)
     done = f"{found.summary.get('totals', {}).get('rounds', 0):.0f}"
@@ -118,7 +118,7 @@ def _finished(run: Path) -> bool:
 
 def _say_how_to_go_on(config: "RunConfig", folder: Path) -> None:
     """Give the command that resumes the run in a folder, if a round of it has closed."""
-    from strategies.trials import resumable
+    from strategies.relay.trials import resumable
 
     if config.trials or not resumable(config) or not (folder / "relay.safetensors").exists():
         return
@@ -167,9 +167,9 @@ def run(
     README has the table of all. The exit status is 0 if the run completed, 1 if it failed, 2 for a mistake found before
     it began.
     """
-    from experiments.launch import Federation, launch
-    from experiments.preflight import check_machine
-    from experiments.project import OWN_FOLDER, Project
+    from experiments.launch.preflight import check_machine
+    from experiments.launch.project import OWN_FOLDER, Project
+    from experiments.launch.runner import Federation, launch
 
     project = Project.read(app_folder)
     settings = project.settings([*(pairs or []), *(["profile=true"] if profile else [])], cwd=Path.cwd())
@@ -187,8 +187,8 @@ def run(
     if own and _may_share(settings):
         federation, settings["peers"] = federation.sharing(), federation.peers
     if own:
-        from experiments import preflight
-        from fedkd.config import RunConfig
+        from experiments.launch.runner import preflight
+        from fedkd.settings.config import RunConfig
 
         config = preflight.check(
             RunConfig.from_mapping({**project.defaults, **settings}), federation.peers,
@@ -233,8 +233,8 @@ def bench(
     ] = None,
 ) -> None:
     """Run a benchmark and print its table."""
-    from experiments.bench import bench as run_bench
-    from fedkd.rules import split_list
+    from experiments.bench.benchmarks import bench as run_bench
+    from fedkd.settings.rules import split_list
 
     given = {
         "actors": None if actors is None else [_whole("--actors", word) for word in split_list(actors)],
@@ -269,11 +269,11 @@ def compare(
     They share one `flwr run`. Started again with the same folder, it goes on where it stopped. The exit status is 0 if
     all trials have results, 1 if some failed (the report names them), 2 for a mistake found before anything ran.
     """
-    from experiments.compare import compare as run_comparison
-    from experiments.launch import Federation
-    from experiments.preflight import check_machine
-    from experiments.project import Project
-    from experiments.recipe import find, read
+    from experiments.compare.recipe import find, read
+    from experiments.compare.running import compare as run_comparison
+    from experiments.launch.preflight import check_machine
+    from experiments.launch.project import Project
+    from experiments.launch.runner import Federation
 
     given = Project.read().settings(pairs or [], cwd=Path.cwd())
     changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
@@ -305,7 +305,7 @@ def report(
 
     Its figures and tables are files beside it, too.
     """
-    from experiments.report import describe, find_runs, write_report
+    from experiments.report.page import describe, find_runs, write_report
 
     command = shlex.join(["fedkd", *sys.argv[1:]])
     about = describe(runs, command=command, target=target)
@@ -333,11 +333,11 @@ def tune(
     Started again, the search goes on. Under `schedule=alternate` with Adam the weight, which does nothing, is left out.
     Settings are chosen by accuracy on a part of the training set that no peer holds, never by the test set.
     """
-    from experiments.launch import Federation
-    from experiments.preflight import check_machine
-    from experiments.project import Project
-    from experiments.tune import Stopped
-    from experiments.tune import tune as search
+    from experiments.compare.tuning import Stopped
+    from experiments.compare.tuning import tune as search
+    from experiments.launch.preflight import check_machine
+    from experiments.launch.project import Project
+    from experiments.launch.runner import Federation
 
     settings = Project.read().settings(pairs or [], cwd=Path.cwd())
     federation = Federation(peers=peers, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer)
@@ -405,10 +405,10 @@ def show(
     With --tensorboard they are written there instead.
     """
     if tensorboard is None:
-        from experiments.show import show as show_run
+        from experiments.report.terminal import show as show_run
 
         show_run(run)
         return
-    from experiments.tensorboard import export
+    from experiments.report.tensorboard import export
 
     typer.echo(f"written to {export(run, tensorboard)}")

@@ -21,7 +21,7 @@ class WithSettings(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            from fedkd.config import RunConfig
+            from fedkd.settings.config import RunConfig
 
             key = error.option_name.lstrip("-")
             if key not in RunConfig().to_mapping():

@@ -116,7 +116,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _bfloat16() -> str:
-    from fedkd.fast import bfloat16_pays
+    from fedkd.training.fast import bfloat16_pays
 
     if not bfloat16_pays("cpu"):
         return "not in this processor: `fast = true` computes in float32 on it"
@@ -163,7 +163,7 @@ def _places() -> Iterator[Finding]:
 
 
 def _losses() -> Iterator[Finding]:
-    from fedkd import divergences
+    from fedkd.losses import divergences
 
     known = _known_answers()
     for name, (expected, compute) in known.items():
@@ -182,8 +182,8 @@ def _known_answers() -> dict[str, tuple[float, Callable[[], float]]]:
     """Return what each loss is at teacher logits (3, 2, 1, 0) and student logits (1, 1.5, 0, −0.5), T = 1."""
     import torch
 
-    from fedkd import divergences
-    from fedkd.infoflow import flow_divergence
+    from fedkd.losses import divergences
+    from fedkd.losses.information_flow import flow_divergence
 
     teacher = torch.tensor([[3.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
     student = torch.tensor([[1.0, 1.5, 0.0, -0.5]], dtype=torch.float64)

@@ -15,9 +15,9 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from fedkd import models
-from fedkd.claim import MODELS
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models.card import Card, CardError
+from fedkd.results.claim import MODELS
 
 _WHERE = (
     f"{MODELS}/*.safetensors",

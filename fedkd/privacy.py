@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
+from fedkd.settings.config import RunConfig
 
 Logits = NDArray[np.float32]
 

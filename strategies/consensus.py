@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedkd.config import RunConfig
-from fedkd.protocol import Letter, Packed
-from strategies.mailbox import Mailbox
+from fedkd.settings.config import RunConfig
+from fedkd.wire.messages import Letter, Packed
+from strategies.relay.mailbox import Mailbox
 from strategies.strategy import Strategy
 
 _ERA_TEMPERATURE = 0.1

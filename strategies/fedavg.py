@@ -9,10 +9,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
-from fedkd.codec import BadKnowledge
-from fedkd.config import RunConfig
-from fedkd.protocol import Answer, Arrays, Kind, Letter, Packed
-from strategies.mailbox import SERVER, Mailbox
+from fedkd.settings.config import RunConfig
+from fedkd.wire.codecs import BadKnowledge
+from fedkd.wire.messages import Answer, Arrays, Kind, Letter, Packed
+from strategies.relay.mailbox import SERVER, Mailbox
 from strategies.strategy import Strategy
 
 _MOST_SAMPLES = 10**9

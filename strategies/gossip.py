@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-from fedkd.config import RunConfig
+from fedkd.settings.config import RunConfig
 from strategies.matching import gossip_draw, hears
 from strategies.strategy import Strategy
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from fedkd.config import RunConfig
 from fedkd.errors import SettingError
+from fedkd.settings.config import RunConfig
 from strategies.matching import round_robin
 from strategies.strategy import Strategy
 

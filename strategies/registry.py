@@ -1,8 +1,8 @@
 """The strategies by name, and one's own as `package.module:Class`."""
 
-from fedkd.config import RunConfig
 from fedkd.errors import SettingError
 from fedkd.plugins import load_callable
+from fedkd.settings.config import RunConfig
 from strategies.averaged import Averaged
 from strategies.consensus import Consensus
 from strategies.fedavg import FedAvg

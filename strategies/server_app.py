@@ -12,27 +12,27 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.claim import MODELS, held, new_folder, refuse_taken
-from fedkd.config import RunConfig
-from fedkd.effect import without_effect
 from fedkd.errors import FedkdError
-from fedkd.plots import accuracy_png, profile_png, topology_png
 from fedkd.privacy import Mechanism
-from fedkd.profile import profile_table
-from fedkd.results import RunFolder, Summary
-from fedkd.rules import split_list
+from fedkd.results.claim import MODELS, held, new_folder, refuse_taken
+from fedkd.results.folder import RunFolder, Summary
+from fedkd.results.picture import accuracy_png, profile_png, topology_png
+from fedkd.results.profile import profile_table
+from fedkd.settings.config import RunConfig
+from fedkd.settings.effect import without_effect
+from fedkd.settings.rules import split_list
 from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
-from strategies.asynchronous import Asynchronous
-from strategies.console import MOST_SHOWN, closing_line, summary_table, topology_line
-from strategies.controls import conclude
-from strategies.failures import never_trained
-from strategies.introductions import introduce
-from strategies.post import Post
 from strategies.registry import strategy_class
-from strategies.relay import Relay, RelayError
-from strategies.resuming import changed_since, resumed
-from strategies.trials import Say, read_trials, run_trials
+from strategies.relay.asynchronous import Asynchronous
+from strategies.relay.console import MOST_SHOWN, closing_line, summary_table, topology_line
+from strategies.relay.controls import conclude
+from strategies.relay.failures import never_trained
+from strategies.relay.introductions import introduce
+from strategies.relay.post import Post
+from strategies.relay.resuming import changed_since, resumed
+from strategies.relay.rounds import Relay, RelayError
+from strategies.relay.trials import Say, read_trials, run_trials
 
 app = ServerApp()
 

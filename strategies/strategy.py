@@ -4,13 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedkd.codec import BadKnowledge, codec
-from fedkd.config import RunConfig
-from fedkd.knowledge import decode_features, without_features
-from fedkd.protocol import Answer, Kind, Letter
-from fedkd.rules import split_list
-from strategies.mailbox import Mailbox
-from strategies.sealed import address, check_sealed, most_sealed
+from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import split_list
+from fedkd.wire.codecs import BadKnowledge, codec
+from fedkd.wire.features import decode_features, without_features
+from fedkd.wire.messages import Answer, Kind, Letter
+from strategies.relay.mailbox import Mailbox
+from strategies.relay.sealed import address, check_sealed, most_sealed
 from strategies.topology import Topology, topology
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkd.errors import SettingError
-from fedkd.rules import TOPOLOGIES
 from fedkd.seeding import derive
+from fedkd.settings.rules import TOPOLOGIES
 
 FIXED = ("complete", "ring", "torus", "star")
 RANDOM = ("k-regular", "erdos-renyi", "small-world")

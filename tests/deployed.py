@@ -21,7 +21,7 @@ from experiments.deploy import trial
 from experiments.deploy.create import create
 from experiments.deploy.layout import CONNECTION, Deployment
 from experiments.deploy.run import run
-from experiments.superlink import free_port, process_environment
+from experiments.launch.superlink import free_port, process_environment
 from fedkd.data.partition import partition
 from fedkd.data.proxy import split_proxy
 from fedkd.data.sources import load_source

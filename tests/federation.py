@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 
 from clients.client_app import app as client_app
-from fedkd.config import RunConfig
+from fedkd.settings.config import RunConfig
 from strategies.server_app import app as server_app
 
 SMALL = {

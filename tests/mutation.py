@@ -1,8 +1,8 @@
 """Change the code one operator or constant at a time, and see which quick tests notice.
 
     python tests/mutation.py                            # all of MODULES: an hour or more
-    python tests/mutation.py fedkd/robust.py            # one
-    python tests/mutation.py --sample 40 fedkd/codec.py # a sample, the same every time
+    python tests/mutation.py fedkd/losses/robust.py     # one
+    python tests/mutation.py --sample 40 fedkd/wire/codecs.py  # a sample, the same every time
     python tests/mutation.py --survivors                # what the last run of a module left, again
 
 cosmic-ray makes the changes. Its own way to try one, a new process and a changed file on disk, would take a day. Here a
@@ -45,16 +45,17 @@ EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
 MODULES = [
     *(f"strategies/{name}.py" for name in (
-        "asynchronous", "consensus", "controls", "fedavg", "gossip", "hosts", "introductions", "ledger", "mailbox",
-        "matching", "pairwise", "participation", "post", "relay", "resuming", "roster", "sealed", "strategy",
-        "topology", "trials", "window",
+        "consensus", "fedavg", "gossip", "matching", "pairwise", "strategy", "topology",
     )),
-    *(f"fedkd/{name}.py" for name in (
-        "attacks", "codec", "identity", "knowledge", "metrics", "privacy", "protocol", "results", "robust", "sealing",
-        "teachers",
+    *(f"strategies/relay/{name}.py" for name in (
+        "asynchronous", "controls", "hosts", "introductions", "ledger", "mailbox", "participation", "post", "resuming",
+        "roster", "rounds", "sealed", "trials", "window",
     )),
-    *(f"clients/{name}.py" for name in ("learner", "private", "secrets", "store")),
-    "experiments/statistics.py",
+    *(f"fedkd/losses/{name}.py" for name in ("robust", "teachers")),
+    *(f"fedkd/wire/{name}.py" for name in ("codecs", "features", "identities", "messages", "sealing")),
+    "fedkd/metrics.py", "fedkd/privacy.py", "fedkd/results/folder.py",
+    *(f"clients/{name}.py" for name in ("attacks", "keys", "learner", "releases", "state")),
+    "experiments/analysis/statistics.py",
 ]  # fmt: skip
 
 # A change of each kind that says something; of eleven other signs in the place of a plus, one is enough.
@@ -348,7 +349,7 @@ def measure(only: str = "") -> Measured:
     for folder in ("fedkd", "clients", "strategies", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             code.update(path.read_bytes())
-    units = [[str(p.relative_to(ROOT))] for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(only, p.name)]
+    units = [[str(p.relative_to(ROOT))] for p in sorted((ROOT / "tests").rglob("test_*.py")) if re.search(only, p.name)]
     units.append(["fedkd", "strategies", "clients"])
     measured = Measured({}, {})
     for unit in units:

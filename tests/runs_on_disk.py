@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkd.config import RunConfig
-from fedkd.protocol import Letter
-from fedkd.results import Measures, PeerSummary, Row, RunFolder, Summary
-from strategies.ledger import Ledger
+from fedkd.results.folder import Measures, PeerSummary, Row, RunFolder, Summary
+from fedkd.settings.config import RunConfig
+from fedkd.wire.messages import Letter
+from strategies.relay.ledger import Ledger
 
 
 def make_run(

@@ -12,12 +12,12 @@ import click
 import pytest
 import typer
 
-from clients.place import _KEYS as OWN_KEYS
+from clients.configuration import _KEYS as OWN_KEYS
 from experiments.cli import app
-from experiments.project import Project
-from fedkd import divergences
-from fedkd.config import RunConfig, key, settings_table
-from fedkd.rules import STRATEGIES
+from experiments.launch.project import Project
+from fedkd.losses import divergences
+from fedkd.settings.config import RunConfig, key, settings_table
+from fedkd.settings.rules import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from experiments import doctor
 from experiments.cli import app
-from fedkd import divergences
+from fedkd.losses import divergences
 
 
 def lines():

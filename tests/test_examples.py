@@ -8,7 +8,7 @@ import pytest
 import torch
 from federation import federate
 
-from clients.place import Limits, Place, own_settings
+from clients.configuration import Limits, Place, own_settings
 from experiments.examples import (
     own_divergence,
     own_images,
@@ -18,9 +18,9 @@ from experiments.examples import (
     plain_loop,
     read_run,
 )
-from fedkd import divergences
-from fedkd.config import RunConfig
 from fedkd.errors import FedkdError, SettingError
+from fedkd.losses import divergences
+from fedkd.settings.config import RunConfig
 
 HERE = "experiments.examples"
 TABLE = {"dataset": f"{HERE}.own_table:load", "models": "mlp", "proxy_size": 100, "pooled_model": "mlp"}

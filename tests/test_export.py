@@ -15,16 +15,16 @@ from sites import make_sites
 from torch import nn
 from typer.testing import CliRunner
 
-from clients.final import Final
-from clients.place import Place
+from clients.configuration import Place
+from clients.final_model import Final
 from experiments.cli import app
 from experiments.examples import use_model
 from experiments.export import ExportError, export, find
-from fedkd.config import RunConfig
 from fedkd.data.sources import load_source
 from fedkd.errors import FedkdError, SettingError
 from fedkd.models.card import Card
-from fedkd.protocol import Mail
+from fedkd.settings.config import RunConfig
+from fedkd.wire.messages import Mail
 
 PEERS = 2
 

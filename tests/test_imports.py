@@ -29,11 +29,15 @@ def test_the_contracts_of_the_rooms_are_kept():
 @pytest.mark.parametrize(
     ("file", "line", "found"),
     [
-        ("strategies/gossip.py", "import clients.place", "strategies is not allowed to import clients"),
-        ("fedkd/codec.py", "import strategies.relay", "fedkd is not allowed to import strategies"),
-        ("strategies/post.py", "def average():\n    import torch", "strategies is not allowed to import torch"),
-        ("fedkd/teachers.py", "import fedkd.config", "fedkd.teachers is not allowed to import fedkd.config"),
-        ("fedkd/results.py", "import flwr", "fedkd is not allowed to import flwr"),
+        ("strategies/gossip.py", "import clients.configuration", "strategies is not allowed to import clients"),
+        ("fedkd/wire/codecs.py", "import strategies.relay.rounds", "fedkd is not allowed to import strategies"),
+        ("strategies/relay/post.py", "def average():\n    import torch", "strategies is not allowed to import torch"),
+        (
+            "fedkd/losses/teachers.py",
+            "import fedkd.settings.config",
+            "fedkd.losses.teachers is not allowed to import fedkd.settings.config",
+        ),
+        ("fedkd/results/folder.py", "import flwr", "fedkd is not allowed to import flwr"),
     ],
 )
 def test_an_import_against_the_direction_is_found(tmp_path, file, line, found):
@@ -52,8 +56,11 @@ def test_an_import_against_the_direction_is_found(tmp_path, file, line, found):
     ("modules", "absent"),
     [
         ("strategies.server_app, strategies.registry", {"torch", "torchvision", "ray", "sklearn"}),
-        ("clients.client_app, clients.resident, clients.place", {"torch", "torchvision", "matplotlib"}),
-        ("fedkd.divergences, fedkd.teachers, fedkd.metrics", {"flwr", "ray", "pandas", "matplotlib", "sklearn"}),
+        ("clients.client_app, clients.worker_client, clients.configuration", {"torch", "torchvision", "matplotlib"}),
+        (
+            "fedkd.losses.divergences, fedkd.losses.teachers, fedkd.metrics",
+            {"flwr", "ray", "pandas", "matplotlib", "sklearn"},
+        ),
         ("fedkd.__main__, experiments.cli", {"torch", "flwr", "ray", "numpy", "pandas", "matplotlib"}),
     ],
 )

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from experiments.compare.tuning import tune as search
 from experiments.export import export
-from experiments.launch import Federation
-from experiments.tensorboard import Board
-from experiments.tune import tune as search
+from experiments.launch.runner import Federation
+from experiments.report.tensorboard import Board
 from fedkd import __version__
-from fedkd.codec import codec
-from fedkd.config import RunConfig
 from fedkd.errors import FedkdError
 from fedkd.privacy import Mechanism
-from fedkd.results import git_commit
+from fedkd.results.folder import git_commit
+from fedkd.settings.config import RunConfig
 from fedkd.source import source_hash
+from fedkd.wire.codecs import codec
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("clients", "strategies", "experiments")
@@ -142,7 +142,7 @@ def test_the_installed_command_finds_its_app_inside_the_package(installed, tmp_p
 
 
 def test_importing_the_installed_library_puts_nothing_else_on_the_path(installed, tmp_path):
-    code = "import sys; before = list(sys.path); import fedkd.divergences, fedkd.config; print(sys.path == before)"
+    code = "import sys; before = list(sys.path); import fedkd.losses, fedkd.settings; print(sys.path == before)"
 
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip() == "True"
 

@@ -6,12 +6,12 @@ import types
 from collections import defaultdict
 
 import clients.learner
-import fedkd.training
-import strategies.asynchronous
-import strategies.controls
-import strategies.introductions
-import strategies.post
-import strategies.relay
+import fedkd.training.loops
+import strategies.relay.asynchronous
+import strategies.relay.controls
+import strategies.relay.introductions
+import strategies.relay.post
+import strategies.relay.rounds
 import strategies.server_app
 
 
@@ -28,11 +28,11 @@ class Clock:
         self.now = time.monotonic()
         clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep, perf_counter=lambda: self.now)
         at_work = (
-            strategies.introductions,
-            strategies.post,
-            strategies.relay,
-            strategies.asynchronous,
-            strategies.controls,
+            strategies.relay.introductions,
+            strategies.relay.post,
+            strategies.relay.rounds,
+            strategies.relay.asynchronous,
+            strategies.relay.controls,
         )
         for module in at_work:
             monkeypatch.setattr(module, "time", clock, raising=False)
@@ -48,7 +48,7 @@ class Witness:
         self.batches, self.inputs = [], ""
         self.states = defaultdict(dict)  # by peer: the private batches that went into the state of a round
         self.alone = {}  # by peer: those of its control
-        forward, search = fedkd.training.forward, clients.learner.Learner._search
+        forward, search = fedkd.training.loops.forward, clients.learner.Learner._search
 
         def seen(model, inputs, **how):
             self.inputs = hashlib.sha1(inputs.numpy().tobytes()).hexdigest()
@@ -63,9 +63,9 @@ class Witness:
             search(*arguments)
             del self.batches[before:]  # of models that are thrown away
 
-        cross_entropy = fedkd.training.F.cross_entropy
-        monkeypatch.setattr(fedkd.training, "forward", seen)
-        monkeypatch.setattr(fedkd.training, "F", types.SimpleNamespace(cross_entropy=labelled))
+        cross_entropy = fedkd.training.loops.F.cross_entropy
+        monkeypatch.setattr(fedkd.training.loops, "forward", seen)
+        monkeypatch.setattr(fedkd.training.loops, "F", types.SimpleNamespace(cross_entropy=labelled))
         monkeypatch.setattr(clients.learner.Learner, "_search", trials)
 
     def answer(self, grid, partition, message):

@@ -6,11 +6,11 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from fedkd.config import settings_table
+from fedkd.settings.config import settings_table
 
 
 class Settings(SphinxDirective):
-    """Rows of :func:`fedkd.config.settings_table` from the first key to the last, both included."""
+    """Rows of :func:`fedkd.settings.config.settings_table` from the first key to the last, both included."""
 
     required_arguments = 2
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fedkd import divergences
+from fedkd.losses import divergences
 
 FOLDER = Path(__file__).parent / "divergences"
 TEACHER = torch.tensor([4.0, 2.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0], dtype=torch.float64)

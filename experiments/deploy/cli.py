@@ -97,7 +97,7 @@ def run(
     """
     from experiments.deploy.layout import Deployment
     from experiments.deploy.run import run as run_on
-    from experiments.project import Project
+    from experiments.launch.project import Project
 
     project = Project.read()
     deployment = Deployment.read(folder)

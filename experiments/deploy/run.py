@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.bundle import bundled
 from experiments.deploy.layout import CONNECTION, Deployment
 from experiments.deploy.trial import flower, require_up
-from experiments.launch import COMPLETED, Setting, run_config
-from experiments.preflight import check_folder
-from experiments.quiet import QuietLog
-from experiments.superlink import FlowerCommand, LaunchError
-from fedkd.config import RunConfig
+from experiments.launch.app_lines import QuietLog
+from experiments.launch.bundle import bundled
+from experiments.launch.preflight import check_folder
+from experiments.launch.runner import COMPLETED, Setting, run_config
+from experiments.launch.superlink import FlowerCommand, LaunchError
+from fedkd.settings.config import RunConfig
 
 _VERDICT_WAIT = 0.5
 

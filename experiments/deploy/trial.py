@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from experiments.deploy.layout import CONNECTION, Deployment
-from experiments.processes import below, end
-from experiments.superlink import FlowerCommand, LaunchError, process_environment, spawn
+from experiments.launch.processes import below, end
+from experiments.launch.superlink import FlowerCommand, LaunchError, process_environment, spawn
 from fedkd.errors import FedkdError
 
 _READY_SECONDS, _CONNECT_SECONDS = 180.0, 240.0

@@ -12,7 +12,7 @@ search its temperature like any other's.
 import torch
 from torch import Tensor
 
-from fedkd.divergences import register
+from fedkd.losses import register
 
 
 @register("squared_hellinger", bound=1.0, symmetric=True, root_is_metric=True)

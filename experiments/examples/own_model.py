@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedkd.config import RunConfig
 from fedkd.data.normalize import standardizer
 from fedkd.data.proxy import split_proxy
 from fedkd.data.sources import load_source
 from fedkd.seeding import derive
+from fedkd.settings import RunConfig
 
 
 class Residual(nn.Module):

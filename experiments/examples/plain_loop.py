@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fedkd.divergences import js
+from fedkd.losses import js
 from fedkd.metrics import accuracy
 
 

@@ -8,17 +8,17 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from experiments.compare import compare
-from experiments.launch import Federation
+from experiments.compare.recipe import read
+from experiments.compare.running import compare
+from experiments.launch.runner import Federation
 from experiments.outputs import is_csv_with, is_json_with, refuse_existing, refuse_foreign_file
-from experiments.recipe import read
 from experiments.studies import slices as data
 from experiments.studies.gather import gather as gathered
 from experiments.studies.gather import write
 from experiments.studies.record import contradictions, read_trials
 from experiments.studies.tables import render
 from fedkd.errors import FedkdError, SettingError
-from fedkd.results import git_commit
+from fedkd.results.folder import git_commit
 
 RECIPES = Path(__file__).parent
 PAGE = Path("docs/results.md")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.comparison import Comparison
-from experiments.settings import effective
+from experiments.analysis.comparison import Comparison
+from experiments.analysis.runs import Run, read_run
+from experiments.analysis.settings import effective
 from experiments.studies.record import ELSEWHERE, OUTCOMES, Record, fingerprint
-from experiments.study import Run, read_run
-from fedkd.config import Scalar
 from fedkd.errors import FedkdError
+from fedkd.settings.config import Scalar
 
 _ALWAYS = {"partition", "seed"}
 _PATH = re.compile(r"(?:(?<=[:,=])|^)[ ]*(?:/|~|\.\./)[^,]*")

@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.settings import control_group, effective
-from experiments.study import Point, carrier_of, carriers, counts_from
-from fedkd.config import RunConfig, Scalar
+from experiments.analysis.runs import Point, carrier_of, carriers, counts_from
+from experiments.analysis.settings import control_group, effective
 from fedkd.errors import FedkdError
+from fedkd.settings.config import RunConfig, Scalar
 
 Record = dict[str, object]
 
 OUTCOMES = ("round", "accuracy", "worst", "spread", "ece", "nll", "brier", "bytes")
-"""Columns of what was measured: attributes of a :class:`~experiments.study.Point`."""
+"""Columns of what was measured: attributes of a :class:`~experiments.analysis.runs.Point`."""
 
 CONTROLS: Mapping[str, tuple[str, ...]] = {
     "isolated": ("isolated", "isolated_ece", "isolated_nll", "isolated_brier"),

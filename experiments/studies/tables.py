@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from experiments import statistics
-from experiments.settings import config_of
-from experiments.statistics import Comparison, Values
+from experiments.analysis import statistics
+from experiments.analysis.settings import config_of
+from experiments.analysis.statistics import Comparison, Values
 from experiments.studies.record import Recorded, read_trials
-from fedkd.config import Scalar
+from fedkd.settings.config import Scalar
 
 Trials = Sequence[Recorded]
 MEASURES = ("ce", "kl", "jeffreys", "js", "td", "sed", "msed")

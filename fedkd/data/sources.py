@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec, load_callable
-from fedkd.rules import DATASETS, SOURCES
 from fedkd.seeding import derive
+from fedkd.settings.rules import DATASETS, SOURCES
 
 Array = npt.NDArray[Any]
 

@@ -1,0 +1,314 @@
+"""What one site holds: its private data, the common test set and the public proxy set, on its device."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.configuration import Place
+from clients.held_out import named_part, split_off, validation_part
+from fedkd.data.normalize import Standardizer, standardizer
+from fedkd.data.partition import partition
+from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
+from fedkd.data.sources import Dataset, Source, load_source
+from fedkd.errors import SettingError
+from fedkd.plugins import is_callable_spec
+from fedkd.seeding import derive
+from fedkd.settings.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Commons:
+    """What peers of one data source share, standardised and on the device.
+
+    Attributes:
+        source: the raw data source.
+        pool: indices of the training set that are left for the peers.
+        proxy_inputs: ``[P, ...]`` float32.
+        fingerprint: hash of the raw proxy set, over content and order.
+        test_inputs: ``[N, ...]`` float32.
+        test_labels: ``[N]`` int64.
+        test_fingerprint: hash of the raw test set.
+        scale: the standardiser, made from the public proxy set alone.
+    """
+
+    source: Source
+    pool: np.ndarray
+    proxy_inputs: Tensor
+    fingerprint: str
+    test_inputs: Tensor
+    test_labels: Tensor
+    test_fingerprint: str
+    scale: Standardizer
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Private samples, standardised and on the device: ``inputs`` ``[N, ...]`` float32 and ``labels`` ``[N]`` int64."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """One peer's view of the data.
+
+    Attributes:
+        inputs: private and trained on, ``[N, ...]`` float32, standardised, on the device.
+        labels: private, ``[N]`` int64.
+        held_out: private and never trained on: what choices are made by; none where nothing is held out.
+        label_share: share of each class in all private data, ``[C]``, sums to 1.
+        commons: what it shares with the others.
+        fingerprints: hashes of the private data, of what is held out of them, of the test set and of the proxy set:
+            they tell whether something has changed, and never leave the peer. Empty for a pool.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    held_out: Labelled
+    label_share: Tensor
+    commons: Commons
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _DataSettings:
+    """The settings that decide what the data are: the key of the process's cache."""
+
+    dataset: str
+    data_dir: str
+    download: bool
+    proxy: str
+    proxy_size: int
+    normalize: str
+    seed: int
+    device: str
+    validation: float
+    named: tuple[str, ...]
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The settings that decide who holds which of the pool's samples."""
+
+    peers: int
+    scheme: str
+    alpha: float
+    classes_per_peer: int
+    shared_classes: int
+    cache: Path
+
+
+def open_site(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...] = ()) -> Site:
+    """Load, split and standardise a peer's data.
+
+    Args:
+        config: the run's settings as they hold at the peer.
+        place: the peer.
+        device: where the tensors go.
+        versions: of its files, as :func:`file_versions` returns them: data that have changed are read again.
+
+    Raises:
+        SettingError: anything about the data that does not fit the settings.
+    """
+    settings = _data_settings(config, place, device, versions)
+    commons = _commons(settings)
+    split = None if place.dataset else _split(config, place)
+    trained, held_out = _split_off(_own(settings, split, place.index), config, place, commons)
+    # Named by the part, which is another one among more peers: that those are not the run's peers, the relay tells.
+    part = f" (part {place.index + 1} of {place.of})" if split else ""
+    fingerprints = {
+        f"private data{part}": _private_fingerprint(settings, split, place.index),
+        f"held-out samples{part}": hashlib.blake2b(held_out.tobytes(), digest_size=16).hexdigest(),
+        "test set": commons.test_fingerprint,
+        "proxy set": commons.fingerprint,
+    }
+    return replace(_site(trained, held_out, commons, device), fingerprints=fingerprints)
+
+
+def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
+    """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation."""
+    settings = _data_settings(config, place, device, ())
+    commons = _commons(settings)
+    parts = _parts(settings, _split(config, place))
+    halves = [
+        _split_off(commons.pool[part], config, replace(place, index=index), commons) for index, part in enumerate(parts)
+    ]
+    trained, held_out = (np.concatenate(half) for half in zip(*halves, strict=True))
+    return _site(trained, held_out, commons, device)
+
+
+def _split_off(own: np.ndarray, config: RunConfig, place: Place, commons: Commons) -> tuple[np.ndarray, np.ndarray]:
+    path = place.held_out_path(config)
+    named = named_part(path, len(commons.source.train)) if path else None
+    return split_off(own, config, place.index, named, whose=place.name)
+
+
+def file_versions(place: Place, run: str) -> tuple[str, ...]:
+    """Return what changes when the data or the checkpoint that a deployed peer brings change.
+
+    Its worker outlives runs and keeps what it read. What a function returns may change unseen: it is read again in each
+    run. A simulated peer's process ends with its runs.
+
+    Args:
+        place: the peer.
+        run: the run's token.
+    """
+    if place.simulated:
+        return ()
+    data_dir = _data_dir(place.data_dir)
+    files = [_version(Path(path).expanduser()) if path else "" for path in (place.checkpoint, place.held_out)]
+    return (*(_source_version(spec, data_dir, run) for spec in (place.dataset, place.proxy)), *files)
+
+
+def _source_version(spec: str, data_dir: Path, run: str) -> str:
+    kind, _, path = spec.partition(":")
+    if is_callable_spec(spec):
+        return run
+    if kind not in ("npz", "folder"):
+        return ""
+    found = data_dir / Path(path).expanduser()
+    if kind == "folder" and not found.is_dir():
+        found = found.with_name(found.name.rpartition("@")[0] or found.name)  # folder:PATH@SIZE
+    return _version(found)
+
+
+def _version(path: Path) -> str:
+    """Return a hash of names, times and sizes; an error about a file that is not there is its reader's."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        with suppress(OSError):
+            found = file.stat()
+            digest.update(repr((str(file), found.st_mtime_ns, found.st_size, found.st_ino)).encode())
+    return digest.hexdigest()
+
+
+def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
+    """Return the indices of the proxy samples that a round is about, ``[P]`` int64, drawn from (seed, round)."""
+    if config.travelling == config.proxy_size:
+        return torch.arange(config.proxy_size, device=device)
+    generator = torch.Generator().manual_seed(derive(config.seed, "proxy-subset", round))
+    drawn = torch.randperm(config.proxy_size, generator=generator)[: config.travelling]
+    return drawn.sort().values.to(device)
+
+
+def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device) -> Site:
+    trained, kept = _labelled(own, commons, device), _labelled(held_out, commons, device)
+    counts = torch.bincount(torch.cat([trained.labels, kept.labels]), minlength=len(commons.source.classes)).double()
+    return Site(trained.inputs, trained.labels, kept, counts / counts.sum(), commons)
+
+
+def _labelled(own: np.ndarray, commons: Commons, device: torch.device) -> Labelled:
+    train, index = commons.source.train, torch.from_numpy(own)
+    return Labelled(commons.scale(train.inputs[index]).to(device), train.labels[index].to(device))
+
+
+def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarray:
+    """Return the indices of a peer's private samples; without a split all that are left for the peers."""
+    pool = _commons(settings).pool
+    return pool if split is None else pool[_parts(settings, split)[index]]
+
+
+@lru_cache(maxsize=4096)
+def _private_fingerprint(settings: _DataSettings, split: _Split | None, index: int) -> str:
+    train, own = _commons(settings).source.train, torch.from_numpy(_own(settings, split, index))
+    return _fingerprint(train.inputs[own], train.labels[own])
+
+
+def _fingerprint(inputs: Tensor, labels: Tensor) -> str:
+    """Return a hash over content and order."""
+    digest = hashlib.blake2b(repr((inputs.shape, inputs.dtype)).encode(), digest_size=16)
+    for tensor in (inputs, labels):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
+    """Return every peer's indices into the pool, once for all the peers that this process works for."""
+    commons = _commons(settings)
+    return partition(
+        commons.source.train.labels.numpy()[commons.pool],
+        split.peers,
+        split.scheme,
+        seed=derive(settings.seed, "partition"),
+        alpha=split.alpha,
+        classes_per_peer=split.classes_per_peer,
+        shared_classes=split.shared_classes,
+        cache=split.cache,
+    )
+
+
+def _split(config: RunConfig, place: Place) -> _Split:
+    return _Split(
+        place.of, config.partition, config.partition_alpha, config.classes_per_peer, config.shared_classes,
+        place.cache_dir,
+    )  # fmt: skip
+
+
+def _data_settings(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...]) -> _DataSettings:
+    if place.dataset and config.proxy == "split":
+        raise SettingError(
+            "proxy", "split", f"a data source of its own, since peer {place.name} brings its own data set"
+        )
+    return _DataSettings(
+        config.dataset, config.data_dir, config.download, config.proxy,
+        config.proxy_size, config.normalize, config.seed, str(device),
+        config.validation_share if config.evaluate_on == "validation" else 0.0, place.held_out_paths(config), versions,
+    )  # fmt: skip
+
+
+def _data_dir(data_dir: str) -> Path:
+    return Path(data_dir or "~/.cache/fedkd/data").expanduser()
+
+
+@lru_cache(maxsize=2)
+def _commons(settings: _DataSettings) -> Commons:
+    data_dir = _data_dir(settings.data_dir)
+    source = _source(settings.dataset, data_dir, settings.download, settings.versions)
+    if len(source.classes) < 2:
+        raise SettingError("dataset", settings.dataset, "data of at least two classes")
+    proxy, pool = _proxy(settings, source, data_dir)
+    test, pool = _test(settings, source, pool)
+    scale = standardizer(settings.normalize, proxy.inputs)
+    return Commons(
+        source,
+        pool,
+        scale(proxy.inputs).to(settings.device),
+        proxy.fingerprint,
+        scale(test.inputs).to(settings.device),
+        test.labels.to(settings.device),
+        _fingerprint(test.inputs, test.labels),
+        scale,
+    )
+
+
+@lru_cache(maxsize=2)
+def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...]) -> Source:
+    """Read a data set once for trials that differ in their seeds, until its files change."""
+    return load_source(dataset, data_dir=data_dir, download=download)
+
+
+def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:
+    """Return what peers are measured on, and what is left for them to train on."""
+    if not settings.validation:
+        return source.test, pool
+    named = [named_part(path, len(source.train)) for path in settings.named]
+    measured = validation_part(settings.validation, pool, named, seed=settings.seed)
+    return source.train.subset(measured), pool[~np.isin(pool, measured)]
+
+
+def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
+    if settings.proxy == "split":
+        return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
+    other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
+    proxy = foreign_proxy(other, settings.proxy_size, like=source.train.inputs[0], seed=derive(settings.seed, "proxy"))
+    return proxy, np.arange(len(source.train))

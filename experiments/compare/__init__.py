@@ -1,0 +1,1 @@
+"""Comparisons and searches: many trials through one `flwr run`."""

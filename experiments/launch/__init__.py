@@ -1,0 +1,1 @@
+"""Start Flower, submit a run, follow its log, and take everything down again."""

@@ -1,0 +1,1 @@
+"""What travels between relay and peers: messages, codecs, sealed mail, and who signs it."""
