@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from fedkd.errors import FedkdError
 from fedkd.settings.config import RunConfig
 from fedkd.wire.messages import Answer, Mail, pack_answer, unpack_mail, wire_bytes
@@ -17,54 +17,54 @@ from fedkd.wire.messages import Answer, Mail, pack_answer, unpack_mail, wire_byt
 if TYPE_CHECKING:
     from clients.peer import Peer
 
-OpenPeer = Callable[[Place, RunConfig, str], "Peer"]
+OpenPeer = Callable[[PeerConfig, RunConfig, str], "Peer"]
 Tell = Callable[[BaseException], str]
 """Says of an error what the relay is to know of it, and the rest to the peer's own log."""
 
 
-def answer(content: RecordDict, place: Place, open_peer: OpenPeer) -> RecordDict:
+def answer(content: RecordDict, peer_config: PeerConfig, open_peer: OpenPeer) -> RecordDict:
     """Check a mail, have a peer answer it, and pack what it says or why it does not.
 
     Args:
         content: the mail's.
-        place: the peer's own configuration.
-        open_peer: returns the peer for a place, the settings as they hold there, and the run's token.
+        peer_config: the peer's own configuration.
+        open_peer: returns the peer of a configuration, the settings as they hold there, and the run's token.
     """
 
     def work() -> RecordDict:
-        mail, config = check(content, place)
-        here = place.among(config.peers, str(mail.settings.get("dataset", "")))
+        mail, config = check(content, peer_config)
+        here = peer_config.among(config.peers, str(mail.settings.get("dataset", "")))
         if mail.kind == "introduce" and here.index >= here.of:
             return pack_answer(Answer(here.name, mail.round, {"spare": 1}))
         # Once a peer trains, the text of an error may say what its data are.
-        tell = by_kind if place.withholds and mail.kind != "introduce" else telling(place)
-        return always(lambda: _opened(here, config, mail, open_peer), place.name, mail.round, tell)
+        tell = by_kind if peer_config.withholds and mail.kind != "introduce" else telling(peer_config)
+        return always(lambda: _opened(here, config, mail, open_peer), peer_config.name, mail.round, tell)
 
-    return always(work, place.name, round_of(content), telling(place))
+    return always(work, peer_config.name, round_of(content), telling(peer_config))
 
 
-def _opened(place: Place, config: RunConfig, mail: Mail, open_peer: OpenPeer) -> RecordDict:
+def _opened(peer_config: PeerConfig, config: RunConfig, mail: Mail, open_peer: OpenPeer) -> RecordDict:
     began = time.perf_counter()
-    peer = open_peer(place, config, mail.run)
+    peer = open_peer(peer_config, config, mail.run)
     peer.watch.add("start-up", time.perf_counter() - began)
     return pack_answer(peer.answer(mail))
 
 
-def check(content: RecordDict, place: Place) -> tuple[Mail, RunConfig]:
+def check(content: RecordDict, peer_config: PeerConfig) -> tuple[Mail, RunConfig]:
     """Return a mail and its settings as they hold at a peer, once they are within its limits.
 
     Raises:
         FedkdError: the mail has not the form, a setting is wrong, or it asks for more than the peer allows.
     """
-    if not place.simulated:
-        place.limits.check_payload(wire_bytes(content))
+    if not peer_config.simulated:
+        peer_config.limits.check_payload(wire_bytes(content))
     mail = unpack_mail(content)
-    if not place.simulated:
-        place.limits.bounds.check_mail(mail)
+    if not peer_config.simulated:
+        peer_config.limits.bounds.check_mail(mail)
     config = RunConfig.from_mapping(mail.settings)
-    if not place.simulated:
-        place.limits.check(config, mail.kind, mail.round)
-    return mail, place.settings(config)
+    if not peer_config.simulated:
+        peer_config.limits.check(config, mail.kind, mail.round)
+    return mail, peer_config.settings(config)
 
 
 def always(work: Callable[[], RecordDict], name: str, round: int, tell: Tell) -> RecordDict:
@@ -75,9 +75,9 @@ def always(work: Callable[[], RecordDict], name: str, round: int, tell: Tell) ->
         return pack_answer(Answer(name, round, error=tell(error)))
 
 
-def telling(place: Place) -> Tell:
+def telling(peer_config: PeerConfig) -> Tell:
     """Return how much of an error at a peer leaves it."""
-    return frankly if place.simulated else partial(discreetly, conceal=place.conceal)
+    return frankly if peer_config.simulated else partial(discreetly, conceal=peer_config.conceal)
 
 
 def frankly(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 Every setting that costs something names the limit that bounds it where it is declared, in
 :mod:`fedkd.settings.config`. Here is how much a run asks for, and the limits' defaults; epochs are counted by the mail,
-in :mod:`clients.configuration`.
+in :mod:`clients.limits`.
 """
 
 import os

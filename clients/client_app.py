@@ -13,7 +13,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.answering import always, answer, check, discreetly, frankly, round_of, telling
-from clients.configuration import Own, Place, own_settings, without_paths
+from clients.configuration import PeerConfig
+from clients.own_settings import Own, own_settings, without_paths
 from fedkd.settings.config import RunConfig
 from fedkd.wire.messages import seat_of
 
@@ -40,24 +41,26 @@ def on_mail(message: Message, context: Context) -> Message:
 
 def _reply(content: RecordDict, node_config: Own, node_id: int, time_to_live: float, *, simulated: bool) -> RecordDict:
     own = own_settings(node_config)
-    place = Place.of_own(own, name=peer_name(own, node_id), root=_state_root(content, simulated), simulated=simulated)
-    if simulated or not place.worker:
-        return answer(content, place, _peer)
-    work = partial(_ask_worker, content, place, own, time_to_live)
-    return always(work, place.name, round_of(content), telling(place))
+    peer_config = PeerConfig.of_own(
+        own, name=peer_name(own, node_id), root=_state_root(content, simulated), simulated=simulated
+    )
+    if simulated or not peer_config.worker:
+        return answer(content, peer_config, _peer)
+    work = partial(_ask_worker, content, peer_config, own, time_to_live)
+    return always(work, peer_config.name, round_of(content), telling(peer_config))
 
 
-def _ask_worker(content: RecordDict, place: Place, own: Own, time_to_live: float) -> RecordDict:
+def _ask_worker(content: RecordDict, peer_config: PeerConfig, own: Own, time_to_live: float) -> RecordDict:
     from clients.worker_client import ask
 
-    check(content, place)  # what is refused needs no worker
-    return ask(content, place, own, seconds=min(time_to_live, place.limits.seconds))
+    check(content, peer_config)  # what is refused needs no worker
+    return ask(content, peer_config, own, seconds=min(time_to_live, peer_config.limits.seconds))
 
 
-def _peer(place: Place, config: RunConfig, run: str) -> "Peer":
+def _peer(peer_config: PeerConfig, config: RunConfig, run: str) -> "Peer":
     from clients.peer import Peer
 
-    return Peer(place, config, run)
+    return Peer(peer_config, config, run)
 
 
 def peer_name(own: Own, node_id: int) -> str:

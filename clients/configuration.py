@@ -1,151 +1,25 @@
 """Who and where a peer is: its own configuration, which wins over the run's settings. Imports no torch.
 
-It comes from the SuperNode's ``node-config``, directly or through a TOML file that ``peer-config`` names there. A
-deployed peer opens nothing that the server names: its data, proxy set, model, checkpoint and device are its own.
+A deployed peer opens nothing that the server names: its data, proxy set, model, checkpoint and device are its own.
 """
 
-import difflib
-import os
-import re
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clients.bounds import NAMES, Bounds
-from fedkd.errors import FedkdError, SettingError
+from clients.limits import Limits
+from clients.own_settings import Own, without_paths
+from fedkd.errors import SettingError
 from fedkd.models import names
 from fedkd.plugins import is_callable_spec
-from fedkd.settings.config import PEER, RunConfig, Scalar
-from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, numbers, split_list
-from fedkd.wire.messages import Kind
+from fedkd.settings.config import PEER, RunConfig
+from fedkd.settings.rules import split_list
 
-Own = Mapping[str, Scalar]
-
-_PATH_PREFIXES = ("npz:", "folder:")
-_KEYS: dict[str, type] = {
-    "name": str,
-    "partition-id": int,
-    "num-partitions": int,
-    "model": str,
-    "checkpoint": str,
-    "held-out": str,
-    "dataset": str,
-    "data-dir": str,
-    "proxy": str,
-    "device": str,
-    "state-dir": str,
-    "worker": bool,
-    "idle-seconds": float,
-    "allowed-strategies": str,
-    "require-sealed": bool,
-    "max-epochs": int,
-    "max-payload": int,
-    "max-seconds": float,
-    "max-epsilon": float,
-    "max-delta": float,
-    "identity": str,
-    "trusted-keys": str,
-    **dict.fromkeys(NAMES, int),
-}
-_RULES = {
-    "name": NAME,
-    "allowed-strategies": Rule(
-        f"a comma-separated choice of {', '.join(STRATEGIES)} or `package.module:Class`",
-        lambda v: all(map(STRATEGY.accepts, split_list(v))),
-    ),
-    "max-epsilon": above(0),
-    "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
-}
-_PATHS = (
-    "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
-)  # fmt: skip
-_SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`, or its `trusted-keys`)"
-_WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
-
-
-_BOUNDS = Bounds()
+_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a peer lets a server ask for; checked before any work starts.
-
-    Attributes:
-        strategies: the strategies it takes part in; by default those in which no server reads what it knows.
-        sealed: whether it takes part only where mail is sealed.
-        epochs: the most epochs that one mail may cost, all phases together.
-        payload: the most bytes of arrays in one mail.
-        seconds: the longest time that one mail may take.
-        epsilon: the ε that all it ever publishes may amount to; None: it demands no differential privacy. With a
-            limit, what it measures stays with it too.
-        delta: the δ that goes with it.
-        bounds: the most of every other quantity.
-    """
-
-    strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
-    sealed: bool = False
-    epochs: int = 200
-    payload: int = 256 * 2**20
-    seconds: float = 24 * 3600.0
-    epsilon: float | None = None
-    delta: float = 1e-5
-    bounds: Bounds = _BOUNDS
-
-    def check_payload(self, size: int) -> None:
-        """Refuse a mail whose arrays are larger than this peer allows.
-
-        Raises:
-            FedkdError: names both sizes.
-        """
-        if size > self.payload:
-            raise FedkdError(
-                f"Expected at most {self.payload} bytes in a mail (this peer's `max-payload`), got {size}."
-            )
-
-    def check(self, config: RunConfig, kind: Kind, round: int = 0) -> None:
-        """Refuse settings that ask for more than this peer allows.
-
-        Args:
-            config: the run's settings.
-            kind: what the peer is asked for.
-            round: of the mail: the isolated control does all rounds up to it again.
-
-        Raises:
-            SettingError: names the setting and the limit.
-        """
-        if config.strategy not in self.strategies:
-            allowed = f"one of {', '.join(self.strategies)} (this peer's `allowed-strategies`)"
-            raise SettingError("strategy", config.strategy, allowed)
-        if self.sealed and not config.sealed:
-            raise SettingError("sealed", config.sealed, _SEALED)
-        _check_kind(config, kind)
-        self._check_privacy(config, kind)
-        for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
-            self._check_epochs(_epochs(config, asked, round))
-        self.bounds.check(config)
-
-    def _check_epochs(self, epochs: Mapping[str, int]) -> None:
-        if (total := sum(epochs.values())) > self.epochs:
-            setting = max(epochs, key=lambda name: epochs[name])
-            allowed = f"at most {self.epochs} epochs in a mail with all else (this peer's `max-epochs`), not {total}"
-            raise SettingError(setting, epochs[setting], allowed)
-
-    def _check_privacy(self, config: RunConfig, kind: Kind) -> None:
-        if self.epsilon is None:
-            return
-        if not 0 < config.privacy_epsilon <= self.epsilon:
-            allowed = f"more than 0 and at most {self.epsilon:g} (this peer's `max-epsilon`)"
-            raise SettingError("privacy-epsilon", config.privacy_epsilon, allowed)
-        if config.privacy_delta > self.delta:
-            allowed = f"at most {self.delta:g} (this peer's `max-delta`)"
-            raise SettingError("privacy-delta", config.privacy_delta, allowed)
-        if kind == "isolated":
-            raise SettingError("controls", "isolated", "left out: with `max-epsilon` a peer tells no measurements")
-
-
-@dataclass(frozen=True)
-class Place:
+class PeerConfig:
     """Who and where a peer is; the server has no say in it.
 
     Attributes:
@@ -194,7 +68,7 @@ class Place:
         return not self.simulated and self.limits.epsilon is not None
 
     @classmethod
-    def of_own(cls, own: Own, *, name: str, root: Path, simulated: bool) -> "Place":
+    def of_own(cls, own: Own, *, name: str, root: Path, simulated: bool) -> "PeerConfig":
         """Read a peer's own configuration, as :func:`own_settings` returns it.
 
         Args:
@@ -233,8 +107,8 @@ class Place:
             **texts,
         )
 
-    def among(self, peers: int, dataset: str) -> "Place":
-        """Return this place in a run.
+    def among(self, peers: int, dataset: str) -> "PeerConfig":
+        """Return this configuration as it is in a run.
 
         Args:
             peers: how many take part; 0: as many as it knows of.
@@ -304,125 +178,6 @@ class Place:
         own = self.held_out or self.dataset
         paths = [self.held_out_path(config)] if own else split_list(config.held_out)
         return tuple(path for path in dict.fromkeys(paths) if path not in ("", "-"))
-
-
-_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
-
-
-def own_settings(node_config: Own) -> dict[str, Scalar]:
-    """Return a peer's own configuration: what its ``peer-config`` file says, and over it what ``node-config`` says.
-
-    Paths in the file are relative to the file.
-
-    Raises:
-        SettingError: the file is unreadable, has an unknown key, or a value that is not allowed.
-    """
-    own: dict[str, Scalar] = {}
-    if path := str(node_config.get("peer-config", "")):
-        own |= _read(Path(path).expanduser())
-    own |= {key: value for key, value in node_config.items() if key != "peer-config"}
-    for key in _KEYS.keys() & own.keys():
-        own[key] = _checked(key, own[key])
-    return own
-
-
-def without_paths(text: str, own: Own) -> str:
-    """Replace a peer's own paths, and what lies below them, by the names of the settings that hold them.
-
-    >>> without_paths("no file '/data/ada/scans.npz'", {"dataset": "npz:/data/ada/scans.npz"})
-    "no file '<dataset>'"
-    """
-    paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
-    paths |= {str(own[key]).removeprefix("npz:").removeprefix("folder:"): key for key in _PATHS if own.get(key)}
-    for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
-        text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
-    return text
-
-
-def _read(path: Path) -> dict[str, Scalar]:
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError("peer-config", str(path), f"a readable TOML file ({error})") from error
-    for key in found.keys() - _KEYS.keys():
-        near = difflib.get_close_matches(key, _KEYS) or sorted(_KEYS)
-        raise SettingError(key, found[key], f"a known key of {path} (nearest: {', '.join(near)})")
-    return {key: _from_here(key, value, path.absolute().parent) for key, value in found.items()}
-
-
-def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
-    """Make a file's relative path absolute."""
-    if not isinstance(value, str) or not value:
-        return value
-    if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
-        return str(folder / Path(value).expanduser())
-    for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
-        if value.startswith(prefix):
-            return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())
-    return value
-
-
-def _checked(key: str, value: Scalar) -> Scalar:
-    kind = _KEYS[key]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is bool and value in ("true", "false"):  # `node-config` on a command line knows them quoted only
-        value = value == "true"
-    if type(value) is not kind:
-        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise SettingError(key, value, words[kind])
-    rule = _RULES.get(key) or (at_least(0) if kind in (int, float) else None)
-    if rule and not rule.accepts(value):
-        raise SettingError(key, value, rule.phrase)
-    return value
-
-
-def _merges(config: RunConfig) -> bool:
-    return config.strategy == "fedavg" and config.fedavg_start == "distilled"
-
-
-def _will_be_asked(config: RunConfig) -> tuple[Kind, ...]:
-    """Return what a run asks of a peer; not the isolated control, whose refusal costs its own number only."""
-    return ("start", "merge", "learn") if _merges(config) else ("start", "learn")
-
-
-def _check_kind(config: RunConfig, kind: Kind) -> None:
-    """Refuse a mail that belongs to no run of real sites with these settings."""
-    if kind == "pooled":
-        raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
-    if kind == "merge" and not _merges(config):
-        found = f"{config.strategy}, fedavg-start {config.fedavg_start}"
-        raise SettingError("strategy", found, "fedavg, fedavg-start distilled where knowledge is to become weights")
-
-
-def _epochs(config: RunConfig, kind: Kind, round: int) -> dict[str, int]:
-    """Return the epochs that a mail costs, by the setting that asks for them.
-
-    What trains nothing and still goes through the data counts too: an evaluated round of the isolated control, and a
-    trial of a search.
-    """
-    local, distil = {"local-epochs": config.local_epochs}, {"distill-epochs": config.distill_epochs}
-    if kind == "merge":
-        return {"merge-epochs": config.merge_epochs}
-    if kind == "isolated":
-        ((setting, epochs),) = (distil if config.joint else local).items()
-        rounds = max(config.rounds, round)  # without a barrier a peer may do more than `rounds`
-        return {f"rounds × {setting}": rounds * max(1, epochs)}
-    if kind == "start":
-        cold = config.strategy == "fedavg" and config.fedavg_start == "cold"
-        return local if cold else {"pretrain-epochs": config.pretrain_epochs}
-    if kind != "learn":
-        return {}
-    if config.strategy == "fedavg":
-        return local
-    searched = config.regime == "tuned"
-    trials = len(numbers(config.tune_temperatures)) * len(numbers(config.tune_weights)) if searched else 0
-    steps = distil if config.joint else distil | local
-    return {
-        **{setting: epochs * (1 + trials) for setting, epochs in steps.items()},
-        "tune-temperatures × tune-weights": trials,
-        "flow-auxiliary-epochs": config.flow_auxiliary_epochs if config.flow_auxiliary else 0,
-    }
 
 
 def _dealt(dealt: str, index: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from clients.held_out import named_part, split_off, validation_part
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
@@ -107,26 +107,26 @@ class _Split:
     cache: Path
 
 
-def open_site(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...] = ()) -> Site:
+def open_site(config: RunConfig, peer_config: PeerConfig, device: torch.device, versions: tuple[str, ...] = ()) -> Site:
     """Load, split and standardise a peer's data.
 
     Args:
         config: the run's settings as they hold at the peer.
-        place: the peer.
+        peer_config: the peer.
         device: where the tensors go.
         versions: of its files, as :func:`file_versions` returns them: data that have changed are read again.
 
     Raises:
         SettingError: anything about the data that does not fit the settings.
     """
-    settings = _data_settings(config, place, device, versions)
+    settings = _data_settings(config, peer_config, device, versions)
     commons = _commons(settings)
-    split = None if place.dataset else _split(config, place)
-    trained, held_out = _split_off(_own(settings, split, place.index), config, place, commons)
+    split = None if peer_config.dataset else _split(config, peer_config)
+    trained, held_out = _split_off(_own(settings, split, peer_config.index), config, peer_config, commons)
     # Named by the part, which is another one among more peers: that those are not the run's peers, the relay tells.
-    part = f" (part {place.index + 1} of {place.of})" if split else ""
+    part = f" (part {peer_config.index + 1} of {peer_config.of})" if split else ""
     fingerprints = {
-        f"private data{part}": _private_fingerprint(settings, split, place.index),
+        f"private data{part}": _private_fingerprint(settings, split, peer_config.index),
         f"held-out samples{part}": hashlib.blake2b(held_out.tobytes(), digest_size=16).hexdigest(),
         "test set": commons.test_fingerprint,
         "proxy set": commons.fingerprint,
@@ -134,39 +134,44 @@ def open_site(config: RunConfig, place: Place, device: torch.device, versions: t
     return replace(_site(trained, held_out, commons, device), fingerprints=fingerprints)
 
 
-def open_pool(config: RunConfig, place: Place, device: torch.device) -> Site:
+def open_pool(config: RunConfig, peer_config: PeerConfig, device: torch.device) -> Site:
     """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation."""
-    settings = _data_settings(config, place, device, ())
+    settings = _data_settings(config, peer_config, device, ())
     commons = _commons(settings)
-    parts = _parts(settings, _split(config, place))
+    parts = _parts(settings, _split(config, peer_config))
     halves = [
-        _split_off(commons.pool[part], config, replace(place, index=index), commons) for index, part in enumerate(parts)
+        _split_off(commons.pool[part], config, replace(peer_config, index=index), commons)
+        for index, part in enumerate(parts)
     ]
     trained, held_out = (np.concatenate(half) for half in zip(*halves, strict=True))
     return _site(trained, held_out, commons, device)
 
 
-def _split_off(own: np.ndarray, config: RunConfig, place: Place, commons: Commons) -> tuple[np.ndarray, np.ndarray]:
-    path = place.held_out_path(config)
+def _split_off(
+    own: np.ndarray, config: RunConfig, peer_config: PeerConfig, commons: Commons
+) -> tuple[np.ndarray, np.ndarray]:
+    path = peer_config.held_out_path(config)
     named = named_part(path, len(commons.source.train)) if path else None
-    return split_off(own, config, place.index, named, whose=place.name)
+    return split_off(own, config, peer_config.index, named, whose=peer_config.name)
 
 
-def file_versions(place: Place, run: str) -> tuple[str, ...]:
+def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
     """Return what changes when the data or the checkpoint that a deployed peer brings change.
 
     Its worker outlives runs and keeps what it read. What a function returns may change unseen: it is read again in each
     run. A simulated peer's process ends with its runs.
 
     Args:
-        place: the peer.
+        peer_config: the peer.
         run: the run's token.
     """
-    if place.simulated:
+    if peer_config.simulated:
         return ()
-    data_dir = _data_dir(place.data_dir)
-    files = [_version(Path(path).expanduser()) if path else "" for path in (place.checkpoint, place.held_out)]
-    return (*(_source_version(spec, data_dir, run) for spec in (place.dataset, place.proxy)), *files)
+    data_dir = _data_dir(peer_config.data_dir)
+    files = [
+        _version(Path(path).expanduser()) if path else "" for path in (peer_config.checkpoint, peer_config.held_out)
+    ]
+    return (*(_source_version(spec, data_dir, run) for spec in (peer_config.dataset, peer_config.proxy)), *files)
 
 
 def _source_version(spec: str, data_dir: Path, run: str) -> str:
@@ -247,22 +252,25 @@ def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
     )
 
 
-def _split(config: RunConfig, place: Place) -> _Split:
+def _split(config: RunConfig, peer_config: PeerConfig) -> _Split:
     return _Split(
-        place.of, config.partition, config.partition_alpha, config.classes_per_peer, config.shared_classes,
-        place.cache_dir,
+        peer_config.of, config.partition, config.partition_alpha, config.classes_per_peer, config.shared_classes,
+        peer_config.cache_dir,
     )  # fmt: skip
 
 
-def _data_settings(config: RunConfig, place: Place, device: torch.device, versions: tuple[str, ...]) -> _DataSettings:
-    if place.dataset and config.proxy == "split":
+def _data_settings(
+    config: RunConfig, peer_config: PeerConfig, device: torch.device, versions: tuple[str, ...]
+) -> _DataSettings:
+    if peer_config.dataset and config.proxy == "split":
         raise SettingError(
-            "proxy", "split", f"a data source of its own, since peer {place.name} brings its own data set"
+            "proxy", "split", f"a data source of its own, since peer {peer_config.name} brings its own data set"
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
         config.proxy_size, config.normalize, config.seed, str(device),
-        config.validation_share if config.evaluate_on == "validation" else 0.0, place.held_out_paths(config), versions,
+        config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
+        versions,
     )  # fmt: skip
 
 

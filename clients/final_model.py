@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from clients.data import Commons
 from clients.state import StateError, write_whole
 from fedkd import __version__
@@ -34,13 +34,13 @@ class Final:
     """Keeps one peer's model of one run.
 
     Args:
-        place: who and where the peer is.
+        peer_config: who and where the peer is.
         config: the run's settings as they hold there.
         commons: its test set, classes and scaling.
     """
 
-    def __init__(self, place: Place, config: RunConfig, commons: Commons) -> None:
-        self._place, self._config, self._commons = place, config, commons
+    def __init__(self, peer_config: PeerConfig, config: RunConfig, commons: Commons) -> None:
+        self._peer_config, self._config, self._commons = peer_config, config, commons
 
     def begin(self, mail: Mail) -> None:
         """Put aside what a real peer has under the run's name already: a start that comes again replaces no model.
@@ -50,7 +50,7 @@ class Final:
         """
         kept = self.path(mail)
         earlier = _card(kept)
-        if self._place.simulated or (earlier is not None and earlier.round == 0):
+        if self._peer_config.simulated or (earlier is not None and earlier.round == 0):
             return
         self.check_room()
         if earlier is not None:
@@ -63,8 +63,8 @@ class Final:
         Raises:
             FedkdError: names the limit and the cure.
         """
-        most, folder = self._place.limits.bounds.max_models, self._place.state_dir / MODELS
-        if not self._place.simulated and len(list(folder.glob("*.safetensors"))) >= most:
+        most, folder = self._peer_config.limits.bounds.max_models, self._peer_config.state_dir / MODELS
+        if not self._peer_config.simulated and len(list(folder.glob("*.safetensors"))) >= most:
             raise FedkdError(
                 f"this peer keeps at most {most} models (its `max-models`), and has as many: its owner removes some "
                 f"from {folder}, or raises the limit"
@@ -83,7 +83,7 @@ class Final:
         scale = self._commons.scale
         accuracy, earlier = found.get("test_accuracy", math.nan), _card(self.path(mail))
         card = Card(
-            peer=self._place.name,
+            peer=self._peer_config.name,
             model=model,
             classes=tuple(self._commons.source.classes),
             input_shape=tuple(self._commons.proxy_inputs.shape[1:]),
@@ -124,9 +124,9 @@ class Final:
 
     def path(self, mail: Mail) -> Path:
         """Return where the model of a mail's run is: with the results of a simulation, or at the peer."""
-        if self._place.simulated and mail.state_dir:
-            return Path(mail.state_dir).parent / MODELS / f"{self._place.name}.safetensors"
-        return self._place.state_dir / MODELS / f"{_plain(mail.run)}.safetensors"
+        if self._peer_config.simulated and mail.state_dir:
+            return Path(mail.state_dir).parent / MODELS / f"{self._peer_config.name}.safetensors"
+        return self._peer_config.state_dir / MODELS / f"{_plain(mail.run)}.safetensors"
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.device import pick_device
 from clients.final_model import Final
@@ -71,7 +71,7 @@ class Peer:
     """One site in one run.
 
     Args:
-        place: who and where the peer is.
+        peer_config: who and where the peer is.
         config: the run's settings.
         run: the run's token.
 
@@ -79,23 +79,23 @@ class Peer:
         SettingError: the settings ask for what this peer does not have.
     """
 
-    def __init__(self, place: Place, config: RunConfig, run: str) -> None:
+    def __init__(self, peer_config: PeerConfig, config: RunConfig, run: str) -> None:
         torch.set_num_threads(config.threads)
         keep_freed_memory()
-        self.place, self.config = place, config
+        self.peer_config, self.config = peer_config, config
         self.device = pick_device(config.device, repeatable=not config.fast)
-        self.versions = file_versions(place, run)
-        self.site: Site = open_site(config, place, self.device, self.versions)
+        self.versions = file_versions(peer_config, run)
+        self.site: Site = open_site(config, peer_config, self.device, self.versions)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
         self.learner = self._learner()
         self.codec = codec(config.codec)
-        self.store = Store(run_folder(place.state_dir, run), run)
+        self.store = Store(run_folder(peer_config.state_dir, run), run)
         refuse_other_data(self.store.folder, self.site.fingerprints)
-        if not place.simulated:
+        if not peer_config.simulated:
             make_room(self.store.folder)
-        self.secrets = _secrets(place, self.store) if config.sealed else None
-        self.final = Final(place, config, self.site.commons)
-        self.private = Private.of(config, place, run)
+        self.secrets = _secrets(peer_config, self.store) if config.sealed else None
+        self.final = Final(peer_config, config, self.site.commons)
+        self.private = Private.of(config, peer_config, run)
         self.classes = len(self.site.commons.source.classes)
         self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
 
@@ -111,7 +111,7 @@ class Peer:
         seconds = time.perf_counter() - started
         if mail.kind == self._last and (mail.kind == "isolated" or mail.round == self.config.rounds):
             close(self.store.folder)
-        if self.place.withholds:  # here, where every kind of answer passes
+        if self.peer_config.withholds:  # here, where every kind of answer passes
             answer, spent = self._withheld(answer, mail), {}
         told = spent if self.config.profile else {}
         return replace(answer, metrics={**answer.metrics, "seconds": seconds, **told})
@@ -120,15 +120,15 @@ class Peer:
         """Keep what was measured at this peer, and return the rest of an answer."""
         measured = {name: value for name, value in answer.metrics.items() if name not in _TOLD}
         if measured:
-            withhold(self.place, mail.run, mail.round, measured)
+            withhold(self.peer_config, mail.run, mail.round, measured)
         told = {name: value for name, value in answer.metrics.items() if name in _TOLD}
         return replace(answer, metrics=told, series={})
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        own, name = self._build(), self.place.model_spec(self.config)
+        own, name = self._build(), self.peer_config.model_spec(self.config)
         model = own
-        if checkpoint := self.place.checkpoint_path(self.config):
+        if checkpoint := self.peer_config.checkpoint_path(self.config):
             check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)
         if not self.final.path(mail).exists():  # else it goes on
             self.final.check_room()
@@ -143,7 +143,7 @@ class Peer:
         if self.config.strategy != "fedavg" or self.config.fedavg_start == "distilled":
             self.codec.layout((self.config.travelling, self.classes))
             self.learner.check()
-            self._rehearse(own, self.place.model_spec(self.config), key="models")
+            self._rehearse(own, self.peer_config.model_spec(self.config), key="models")
         commons = self.site.commons
         return self._reply(
             mail,
@@ -156,10 +156,10 @@ class Peer:
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
                 "source": source_hash(),
-                "source-root": str(source_root()) if self.place.simulated else "",
-                "peers": self.place.of,
-                "index": self.place.index,
-                "simulated": int(self.place.simulated and not self.place.dataset),  # own data are real data
+                "source-root": str(source_root()) if self.peer_config.simulated else "",
+                "peers": self.peer_config.of,
+                "index": self.peer_config.index,
+                "simulated": int(self.peer_config.simulated and not self.peer_config.dataset),  # own data are real data
                 "device": str(self.device),
                 "public-key": self.secrets.public if self.secrets else "",
             },
@@ -196,7 +196,7 @@ class Peer:
             self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
             return self.learner.seen - seen
 
-        return pretrain(model, self.config, self.place, self.versions, train, common=common)
+        return pretrain(model, self.config, self.peer_config, self.versions, train, common=common)
 
     def _learn(self, mail: Mail) -> Answer:
         """A round: distil from the teachers, train on private data, measure, and answer with new knowledge."""
@@ -272,8 +272,8 @@ class Peer:
         It goes through as many epochs of all data as peers that take turns do of their own, which need not be as many
         samples as these peers saw together: its number is told beside theirs.
         """
-        self.site = open_pool(self.config, self.place, self.device)
-        model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.place.index)
+        self.site = open_pool(self.config, self.peer_config, self.device)
+        model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.peer_config.index)
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
         learner.local(model, round=0, epochs=epochs)
@@ -284,8 +284,8 @@ class Peer:
     def _chosen_unseen(self) -> bool:
         """Whether all that is chosen by accuracy at this peer, if anything, is known to be chosen on unseen data."""
         common = self.config.strategy == "fedavg" and self.config.fedavg_start != "distilled"
-        brought = self.place.checkpoint_path(self.config) is not None and not common
-        return not (choices_are_due(self.config) and brought and not self.place.held_out_path(self.config))
+        brought = self.peer_config.checkpoint_path(self.config) is not None and not common
+        return not (choices_are_due(self.config) and brought and not self.peer_config.held_out_path(self.config))
 
     @property
     def _last(self) -> str:
@@ -304,20 +304,20 @@ class Peer:
         return self.config.profile and self.device.type == "cuda"
 
     def _learner(self) -> Learner:
-        return Learner(self.config, self.site, self.place.index, auxiliary=self._widened, watch=self.watch)
+        return Learner(self.config, self.site, self.peer_config.index, auxiliary=self._widened, watch=self.watch)
 
     def _bare(self) -> nn.Module:
         """Return this peer's architecture with its own initialisation."""
-        return self._new(self.place.model_spec(self.config), key="models", seed_key=self.place.index)
+        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key=self.peer_config.index)
 
     def _widened(self) -> nn.Module:
         """Return this peer's architecture at double width, to be its auxiliary teacher."""
-        return self._new(self.place.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
+        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
 
     def _build(self) -> nn.Module:
         """Return this peer's model as it comes: its checkpoint, or its own initialisation."""
         model = self._bare()
-        checkpoint = self.place.checkpoint_path(self.config)
+        checkpoint = self.peer_config.checkpoint_path(self.config)
         if checkpoint is not None:
             models.load_checkpoint(model, checkpoint, key="checkpoints")
         return model
@@ -371,7 +371,7 @@ class Peer:
         with self.watch.phase("encode"):
             arrays = self._knowledge(mail, model)
         with self.watch.phase("store"):
-            self._save(mail, model, self.place.model_spec(self.config), found, memo, trained=trained)
+            self._save(mail, model, self.peer_config.model_spec(self.config), found, memo, trained=trained)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
         _warm[self._warm_key] = _Warm(mail.round, model, dict(memo))
@@ -402,8 +402,8 @@ class Peer:
         inputs = self.site.commons.proxy_inputs[proxy_subset(self.config, mail.round + 1, self.device)]
         with self.watch.phase("predict"):
             logits = self._logits(model, inputs, mail.round)
-        if self.place.simulated and is_attacker(self.config, self.place.index, self.place.of):
-            logits = poison(logits, self.config, index=self.place.index, round=mail.round)
+        if self.peer_config.simulated and is_attacker(self.config, self.peer_config.index, self.peer_config.of):
+            logits = poison(logits, self.config, index=self.peer_config.index, round=mail.round)
         published = logits.cpu().numpy()
         if self.private:
             published = self.private.publish(published, round=mail.round)
@@ -415,9 +415,9 @@ class Peer:
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
         letters, refused = [], []
-        if not self.place.simulated:
+        if not self.peer_config.simulated:
             features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
-            bounds = self.place.limits.bounds
+            bounds = self.peer_config.limits.bounds
             bounds.check_decoded(len(mail.letters), self.config.travelling, self.classes + features)
         for letter in mail.letters:
             try:
@@ -464,7 +464,7 @@ class Peer:
         return Diverged(what, learning_rate=self.config.learning_rate, round=None if round == NO_ROUND else round)
 
     def _rehearse(self, model: nn.Module, spec: str, *, key: str) -> None:
-        inputs, frank = self.site.commons.proxy_inputs, self.place.simulated
+        inputs, frank = self.site.commons.proxy_inputs, self.peer_config.simulated
         rehearse(model, spec, inputs, self.config, classes=self.classes, key=key, frank=frank)
 
     def _scores(self, logits: Tensor) -> dict[str, float]:
@@ -490,10 +490,12 @@ class Peer:
         series: dict[str, list[float]] | None = None,
         arrays: Arrays | None = None,
     ) -> Answer:
-        return Answer(self.place.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
+        return Answer(self.peer_config.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
 
 
-def _secrets(place: Place, store: Store) -> "Secrets":
+def _secrets(peer_config: PeerConfig, store: Store) -> "Secrets":
     from clients.keys import Secrets  # only sealed mail pays for the import of the ciphers
 
-    return Secrets(store.folder, place.name, store.run, identity=place.identity, trusted=place.trusted_keys)
+    return Secrets(
+        store.folder, peer_config.name, store.run, identity=peer_config.identity, trusted=peer_config.trusted_keys
+    )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from fedkd.settings.config import RunConfig
 
 _EXCHANGE = {
@@ -32,7 +32,7 @@ _kept: "OrderedDict[str, tuple[State, int]]" = OrderedDict()  # the process's ca
 def pretrain(
     model: nn.Module,
     config: RunConfig,
-    place: Place,
+    peer_config: PeerConfig,
     versions: tuple[str, ...],
     train: Callable[[], int],
     *,
@@ -43,7 +43,7 @@ def pretrain(
     Args:
         model: as it comes, on its device.
         config: the run's settings as they hold at the peer.
-        place: the peer.
+        peer_config: the peer.
         versions: of its files, as :func:`clients.data.file_versions` returns them.
         train: trains the model, and returns the number of private samples that it was trained on.
         common: it is the architecture that is averaged, not the peer's own.
@@ -52,10 +52,10 @@ def pretrain(
         What ``train`` returned, now or then.
     """
     said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
-    tuned, own = config.regime == "tuned", (place.model, place.checkpoint)
+    tuned, own = config.regime == "tuned", (peer_config.model, peer_config.checkpoint)
     which = ("common", config.fedavg_model) if common else own
-    data = (place.dataset, place.held_out)
-    key = repr((sorted(said.items()), tuned, place.index, place.of, which, data, versions))
+    data = (peer_config.dataset, peer_config.held_out)
+    key = repr((sorted(said.items()), tuned, peer_config.index, peer_config.of, which, data, versions))
     if key in _kept:
         state, samples = _kept[key]
         model.load_state_dict(state)

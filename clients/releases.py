@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from clients.runs import run_folder
 from clients.state import make_private, write_whole
 from fedkd.errors import FedkdError, SettingError
@@ -49,7 +49,7 @@ class Private:
     Args:
         mechanism: the run's.
         config: the run's settings.
-        place: the peer.
+        peer_config: the peer.
         run: the run's token.
 
     A deployed peer draws its noise from the operating system, and before a release is sent it keeps it in ``releases``
@@ -59,17 +59,17 @@ class Private:
     seed, so that a run can be repeated; it hides nothing from whoever knows the seed.
     """
 
-    def __init__(self, mechanism: Mechanism, config: RunConfig, place: Place, run: str) -> None:
-        self._mechanism, self._seed, self._place = mechanism, config.seed, place
-        self._folder = run_folder(place.state_dir, run)
-        self._path = place.state_dir / _BUDGET
+    def __init__(self, mechanism: Mechanism, config: RunConfig, peer_config: PeerConfig, run: str) -> None:
+        self._mechanism, self._seed, self._peer_config = mechanism, config.seed, peer_config
+        self._folder = run_folder(peer_config.state_dir, run)
+        self._path = peer_config.state_dir / _BUDGET
         self.epsilon = 0.0
 
     @classmethod
-    def of(cls, config: RunConfig, place: Place, run: str) -> "Private | None":
+    def of(cls, config: RunConfig, peer_config: PeerConfig, run: str) -> "Private | None":
         """Return what the settings ask for, or None."""
         mechanism = Mechanism.from_config(config)
-        return cls(mechanism, config, place, run) if mechanism else None
+        return cls(mechanism, config, peer_config, run) if mechanism else None
 
     def check_budget(self) -> None:
         """Refuse a run whose releases, together with those already made, are more than the peer allows.
@@ -77,12 +77,12 @@ class Private:
         Raises:
             SettingError: names what is left of the budget.
         """
-        if self._place.simulated or self._place.limits.epsilon is None:
+        if self._peer_config.simulated or self._peer_config.limits.epsilon is None:
             return
         ledger = _read(self._path)
         planned = self._mechanism.releases - len(self._made(ledger))
         if self._over(ledger.spent + planned * self._mechanism.cost):
-            used = spent(ledger.spent, self._place.limits.delta)
+            used = spent(ledger.spent, self._peer_config.limits.delta)
             raise SettingError(
                 "privacy-epsilon",
                 self._mechanism.epsilon,
@@ -101,12 +101,12 @@ class Private:
             raise BudgetError(f"round {round} is not among the {self._mechanism.releases} that the promise counts")
         if not np.isfinite(logits).all():
             raise BadKnowledge("expected finite logits to publish")
-        if self._place.simulated:
+        if self._peer_config.simulated:
             self.epsilon = spent((round + 1) * self._mechanism.cost, self._mechanism.delta)
-            seed = derive(self._seed, "privacy", self._place.index, round)
+            seed = derive(self._seed, "privacy", self._peer_config.index, round)
             return self._mechanism.publish(logits, reproducible_normal(_shape(logits), seed))
         try:
-            with _locked(self._place.state_dir):
+            with _locked(self._peer_config.state_dir):
                 ledger = _read(self._path)
                 if round not in self._made(ledger):
                     ledger = self._release(logits, round, ledger)
@@ -142,19 +142,19 @@ class Private:
         return self._folder / _RELEASES / f"{round:06d}.npy"
 
     def _over(self, cost: float) -> bool:
-        limits = self._place.limits
+        limits = self._peer_config.limits
         return limits.epsilon is not None and spent(cost, limits.delta) > limits.epsilon * (1 + _ROUNDING)
 
     def _allowed(self) -> str:
-        limits = self._place.limits
+        limits = self._peer_config.limits
         return f"ε {limits.epsilon:g} at δ {limits.delta:g} (this peer's `max-epsilon`, `max-delta`; {self._path})"
 
 
-def withhold(place: Place, run: str, round: int, metrics: Mapping[str, float]) -> None:
+def withhold(peer_config: PeerConfig, run: str, round: int, metrics: Mapping[str, float]) -> None:
     """Write what a peer measured into its own ``measured.jsonl``, a line a round, readable by it alone."""
     line = {"time": time.time(), "run": run, "round": round, **metrics}
-    place.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(place.state_dir / _MEASURED, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    peer_config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(peer_config.state_dir / _MEASURED, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(handle, "a") as file:
         file.write(json.dumps(line) + "\n")
 

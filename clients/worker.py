@@ -24,7 +24,7 @@ from flwr.app import RecordDict
 
 from clients import frames
 from clients.answering import answer
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from fedkd.settings.config import RunConfig
 from fedkd.source import source_hash
 
@@ -91,16 +91,16 @@ def _serve_one(listener: socket.socket, source: str) -> bool:
         if note["source"] != source:
             frames.send(connection, {"stale": True}, RecordDict())
             return False
-        place = Place.of_own(note["own"], name=note["name"], root=Path(note["root"]), simulated=False)
-        frames.send(connection, {}, answer(content, place, _peer))
+        peer_config = PeerConfig.of_own(note["own"], name=note["name"], root=Path(note["root"]), simulated=False)
+        frames.send(connection, {}, answer(content, peer_config, _peer))
     return True
 
 
 @lru_cache(maxsize=1)
-def _peer(place: Place, config: RunConfig, run: str) -> "Peer":
+def _peer(peer_config: PeerConfig, config: RunConfig, run: str) -> "Peer":
     from clients.peer import Peer
 
-    return Peer(place, config, run)
+    return Peer(peer_config, config, run)
 
 
 @contextlib.contextmanager

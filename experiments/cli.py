@@ -187,7 +187,7 @@ def run(
     if own and _may_share(settings):
         federation, settings["peers"] = federation.sharing(), federation.peers
     if own:
-        from experiments.launch.runner import preflight
+        from experiments.launch import preflight
         from fedkd.settings.config import RunConfig
 
         config = preflight.check(

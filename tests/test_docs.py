@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 
-from clients.configuration import _KEYS as OWN_KEYS
+from clients.own_settings import _KEYS as OWN_KEYS
 from experiments.cli import app
 from experiments.launch.project import Project
 from fedkd.losses import divergences

@@ -8,7 +8,9 @@ import pytest
 import torch
 from federation import federate
 
-from clients.configuration import Limits, Place, own_settings
+from clients.configuration import PeerConfig
+from clients.limits import Limits
+from clients.own_settings import own_settings
 from experiments.examples import (
     own_divergence,
     own_images,
@@ -96,7 +98,7 @@ def test_own_data_of_simulated_peers_need_a_proxy_set_of_their_own(tmp_path):
 
 
 def test_a_deployed_peer_does_not_read_what_the_server_names(tmp_path):
-    deployed = Place("clinic", 0, 2, tmp_path, tmp_path, simulated=False)
+    deployed = PeerConfig("clinic", 0, 2, tmp_path, tmp_path, simulated=False)
 
     assert deployed.among(2, "folder:/etc/{peer}").dataset == ""
     with pytest.raises(SettingError, match="`model`"):
@@ -203,9 +205,9 @@ def test_a_strategy_that_is_none_is_refused_before_anyone_is_asked(tmp_path, nam
 def test_a_deployed_peer_takes_part_in_an_own_strategy_only_if_its_owner_names_it():
     config = RunConfig(strategy="own_strategy:Tables")
     own = own_settings({"allowed-strategies": "gossip,own_strategy:Tables", "max-epochs": 30})
-    place = Place.of_own(own, name="clinic", root=Path("state"), simulated=False)
+    peer_config = PeerConfig.of_own(own, name="clinic", root=Path("state"), simulated=False)
 
-    place.limits.check(config, "learn")
+    peer_config.limits.check(config, "learn")
     with pytest.raises(SettingError, match=r"`strategy`.*averaged, pairwise, gossip.*own_strategy:Tables"):
         Limits().check(config, "learn")
     with pytest.raises(SettingError, match=r"`allowed-strategies`.*package.module:Class.*telepathy"):

@@ -15,7 +15,7 @@ from sites import make_sites
 from torch import nn
 from typer.testing import CliRunner
 
-from clients.configuration import Place
+from clients.configuration import PeerConfig
 from clients.final_model import Final
 from experiments.cli import app
 from experiments.examples import use_model
@@ -242,7 +242,7 @@ def test_a_start_that_comes_again_replaces_no_model_of_a_real_peer(tmp_path):
 
 
 def test_a_run_token_that_looks_like_a_path_names_no_other_folder(tmp_path):
-    place = Place("ada", 0, 1, tmp_path / "ada", tmp_path, simulated=False)
+    place = PeerConfig("ada", 0, 1, tmp_path / "ada", tmp_path, simulated=False)
     final = Final(place, RunConfig(), None)
 
     for run in ("../../x", "a/b", "", "\x00", "."):

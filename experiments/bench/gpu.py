@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.benchmarks import gpu_rows
+from experiments.bench import gpu_rows
 from experiments.bench.gpu_rows import FIGURES, FULL, QUICK, SETTINGS, Figures, Row, Size
 from experiments.bench.gpu_watch import Watch
 from experiments.bench.measuring import leave

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.analysis.comparison import Comparison, alone, comparison_runs
 from experiments.compare.recipe import Planned, Recipe, plan
+from experiments.launch import preflight
 from experiments.launch.project import OWN_FOLDER
-from experiments.launch.runner import Federation, Outcome, launch, preflight
+from experiments.launch.runner import Federation, Outcome, launch
 from experiments.outputs import REPORT, is_json_with, refuse_foreign
 from fedkd.errors import FedkdError
 from fedkd.results.claim import held

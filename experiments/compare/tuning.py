@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from experiments.analysis.comparison import alone
 from experiments.analysis.runs import read_run
+from experiments.launch import preflight
 from experiments.launch.project import OWN_FOLDER
-from experiments.launch.runner import Federation, launch, preflight
+from experiments.launch.runner import Federation, launch
 from experiments.outputs import refuse_foreign
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import held

@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import psutil
 
+from experiments.launch import flower_shell, processes
 from experiments.launch.app_lines import said_at_the_end
-from experiments.launch.runner import flower_shell, processes
 from fedkd.errors import FedkdError
 
 _START_TIMEOUT = 180.0

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.report.page import heat_maps
+from experiments.report import heat_maps
 
-from experiments.report.page import figures
+from experiments.report import figures
 
-from experiments.report.page import panels
+from experiments.report import panels
 from experiments.report.figure_style import Figure, Table
 from experiments.analysis.checks import checks, matched_gradients
 from experiments.analysis.comparison import Comparison, again, comparison_runs

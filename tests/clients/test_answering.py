@@ -6,7 +6,8 @@ from sites import make_sites
 
 from clients.answering import answer
 from clients.client_app import app
-from clients.configuration import Place, own_settings, without_paths
+from clients.configuration import PeerConfig
+from clients.own_settings import own_settings, without_paths
 from clients.peer import Peer
 from fedkd.errors import FedkdError
 from fedkd.settings.config import RunConfig
@@ -43,7 +44,7 @@ class Failing:
 def said(error, site, root, *, kind="learn", simulated=False, **own):
     """Return what the relay hears of an error."""
     changed = {name.replace("_", "-"): value for name, value in own.items()}
-    place = Place.of_own(own_settings({**site, **changed}), name="north", root=root, simulated=simulated)
+    place = PeerConfig.of_own(own_settings({**site, **changed}), name="north", root=root, simulated=simulated)
     settings = {**SMALL, "privacy-epsilon": 1.0 if "max_epsilon" in own else 0.0}
     mail = Mail(kind, 1 if kind == "learn" else 0, RunConfig.from_mapping(settings).to_mapping(), "run")
     return unpack_answer(answer(pack_mail(mail), place, Failing(error))).error
@@ -74,7 +75,7 @@ def test_under_a_budget_an_error_of_training_is_told_by_its_kind_alone(site, tmp
 def test_under_a_budget_an_error_of_reading_the_data_again_is_told_by_its_kind_alone(site, tmp_path):
     (tmp_path / "data.npz").write_bytes(SECRET.encode())
     broken = {**site, "dataset": f"npz:{tmp_path / 'data.npz'}", "max-epsilon": 2.0}
-    place = Place.of_own(own_settings(broken), name="north", root=tmp_path, simulated=False)
+    place = PeerConfig.of_own(own_settings(broken), name="north", root=tmp_path, simulated=False)
     settings = RunConfig.from_mapping({**SMALL, "privacy-epsilon": 1.0}).to_mapping()
 
     told = unpack_answer(answer(pack_mail(Mail("learn", 1, settings, "run")), place, Peer)).error
@@ -125,7 +126,7 @@ def test_a_mistake_in_a_peers_own_file_is_told_without_where_it_lies(tmp_path):
 
 
 def test_a_deployed_peer_does_not_say_where_its_code_lies(site, tmp_path):
-    place = Place.of_own(own_settings(site), name="north", root=tmp_path, simulated=False)
+    place = PeerConfig.of_own(own_settings(site), name="north", root=tmp_path, simulated=False)
     mail = Mail("introduce", 0, RunConfig.from_mapping(SMALL).to_mapping(), "run")
 
     facts = unpack_answer(answer(pack_mail(mail), place, Peer)).facts

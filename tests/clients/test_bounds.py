@@ -10,8 +10,10 @@ from sites import make_sites
 
 from clients.answering import answer
 from clients.bounds import Bounds
-from clients.configuration import _KEYS as OWN_KEYS
-from clients.configuration import Limits, Place, own_settings
+from clients.configuration import PeerConfig
+from clients.limits import Limits
+from clients.own_settings import _KEYS as OWN_KEYS
+from clients.own_settings import own_settings
 from clients.peer import Peer
 from fedkd.settings.config import COSTS, FREE, RunConfig, key
 from fedkd.settings.effect import idle
@@ -36,7 +38,7 @@ OWN = {"name": "north", "model": "mlp", "dataset": "npz:nowhere.npz", "proxy": "
 
 
 def asked(root, mail, open_peer, **own):
-    place = Place.of_own(own_settings({**OWN, **own}), name="north", root=root, simulated=False)
+    place = PeerConfig.of_own(own_settings({**OWN, **own}), name="north", root=root, simulated=False)
     return unpack_answer(answer(pack_mail(mail), place, open_peer))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import clients.releases
-from clients.configuration import Place, own_settings
+from clients.configuration import PeerConfig
+from clients.own_settings import own_settings
 from clients.releases import BudgetError, Private, withhold
 from fedkd.errors import SettingError
 from fedkd.settings.config import RunConfig
@@ -21,7 +22,7 @@ def private(tmp_path, run="a", **given):
     own = {name: value for name, value in given.items() if "-" in name}
     settings = {name: value for name, value in given.items() if "-" not in name}
     made = {"name": "north", "max-epsilon": 3.0, **own}
-    place = Place.of_own(own_settings(made), name="north", root=tmp_path, simulated=False)
+    place = PeerConfig.of_own(own_settings(made), name="north", root=tmp_path, simulated=False)
     return Private.of(RunConfig(**{"privacy_epsilon": 3.0, "rounds": 1, **settings}), place, run)
 
 
@@ -203,7 +204,7 @@ def test_what_is_kept_of_privacy_is_its_owners_alone(tmp_path):
     for path in (tmp_path / "north").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     assert stat.S_IMODE((tmp_path / "north").stat().st_mode) == 0o700
-    fresh = Place.of_own(own_settings({"name": "south"}), name="south", root=tmp_path, simulated=False)
+    fresh = PeerConfig.of_own(own_settings({"name": "south"}), name="south", root=tmp_path, simulated=False)
     withhold(fresh, "a", 0, {"test_accuracy": 0.5})
     withhold(fresh, "a", 1, {"test_accuracy": 0.75})
     assert stat.S_IMODE((tmp_path / "south").stat().st_mode) == 0o700

@@ -221,7 +221,7 @@ def test_a_tuned_trial_has_controls_of_its_own():
 
 def test_a_search_says_what_its_best_trial_says(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    from experiments.compare.running import tuning as tuning
+    from experiments.compare import tuning
     from experiments.launch.runner import COMPLETED, Federation, Outcome
     from fedkd.results.folder import RunFolder
 

@@ -9,7 +9,9 @@ from federation import SMALL
 from sites import make_sites
 
 from clients.answering import answer
-from clients.configuration import Limits, Place, own_settings
+from clients.configuration import PeerConfig
+from clients.limits import Limits
+from clients.own_settings import own_settings
 from clients.peer import Peer
 from experiments.deploy.create import create
 from experiments.deploy.demo import write_demo_data
@@ -33,7 +35,7 @@ def site(tmp_path_factory):
 def ask(site, root, kind, *, round=0, letters=(), run="run", **settings):
     """Send one mail to a deployed peer in this process."""
     config = replace(SETTINGS, **settings)
-    place = Place.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
+    place = PeerConfig.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
     mail = Mail(kind, round, config.to_mapping(), run, letters)
     return unpack_answer(answer(pack_mail(mail), place, Peer))
 

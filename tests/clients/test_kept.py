@@ -11,8 +11,9 @@ from sites import make_sites
 import clients.learner
 from clients import pretrained
 from clients.answering import answer
-from clients.configuration import Place, own_settings
+from clients.configuration import PeerConfig
 from clients.data import file_versions
+from clients.own_settings import own_settings
 from clients.peer import Peer
 from fedkd import models
 from fedkd.settings.config import RunConfig
@@ -27,7 +28,7 @@ def site(tmp_path):
 def ask(site, root, kind, *, run, round=0, **settings):
     """Send a mail to a deployed peer that lives in this process, as in its worker."""
     config = RunConfig.from_mapping({**SMALL, "pretrain-epochs": 1, **settings})
-    place = Place.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
+    place = PeerConfig.of_own(own_settings(site), name=site["name"], root=root, simulated=False)
     said = unpack_answer(answer(pack_mail(Mail(kind, round, config.to_mapping(), run)), place, Peer))
     return said
 
@@ -85,7 +86,7 @@ def test_a_folder_of_images_is_another_one_when_a_file_in_it_is(tmp_path):
     (folder / "train" / "cat" / "1.png").write_bytes(b"one")
 
     def versions(spec=f"folder:{folder}@8", run="a"):
-        return file_versions(Place("north", 0, 1, tmp_path, tmp_path, simulated=False, dataset=spec), run)
+        return file_versions(PeerConfig("north", 0, 1, tmp_path, tmp_path, simulated=False, dataset=spec), run)
 
     before = versions()
     assert versions(run="b") == before == versions(f"folder:{folder}")

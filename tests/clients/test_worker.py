@@ -18,7 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from sites import make_sites
 
 from clients import frames
-from clients.configuration import Limits, Place, own_settings
+from clients.configuration import PeerConfig
+from clients.limits import Limits
+from clients.own_settings import own_settings
 from clients.worker import LOCK, SOCKET
 from clients.worker_client import WorkerError, ask
 from fedkd.errors import FedkdError, SettingError
@@ -55,7 +57,7 @@ def deployed(own, **changes):
 
 
 def place_of(own, root, **changes):
-    made = Place.of_own(own_settings(own), name=own["name"], root=root, simulated=False)
+    made = PeerConfig.of_own(own_settings(own), name=own["name"], root=root, simulated=False)
     return replace(made, **changes)
 
 
@@ -281,7 +283,7 @@ def test_a_peer_keeps_its_own_limits(tmp_path, sites, settings, own, message):
 
 def test_trusted_keys_are_asked_for_in_every_run_unless_their_owner_says_otherwise():
     def sealed(**own):
-        return Place.of_own(own, name="north", root=Path("state"), simulated=False).limits.sealed
+        return PeerConfig.of_own(own, name="north", root=Path("state"), simulated=False).limits.sealed
 
     assert not sealed()
     assert sealed(**{"trusted-keys": "keys"})

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from experiments.analysis.comparison import Comparison, alone
 from experiments.cli import app
+from experiments.compare import recipe as recipes
 from experiments.compare.recipe import FOLDER, plan, read
 from experiments.compare.running import compare
-from experiments.compare.running import recipe as recipes
 from experiments.launch.project import Project
 from experiments.launch.runner import COMPLETED, Federation, Outcome
 from fedkd.errors import FedkdError

@@ -9,7 +9,7 @@ from runs_on_disk import make_run
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.compare.running import tuning as tuning
+from experiments.compare import tuning
 from experiments.launch.runner import COMPLETED, STOPPED, Federation, Outcome
 from fedkd.errors import FedkdError, SettingError
 

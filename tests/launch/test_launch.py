@@ -15,9 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import cli
+from experiments.launch import processes
 from experiments.launch.app_lines import QuietLog, said_at_the_end
 from experiments.launch.project import Project
-from experiments.launch.runner import Federation, Outcome, _Log, command_line, launch, processes, run_config
+from experiments.launch.runner import Federation, Outcome, _Log, command_line, launch, run_config
 from experiments.launch.superlink import LaunchError, SuperLink, process_environment
 from fedkd.errors import FedkdError, SettingError
 

@@ -69,13 +69,13 @@ def test_knowledge_is_what_the_saved_model_says_about_the_proxy_set(run):
     """The letters of the last round are the logits of the state on disk: measured, not made up."""
     import torch
 
-    from clients.data import Place, open_site
+    from clients.data import PeerConfig, open_site
     from fedkd import models
 
     state_root = run.folder.parent / "state"
     config = RunConfig.from_mapping(run.settings)
-    place = Place("peer-0", 0, 3, state_root / "peer-0", state_root)
-    site = open_site(config, place, torch.device("cpu"))
+    peer_config = PeerConfig("peer-0", 0, 3, state_root / "peer-0", state_root)
+    site = open_site(config, peer_config, torch.device("cpu"))
     model = models.build("mlp", input_shape=(1, 8, 8), num_classes=10, seed=0)
     state = load_file(next((state_root / "peer-0").rglob("round-000002.safetensors")))
     model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})

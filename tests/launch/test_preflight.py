@@ -7,9 +7,10 @@ from runs_on_disk import make_run
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.launch import preflight
 from experiments.launch.preflight import check_machine
 from experiments.launch.project import OWN_FOLDER
-from experiments.launch.runner import STOPPED, Federation, Outcome, preflight
+from experiments.launch.runner import STOPPED, Federation, Outcome
 from fedkd.errors import FedkdError, SettingError
 
 

@@ -14,9 +14,10 @@ from fedkd.results.picture import accuracy_png, topology_png
 from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.wire.messages import Answer
 from fedkd.wire.sealing import Keys, Sealer, pack
+from strategies.relay import introductions
 from strategies.relay.console import closing_line, round_line, summary_table
 from strategies.relay.roster import RosterError
-from strategies.relay.rounds import RelayError, introductions
+from strategies.relay.rounds import RelayError
 from strategies.relay.sealed import most_sealed
 
 MARKUP = ["[/x]", "[bold", ":smile:", r"$\frac$", "$", r"\$", "_hidden", "x" * 2000]

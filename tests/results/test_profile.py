@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from federation import federate
 
-from fedkd.results.folder import RunFolder, profile
+from fedkd.results import profile
+from fedkd.results.folder import RunFolder
 from fedkd.results.picture import profile_png
 from fedkd.results.profile import PHASES, Stopwatch, by_peer, profile_table, spent
 

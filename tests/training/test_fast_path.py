@@ -17,8 +17,9 @@ from clients.state import Store
 from fedkd import models
 from fedkd.errors import SettingError
 from fedkd.settings.config import RunConfig
+from fedkd.training import fast
 from fedkd.training.fast import arranged, bfloat16_pays, compiled, forward
-from fedkd.training.loops import Optimization, fast, fit, predict
+from fedkd.training.loops import Optimization, fit, predict
 from fedkd.training.optimizers import Descent
 
 
