@@ -5,12 +5,13 @@ from torch import Tensor
 
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
+from fedkd.settings.learning import Attacks
 
 
-def is_attacker(config: RunConfig, index: int, peers: int) -> bool:
+def is_attacker(config: Attacks, index: int, peers: int) -> bool:
     """Tell whether a peer poisons its knowledge: the last ⌊``attackers`` · peers⌉ do.
 
-    >>> [is_attacker(RunConfig(attack="flip", attackers=0.4), i, 5) for i in range(5)]
+    >>> [is_attacker(Attacks(attack="flip", attackers=0.4), i, 5) for i in range(5)]
     [False, False, False, True, True]
     """
     return config.attack != "none" and index >= peers - round(config.attackers * peers)

@@ -1,7 +1,7 @@
 """How much of what costs memory, time or disk a server may ask of a deployed peer. Imports no torch.
 
 Every setting that costs something names the limit that bounds it where it is declared, in
-:mod:`fedkd.settings.config`. Here is how much a run asks for, and the limits' defaults; epochs are counted by the mail,
+:mod:`fedkd.settings`. Here is how much a run asks for, and the limits' defaults; epochs are counted by the mail,
 in :mod:`clients.limits`.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from fedkd.errors import FedkdError, SettingError
-from fedkd.settings.config import RunConfig, key
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import key, of
 from fedkd.settings.rules import split_list
 from fedkd.wire.messages import Mail
 
@@ -91,7 +92,7 @@ NAMES = tuple(key(spec.name) for spec in fields(Bounds))
 def _asked(config: RunConfig) -> Iterator[tuple[str, str, int]]:
     """Yield each limit but that of the epochs, a setting that it bounds, and how much that asks for."""
     for spec in fields(RunConfig):
-        if (limit := spec.metadata["costs"]) in NAMES and limit != "max-features":
+        if (limit := of(spec).costs) in NAMES and limit != "max-features":
             yield limit, key(spec.name), getattr(config, spec.name)
     if config.method == "infoflow":
         named = len(split_list(config.flow_layers))

@@ -11,8 +11,8 @@ from clients.limits import Limits
 from clients.own_settings import Own, without_paths
 from fedkd.errors import SettingError
 from fedkd.models import names
-from fedkd.plugins import is_callable_spec
 from fedkd.settings.config import PEER, RunConfig
+from fedkd.settings.declare import CODE, FILES, PATH, SOURCE, Declared, Scalar, declared
 from fedkd.settings.rules import split_list
 
 _TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
@@ -126,32 +126,33 @@ class PeerConfig:
         Raises:
             SettingError: a deployed peer lacks what it has to bring, or the server names code for it to run.
         """
-        own = {
-            "dataset": self._own_dataset(config.dataset),
-            "proxy": self.proxy,
-            "data_dir": self.data_dir,
-            "device": self.device,
-            "models": self.model,
-            "checkpoints": self.checkpoint,
-            "held_out": self.held_out,
-        }
+        own = {name: self._own(about.own, config) for name, about in declared(RunConfig).items() if about.own}
         if self.simulated:
-            return replace(config, **{key: value for key, value in own.items() if value})  # type: ignore[arg-type]
+            given = {name.replace("-", "_"): value for name, value in own.items() if value}
+            return replace(config, **given)  # type: ignore[arg-type]
         for setting, value in (("model", self.model), ("dataset", self.dataset), ("proxy", self.proxy)):
             if not value or value == "split":
                 allowed = f"set by peer {self.name} itself: a deployed peer opens nothing that the server names"
                 raise SettingError(setting, value, allowed)
+        for name, about in declared(RunConfig).items():
+            if not about.own:
+                _refuse_foreign(name, config.to_mapping()[name], about)
         if config.fedavg_model not in names():  # whatever the strategy says: no kind of mail may get to run it
             raise SettingError("fedavg-model", config.fedavg_model, f"one of {', '.join(names())} in a deployment")
-        if is_callable_spec(config.divergence):
-            raise SettingError("divergence", config.divergence, "one of the library's in a deployment")
         own["device"] = self.device or "auto"
-        return replace(config, download=False, keep_models=True, **own)  # type: ignore[arg-type]
+        given = {name.replace("-", "_"): value for name, value in own.items()}
+        return replace(config, download=False, keep_models=True, **given)  # type: ignore[arg-type]
 
     def conceal(self, text: str) -> str:
         """Return a text for others to read, with this peer's own paths replaced by the settings that hold them."""
         own = {key: str(getattr(self, key.replace("-", "_"))) for key in _TEXTS}
         return without_paths(text, {**own, "state-dir": str(self.cache_dir)})
+
+    def _own(self, key: str, config: RunConfig) -> str:
+        """Return the value of a setting of this peer's own; empty where it has none."""
+        if key == "dataset":
+            return self._own_dataset(config.dataset)
+        return str(getattr(self, key.replace("-", "_")))
 
     def _own_dataset(self, dataset: str) -> str:
         """Return this peer's own data: what it brings, or its share of a simulation whose peers all have their own."""
@@ -183,3 +184,11 @@ class PeerConfig:
 def _dealt(dealt: str, index: int) -> str:
     choices = split_list(dealt)
     return choices[index % len(choices)] if choices else ""
+
+
+def _refuse_foreign(name: str, value: Scalar, about: Declared) -> None:
+    """Refuse what a server would have a deployed peer open."""
+    if about.opens == CODE and about.names_code(value):
+        raise SettingError(name, value, "one of the library's in a deployment")
+    if about.opens in (SOURCE, FILES, PATH) and value:
+        raise SettingError(name, value, "left out in a deployment: a peer opens nothing that the server names")

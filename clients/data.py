@@ -21,6 +21,7 @@ from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
+from fedkd.settings.data import Data
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
     )
 
 
-def _split(config: RunConfig, peer_config: PeerConfig) -> _Split:
+def _split(config: Data, peer_config: PeerConfig) -> _Split:
     return _Split(
         peer_config.of, config.partition, config.partition_alpha, config.classes_per_peer, config.shared_classes,
         peer_config.cache_dir,

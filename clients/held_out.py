@@ -15,11 +15,6 @@ from fedkd.settings.config import RunConfig
 _MOST_BYTES = 2**27
 
 
-def choices_are_due(config: RunConfig) -> bool:
-    """Tell whether a run chooses by accuracy on private data, itself or for whoever reads its results."""
-    return config.regime == "tuned" or config.evaluate_on == "validation"
-
-
 def named_part(path: str, count: int) -> np.ndarray:
     """Read the part of a training set that its owner held out of a checkpoint's training.
 

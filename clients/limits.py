@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from clients.bounds import Bounds
 from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
-from fedkd.settings.rules import numbers
+from fedkd.settings.declare import declared
 from fedkd.wire.messages import Kind
 
 _SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`, or its `trusted-keys`)"
@@ -90,49 +90,26 @@ class Limits:
             raise SettingError("controls", "isolated", "left out: with `max-epsilon` a peer tells no measurements")
 
 
-def _merges(config: RunConfig) -> bool:
-    return config.strategy == "fedavg" and config.fedavg_start == "distilled"
-
-
 def _will_be_asked(config: RunConfig) -> tuple[Kind, ...]:
     """Return what a run asks of a peer; not the isolated control, whose refusal costs its own number only."""
-    return ("start", "merge", "learn") if _merges(config) else ("start", "learn")
+    return ("start", "merge", "learn") if config.merges else ("start", "learn")
 
 
 def _check_kind(config: RunConfig, kind: Kind) -> None:
     """Refuse a mail that belongs to no run of real sites with these settings."""
     if kind == "pooled":
         raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
-    if kind == "merge" and not _merges(config):
+    if kind == "merge" and not config.merges:
         found = f"{config.strategy}, fedavg-start {config.fedavg_start}"
         raise SettingError("strategy", found, "fedavg, fedavg-start distilled where knowledge is to become weights")
 
 
 def _epochs(config: RunConfig, kind: Kind, round: int) -> dict[str, int]:
-    """Return the epochs that a mail costs, by the setting that asks for them.
+    """Return the epochs that a mail costs, by the setting that asks for them, as each setting declares it.
 
     What trains nothing and still goes through the data counts too: an evaluated round of the isolated control, and a
     trial of a search.
     """
-    local, distil = {"local-epochs": config.local_epochs}, {"distill-epochs": config.distill_epochs}
-    if kind == "merge":
-        return {"merge-epochs": config.merge_epochs}
-    if kind == "isolated":
-        ((setting, epochs),) = (distil if config.joint else local).items()
-        rounds = max(config.rounds, round)  # without a barrier a peer may do more than `rounds`
-        return {f"rounds × {setting}": rounds * max(1, epochs)}
-    if kind == "start":
-        cold = config.strategy == "fedavg" and config.fedavg_start == "cold"
-        return local if cold else {"pretrain-epochs": config.pretrain_epochs}
-    if kind != "learn":
-        return {}
-    if config.strategy == "fedavg":
-        return local
-    searched = config.regime == "tuned"
-    trials = len(numbers(config.tune_temperatures)) * len(numbers(config.tune_weights)) if searched else 0
-    steps = distil if config.joint else distil | local
-    return {
-        **{setting: epochs * (1 + trials) for setting, epochs in steps.items()},
-        "tune-temperatures × tune-weights": trials,
-        "flow-auxiliary-epochs": config.flow_auxiliary_epochs if config.flow_auxiliary else 0,
-    }
+    again = "rounds × " if kind == "isolated" else ""
+    asking = ((name, about.epochs) for name, about in declared(RunConfig).items() if about.epochs)
+    return {again + name: epochs(config, kind, round) for name, epochs in asking}

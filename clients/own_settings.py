@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clients.bounds import NAMES
 from fedkd.errors import SettingError
-from fedkd.settings.config import Scalar
+from fedkd.settings.declare import Scalar
 from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, split_list
 
 Own = Mapping[str, Scalar]

@@ -24,7 +24,6 @@ from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.device import pick_device
 from clients.final_model import Final
 from clients.flow import Flow
-from clients.held_out import choices_are_due
 from clients.learner import Heard, Learner, Memo, stack
 from clients.pretrained import pretrain
 from clients.rehearsal import check_start, rehearse
@@ -285,7 +284,7 @@ class Peer:
         """Whether all that is chosen by accuracy at this peer, if anything, is known to be chosen on unseen data."""
         common = self.config.strategy == "fedavg" and self.config.fedavg_start != "distilled"
         brought = self.peer_config.checkpoint_path(self.config) is not None and not common
-        return not (choices_are_due(self.config) and brought and not self.peer_config.held_out_path(self.config))
+        return not (self.config.holds_out and brought and not self.peer_config.held_out_path(self.config))
 
     @property
     def _last(self) -> str:

@@ -2,26 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
 
 from torch import Tensor, nn
 
 from clients.configuration import PeerConfig
 from fedkd.settings.config import RunConfig
-
-_EXCHANGE = {
-    "rounds", "strategy", "topology", "topology_degree", "topology_probability", "matching", "fanout", "gossip_style",
-    "mode", "updates", "max_seconds", "participation", "consensus", "fedavg_start", "fedavg_model", "divergence",
-    "temperature", "kd_weight", "t2_scaling", "match_gradients", "combine", "average", "reduction", "sharpen", "robust",
-    "trim", "regime", "schedule", "distill_epochs", "local_epochs", "cakd_alpha", "cakd_beta", "bdkd_delta",
-    "bdkd_rule", "method", "flow_auxiliary", "flow_decay", "flow_weight", "flow_initial", "proxy_per_round", "codec",
-    "controls", "eval_every", "out_dir", "run_name", "trials", "resume", "privacy_epsilon", "privacy_delta",
-    "privacy_clip", "profile", "keep_models",
-}  # fmt: skip
-"""Settings without a say in how a peer starts. One that is not named here costs a hit, never a wrong start.
-
-Of the regimes one has: a tuned peer holds a part of its data out (:mod:`clients.held_out`).
-"""
+from fedkd.settings.declare import BOOKKEEPING, EXCHANGE, declared
 
 _MOST_BYTES = 256 * 2**20
 
@@ -51,8 +37,12 @@ def pretrain(
     Returns:
         What ``train`` returned, now or then.
     """
-    said = {name: value for name, value in asdict(config).items() if name not in _EXCHANGE}
-    tuned, own = config.regime == "tuned", (peer_config.model, peer_config.checkpoint)
+    decided = {name for name, about in declared(RunConfig).items() if about.decides not in (EXCHANGE, BOOKKEEPING)}
+    said = {name: value for name, value in config.to_mapping().items() if name in decided}
+    tuned, own = (
+        config.regime == "tuned",
+        (peer_config.model, peer_config.checkpoint),
+    )  # it holds a part of its data out
     which = ("common", config.fedavg_model) if common else own
     data = (peer_config.dataset, peer_config.held_out)
     key = repr((sorted(said.items()), tuned, peer_config.index, peer_config.of, which, data, versions))

@@ -137,7 +137,10 @@ def _common(
     """Keep `run` a subcommand, and hold what belongs to none."""
 
 
-@app.command(cls=WithSettings)
+_OFTEN = "peers, models, dataset, partition-alpha, strategy, divergence, rounds, kd-weight, temperature, proxy-size"
+
+
+@app.command(cls=WithSettings, epilog=f"Settings that people change first: {_OFTEN}. All: `fedkd settings`.")
 def run(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
@@ -211,6 +214,28 @@ def run(
         if config:
             _say_how_to_go_on(config, Path(str(settings.get("resume") or settings.get("out-dir", ""))))
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def settings(
+    word: Annotated[str, typer.Argument(help="Only those that have it in their name, group or meaning.")] = "",
+) -> None:
+    """Print the settings of a run, by group: key, default, what is allowed, what it means."""
+    import textwrap
+
+    from fedkd.settings.table import found
+
+    groups = found(word)
+    if not groups:
+        raise SettingError("WORD", word, "found in a setting; left out, all are printed")
+    for title, lines in groups:
+        typer.echo(f"{title}")
+        for line in lines:
+            typer.echo(f"  {line.key} = {line.default}    {line.allowed}")
+            typer.echo(
+                textwrap.fill(line.meaning.replace("`", ""), 100, initial_indent="      ", subsequent_indent="      ")
+            )
+        typer.echo("")
 
 
 @app.command(epilog=f"Benchmarks: {', '.join(BENCHES)}.")

@@ -1,4 +1,4 @@
-"""The directive ``{settings} FIRST LAST``: a part of the settings' table, from the program at the time of building."""
+"""The directive ``{settings}``: all settings, a section for each group, from the program at the time of building."""
 
 from typing import Any
 
@@ -6,24 +6,17 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from fedkd.settings.config import settings_table
+from fedkd.settings.config import GROUPS
+from fedkd.settings.table import settings_table
 
 
 class Settings(SphinxDirective):
-    """Rows of :func:`fedkd.settings.config.settings_table` from the first key to the last, both included."""
-
-    required_arguments = 2
+    """The tables of :func:`fedkd.settings.table.settings_table`, group by group."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the table."""
-        head, line, *rows = settings_table().splitlines()
-        keys = [row.split("`")[1] for row in rows]
-        first, last = self.arguments
-        for key in (first, last):
-            if key not in keys:
-                raise self.error(f"Expected a setting's key, but got {key!r}.")
-        chosen = rows[keys.index(first) : keys.index(last) + 1]
-        return self.parse_text_to_nodes("\n".join([head, line, *chosen]))
+        """Return the sections."""
+        text = "\n\n".join(f"## {group.title}\n\n{settings_table(group)}" for group in GROUPS)
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

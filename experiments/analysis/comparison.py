@@ -9,7 +9,8 @@ from pathlib import Path
 from experiments.analysis.runs import Run
 from experiments.launch.runner import Federation
 from fedkd.errors import FedkdError
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 
 _NOT_TYPED = ("peers", "out-dir", "run-name", "resume", "trials", "keep-models")
 

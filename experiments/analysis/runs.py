@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Protocol, TypeVar
 
-from experiments.analysis.settings import NO_VARIANT, SCENARIO_KEYS, control_group, control_groups, effective, label
+from experiments.analysis.settings import SCENARIO_KEYS, VARIANT_KEYS, control_group, control_groups, effective, label
 from fedkd.errors import FedkdError
 from fedkd.results.folder import Row, read_row, refuse_mixture
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 
 _OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
 
@@ -329,7 +330,7 @@ def study(runs: Sequence[Run]) -> Study:
     if not runs:
         raise FedkdError("Expected at least one run to report about, but got none.")
     keys = list(RunConfig().to_mapping())
-    varied = tuple(k for k in keys if k not in NO_VARIANT and len({run.settings[k] for run in runs}) > 1)
+    varied = tuple(k for k in keys if k in VARIANT_KEYS and len({run.settings[k] for run in runs}) > 1)
     scenic = tuple(k for k in SCENARIO_KEYS if len({run.settings[k] for run in runs}) > 1)
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
@@ -351,7 +352,7 @@ def study(runs: Sequence[Run]) -> Study:
 def differing(variants: Sequence[Variant]) -> list[str]:
     """Return the settings in which variants differ, in the order of the settings."""
     keys = variants[0].settings if variants else ()
-    return [key for key in keys if key not in NO_VARIANT and len({v.settings[key] for v in variants}) > 1]
+    return [key for key in keys if key in VARIANT_KEYS and len({v.settings[key] for v in variants}) > 1]
 
 
 def shared_seeds(variants: Iterable[Variant]) -> list[int]:

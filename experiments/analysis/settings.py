@@ -3,31 +3,17 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import BOOKKEEPING, DATA, EXCHANGE, START, TRAINING, Scalar, declared
 from fedkd.settings.effect import idle
 from fedkd.settings.rules import numbers
 
-SCENARIO_KEYS = (
-    "dataset", "partition", "partition-alpha", "classes-per-peer", "shared-classes", "proxy", "proxy-size",
-    "normalize", "peers", "models", "checkpoints", "held-out", "pretrain-epochs",
-    "evaluate-on",
-)  # fmt: skip
+_DECLARED = declared(RunConfig)
+SCENARIO_KEYS = tuple(key for key, about in _DECLARED.items() if about.decides in (DATA, START))
 """Settings that say which data and models are there: results under different ones are not compared."""
 
-CONTROL_KEYS = (
-    *SCENARIO_KEYS, "data-dir", "optimizer", "learning-rate", "momentum", "weight-decay", "batch-size", "rounds",
-    "eval-every", "device", "threads", "fast", "compiled", "seed",
-)  # fmt: skip
-"""Settings on which every control depends; :func:`control_group` has what else a control depends on."""
-
-_SAME_RUN = {"out-dir", "run-name", "controls", "resume", "trials"}
-"""Settings that say where a run lies and what is added to it."""
-
-NO_VARIANT = {
-    *SCENARIO_KEYS, "seed", "out-dir", "run-name", "controls", "resume", "trials", "data-dir", "download", "device",
-    "threads", "round-timeout", "eval-every", "profile", "keep-models",
-}  # fmt: skip
-"""Settings that set no variants apart."""
+VARIANT_KEYS = tuple(key for key, about in _DECLARED.items() if about.decides in (TRAINING, EXCHANGE))
+"""Settings that set variants apart."""
 
 
 def label(settings: Mapping[str, Scalar], keys: Iterable[str]) -> str:
@@ -77,18 +63,14 @@ def config_of(settings: Mapping[str, Scalar]) -> RunConfig:
 
 def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:
     """Return what a trial's run of a control depends on: equal for two trials whose runs of it would be the same."""
-    tuned = settings["regime"] == "tuned"  # then a part of each peer's data is held out of its control too
-    common = (*effective(settings, CONTROL_KEYS), tuned)
-    held_out = settings["validation-share"] if tuned or settings["evaluate-on"] == "validation" else None
+    config = config_of(settings)
+    depends = [key for key, about in _DECLARED.items() if name in about.controls(config)]
+    tuned = config.regime == "tuned"  # then a part of each peer's data is held out of its control too
+    common = (*effective(settings, depends), *depends, tuned)
     if name == "pooled":
-        return (*common, held_out, settings["pooled-model"], settings["local-epochs"])
-    joint = config_of(settings).joint
-    steps = (settings["distill-epochs"], settings["proxy-per-round"]) if joint else (settings["local-epochs"],)
-    present = settings["participation"], settings["round-timeout"]
-    averages = settings["fedavg-start"] if settings["strategy"] == "fedavg" else None  # in which rounds it trains
-    other = f"{settings['fedavg-model']}, {settings['fedavg-start']}" if leaves_own_models(settings) else None
-    everything = tuple(v for k, v in settings.items() if k not in _SAME_RUN) if _decides_alone(settings) else ()
-    return (*common, held_out, *present, joint, *steps, averages, other, *everything)
+        return common
+    alone = [value for key, value in settings.items() if key not in depends and _DECLARED[key].decides != BOOKKEEPING]
+    return (*common, config.joint, *(alone if _decides_alone(settings) else ()))
 
 
 def _decides_alone(settings: Mapping[str, Scalar]) -> bool:

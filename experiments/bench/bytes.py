@@ -27,7 +27,7 @@ from experiments.compare.recipe import Recipe
 from experiments.compare.running import compare
 from experiments.launch.runner import Federation
 from fedkd.errors import FedkdError, SettingError
-from fedkd.settings.config import Scalar
+from fedkd.settings.declare import Scalar
 
 BASELINE = "fp32"
 CODECS = (BASELINE, "fp16", "int8", "topk:3", "topk:1")

@@ -31,7 +31,8 @@ from typing import Any
 from experiments.analysis.settings import control_group, control_groups, effective, has_effect, leaves_own_models
 from experiments.launch.project import with_absolute_paths
 from fedkd.errors import FedkdError, SettingError
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 from fedkd.settings.rules import split_list
 
 Settings = dict[str, Scalar]

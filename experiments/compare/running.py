@@ -18,7 +18,8 @@ from experiments.outputs import REPORT, is_json_with, refuse_foreign
 from fedkd.errors import FedkdError
 from fedkd.results.claim import held
 from fedkd.results.folder import RunFolder
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 from strategies.relay.trials import Trial
 
 _ELSEWHERE = {"out-dir", "run-name", "resume"}

@@ -18,7 +18,8 @@ from experiments.launch.runner import Federation, launch
 from experiments.outputs import refuse_foreign
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import held
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 
 if TYPE_CHECKING:
     import optuna

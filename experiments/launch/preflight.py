@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.errors import SettingError
-from fedkd.plugins import is_callable_spec
 from fedkd.results.claim import refuse_held, refuse_taken
 from fedkd.settings.config import PEER, RunConfig
+from fedkd.settings.declare import FILES, declared
 from fedkd.settings.rules import DATASETS, SOURCES, STRATEGIES, split_list
 from strategies.relay.resuming import resumed
 from strategies.relay.trials import read_trials
@@ -123,10 +123,11 @@ def _check_files(config: RunConfig, peers: int) -> None:
                 raise SettingError(key, spec, f"npz:PATH of a file; there is none at {place}")
             if kind == "folder" and not (Path(place).is_dir() or Path(place.rpartition("@")[0]).is_dir()):
                 raise SettingError(key, spec, f"folder:PATH of a folder; there is none at {place}")
-    for key, dealt in (("checkpoints", config.checkpoints), ("held-out", config.held_out)):
-        for entry in dealt.split(","):
-            if entry.strip() not in ("", "-") and not Path(entry.strip()).expanduser().is_file():
-                raise SettingError(key, entry.strip(), "files that exist, or - for none")
+    values = config.to_mapping()
+    for key in (key for key, about in declared(RunConfig).items() if about.opens == FILES):
+        for entry in split_list(str(values[key])):
+            if entry != "-" and not Path(entry).expanduser().is_file():
+                raise SettingError(key, entry, "files that exist, or - for none")
     if config.trials and not Path(config.trials).is_file():
         raise SettingError("trials", config.trials, "a file of trials")
 
@@ -140,12 +141,12 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _specs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the settings that name code of one's own."""
-    named = {"dataset": config.dataset, "proxy": config.proxy, "divergence": config.divergence}
-    several = [("models", spec) for spec in split_list(config.models)]
-    for key, spec in [*several, *named.items(), ("strategy", config.strategy)]:
-        if is_callable_spec(spec) and not spec.startswith(("npz:", "folder:")):
-            yield key, spec
+    """Yield what settings name of one's own code."""
+    values = config.to_mapping()
+    for key, about in declared(RunConfig).items():
+        for spec in split_list(str(values[key])):
+            if about.names_code(spec) and not spec.startswith(("npz:", "folder:")):
+                yield key, spec
 
 
 def _check_module(key: str, spec: str, *, app: Path, cwd: Path) -> None:

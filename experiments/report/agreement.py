@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.analysis.runs import Run
-from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.settings.config import RunConfig
+from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.wire.features import without_features
 from strategies.relay.ledger import Ledger, LedgerError
 

@@ -9,20 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.report import heat_maps
-
-from experiments.report import figures
-
-from experiments.report import panels
-from experiments.report.figure_style import Figure, Table
 from experiments.analysis.checks import checks, matched_gradients
 from experiments.analysis.comparison import Comparison, again, comparison_runs
-from experiments.outputs import REPORT, is_report, refuse_foreign
 from experiments.analysis.ranks import Ranking, rank
-from experiments.analysis.statistics import MEASURES, every_pair, price
 from experiments.analysis.runs import Run, Scenario, Study, final_level, read_run, shared_seeds, study
-from experiments.report.tables import ends, numbers, shown
+from experiments.analysis.statistics import MEASURES, every_pair, price
+from experiments.outputs import REPORT, is_report, refuse_foreign
+from experiments.report import figures, heat_maps, panels
+from experiments.report.figure_style import Figure, Table
 from experiments.report.sentences import NEAR_THE_BEST, about_noise, how_to_read, in_short, points, share, what_came_out
+from experiments.report.tables import ends, numbers, shown
 from fedkd.errors import FedkdError, SettingError
 
 _TEMPLATE = Path(__file__).parent / "page.html.jinja"

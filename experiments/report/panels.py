@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.report.figure_style import COLORS, Figure, Table, legend, percent, small_panels
-from experiments.report.agreement import agreement, reliability
-from experiments.analysis.statistics import mean
 from experiments.analysis.runs import Variant, best_first
+from experiments.analysis.statistics import mean
+from experiments.report.agreement import agreement, reliability
+from experiments.report.figure_style import COLORS, Figure, Table, legend, percent, small_panels
 
 _FEW_PEERS = 24
 _MOST_WRITTEN = 10  # rows of a matrix with its numbers written into it

@@ -16,7 +16,7 @@ from experiments.analysis.runs import Run, read_run
 from experiments.analysis.settings import effective
 from experiments.studies.record import ELSEWHERE, OUTCOMES, Record, fingerprint
 from fedkd.errors import FedkdError
-from fedkd.settings.config import Scalar
+from fedkd.settings.declare import Scalar
 
 _ALWAYS = {"partition", "seed"}
 _PATH = re.compile(r"(?:(?<=[:,=])|^)[ ]*(?:/|~|\.\./)[^,]*")

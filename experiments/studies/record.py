@@ -15,7 +15,8 @@ from pathlib import Path
 from experiments.analysis.runs import Point, carrier_of, carriers, counts_from
 from experiments.analysis.settings import control_group, effective
 from fedkd.errors import FedkdError
-from fedkd.settings.config import RunConfig, Scalar
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import Scalar
 
 Record = dict[str, object]
 

@@ -10,7 +10,7 @@ from experiments.analysis import statistics
 from experiments.analysis.settings import config_of
 from experiments.analysis.statistics import Comparison, Values
 from experiments.studies.record import Recorded, read_trials
-from fedkd.settings.config import Scalar
+from fedkd.settings.declare import Scalar
 
 Trials = Sequence[Recorded]
 MEASURES = ("ce", "kl", "jeffreys", "js", "td", "sed", "msed")

@@ -14,6 +14,7 @@ from fedkd.losses.divergences import register
 from fedkd.losses.teachers import Objective, Prepared, objective
 from fedkd.plugins import is_callable_spec, load_callable
 from fedkd.settings.config import RunConfig
+from fedkd.settings.learning import Learning
 
 _ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
 
@@ -163,7 +164,7 @@ def _try(divergence: Callable[..., Any], name: str) -> None:
         raise SettingError("divergence", name, f"{allowed}, differentiable in the student's logits")
 
 
-def _options(config: RunConfig) -> dict[str, float | int | str]:
+def _options(config: Learning) -> dict[str, float | int | str]:
     """Return the divergence's own options."""
     if config.divergence == "bdkd":
         return {"delta": config.bdkd_delta, "rule": config.bdkd_rule}

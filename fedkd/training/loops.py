@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fedkd.errors import FedkdError
 from fedkd.losses.teachers import Prepared
 from fedkd.seeding import derive, seeded
-from fedkd.settings.config import RunConfig
+from fedkd.settings.training import Training
 from fedkd.training.distillation import Distillation
 from fedkd.training.fast import forward
 from fedkd.training.optimizers import Descent
@@ -75,7 +75,7 @@ class Optimization:
     fast: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> "Optimization":
+    def from_config(cls, config: Training) -> "Optimization":
         """Take the settings of a run."""
         return cls(
             config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size, config.fast

@@ -15,12 +15,13 @@ from clients.limits import Limits
 from clients.own_settings import _KEYS as OWN_KEYS
 from clients.own_settings import own_settings
 from clients.peer import Peer
-from fedkd.settings.config import COSTS, FREE, RunConfig, key
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import COSTS, FREE, key, of
 from fedkd.settings.effect import idle
 from fedkd.wire.messages import Kind, Letter, Mail, pack_mail, unpack_answer
 
 ALL = {key(spec.name): spec for spec in fields(RunConfig)}
-COSTLY = {name: spec.metadata["costs"] for name, spec in ALL.items() if spec.metadata["costs"] not in ("", FREE)}
+COSTLY = {name: of(spec).costs for name, spec in ALL.items() if of(spec).costs not in ("", FREE)}
 WHERE = {
     "merge-epochs": {"strategy": "fedavg", "fedavg-start": "distilled"},
     "local-epochs": {"schedule": "alternate"},
@@ -51,7 +52,7 @@ def absurd(name):
     spec = ALL[name]
     if isinstance(spec.default, str):
         return ",".join(["1"] * 4000)
-    return next(value for value in (2**62, 10**9, 4096, 64) if spec.metadata["rule"].accepts(value))
+    return next(value for value in (2**62, 10**9, 4096, 64) if of(spec).rule.accepts(value))
 
 
 def is_number(spec):
@@ -60,8 +61,7 @@ def is_number(spec):
 
 @pytest.mark.parametrize("name", [name for name, spec in ALL.items() if is_number(spec)])
 def test_every_number_says_what_it_costs_a_peer_or_that_it_is_free(name):
-    """A new setting without such a word fails here: give `_setting` the limit that bounds it, or FREE."""
-    assert ALL[name].metadata["costs"] in (FREE, *COSTS)
+    assert of(ALL[name]).costs in (FREE, *COSTS)
 
 
 def test_every_cost_is_bounded_by_a_setting_of_the_peers():

@@ -25,6 +25,7 @@ from clients.worker import LOCK, SOCKET
 from clients.worker_client import WorkerError, ask
 from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import key, of
 from fedkd.wire.messages import Mail, pack_mail, unpack_answer
 from strategies.relay.rounds import RelayError
 
@@ -235,28 +236,30 @@ def test_a_deployed_peer_opens_nothing_that_the_server_names(tmp_path, sites, mi
     assert list(tmp_path.rglob(LOCK)) == []
 
 
+OURS = {"fedavg_model": "mlp", "pooled_model": "mlp", "divergence": "js"}
+
+
 def accepts(field, value):
-    return field.metadata["rule"].accepts(value)
+    return of(field).rule.accepts(value)
 
 
 def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path, sites):
     """All texts that may name code or a file are either replaced by the peer's own, or nothing a peer opens."""
     evil_of = {f.name: f"evil.{f.name}:run" for f in dataclasses.fields(RunConfig) if isinstance(f.default, str)}
     texts = [f.name for f in dataclasses.fields(RunConfig) if f.name in evil_of and accepts(f, evil_of[f.name])]
-    names_only = {"codec", "topology", "resume", "out_dir", "flow_layers", "trials", "fedavg_model", "pooled_model"}
+    names_only = {"codec", "topology", "resume", "out_dir", "flow_layers", "trials"}
     evil = replace(RunConfig(), **{name: evil_of[name] for name in texts}, download=True)
     place = place_of(sites[0], tmp_path)
 
-    settled = place.settings(replace(evil, fedavg_model="mlp", divergence="js", strategy="averaged"))
+    settled = place.settings(replace(evil, **OURS, strategy="averaged"))
 
     assert {name for name in texts if "evil" in str(getattr(settled, name))} <= names_only
     assert not settled.download
     assert place.model_spec(settled) == "mlp"
     assert place.checkpoint_path(settled) is None
-    with pytest.raises(SettingError, match="fedavg-model"):
-        place.settings(replace(evil, divergence="js"))
-    with pytest.raises(SettingError, match="divergence"):
-        place.settings(replace(evil, fedavg_model="mlp"))
+    for name in OURS:
+        with pytest.raises(SettingError, match=key(name)):
+            place.settings(replace(evil, **{**OURS, name: getattr(evil, name)}))
 
 
 @pytest.mark.parametrize(

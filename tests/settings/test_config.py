@@ -9,8 +9,10 @@ import pytest
 
 from fedkd.errors import SettingError
 from fedkd.losses import divergences
-from fedkd.settings.config import RunConfig, key, settings_table
+from fedkd.settings.config import RunConfig
+from fedkd.settings.declare import key
 from fedkd.settings.rules import DIVERGENCES
+from fedkd.settings.table import settings_table
 
 ROOT = Path(__file__).parents[2]
 

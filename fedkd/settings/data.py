@@ -1,0 +1,77 @@
+"""What peers know, and what they share."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedkd.settings.declare import BOOKKEEPING, DATA, FREE, MACHINE, PATH, SOURCE, Condition, setting
+from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, one_of
+
+PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What peers know, and what they share."""
+
+    title: ClassVar[str] = "What the peers know and what they share"
+
+    dataset: str = setting(
+        "digits",
+        NON_EMPTY,
+        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH` or "
+        "`package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
+        decides=DATA,
+        opens=SOURCE,
+        own="dataset",
+    )
+    data_dir: str = setting(
+        "",
+        ANY,
+        "folder where torchvision's data sets lie; empty: `~/.cache/fedkd/data`",
+        decides=MACHINE,
+        opens=PATH,
+        own="data-dir",
+    )
+    download: bool = setting(False, ANY, "let torchvision download a missing data set", decides=BOOKKEEPING)
+    partition: str = setting(
+        "dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers", decides=DATA
+    )
+    partition_alpha: float = setting(
+        0.3,
+        above(0),
+        "concentration of `dirichlet`: small is skewed",
+        decides=DATA,
+        takes=Condition("partition dirichlet", lambda c: c.partition == "dirichlet"),
+        costs=FREE,
+    )
+    classes_per_peer: int = setting(
+        2,
+        at_least(1),
+        "classes a peer holds under `classes`",
+        decides=DATA,
+        takes=Condition("partition classes", lambda c: c.partition == "classes"),
+        costs=FREE,
+    )
+    shared_classes: int = setting(
+        2,
+        at_least(1),
+        "classes every peer holds under `overlap`",
+        decides=DATA,
+        takes=Condition("partition overlap", lambda c: c.partition == "overlap"),
+        costs=FREE,
+    )
+    proxy: str = setting(
+        "split",
+        NON_EMPTY,
+        "`split`: public images taken from the training set before partitioning; or any data source",
+        decides=DATA,
+        opens=SOURCE,
+        own="proxy",
+    )
+    proxy_size: int = setting(400, at_least(1), "images in the public proxy set", decides=DATA, costs="max-proxy-size")
+    normalize: str = setting(
+        "auto",
+        one_of("auto", "imagenet", "none"),
+        "input scaling: `auto` takes mean and deviation from the proxy set",
+        decides=DATA,
+    )

@@ -1,0 +1,83 @@
+"""The peers' models and how they are trained."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedkd.settings.declare import CODE, EPOCHS, FILES, FREE, START, TRAINING, Condition, setting
+from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, between, one_of
+
+if TYPE_CHECKING:
+    from fedkd.settings.config import RunConfig
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+def _pretrain_epochs(c: "RunConfig", kind: str, round: int) -> int:
+    return c.pretrain_epochs if kind == "start" and not c.cold else 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """The peers' models and how they are trained."""
+
+    title: ClassVar[str] = "The peers' models and how they train"
+
+    models: str = setting(
+        "mlp,cnn-small,cnn-wide,resnet8,resnet14,resnet20",
+        NON_EMPTY,
+        "model names, dealt out over the peers in order",
+        decides=START,
+        opens=CODE,
+        own="model",
+    )
+    checkpoints: str = setting(
+        "",
+        ANY,
+        "checkpoint paths, dealt out like `models`; `-` or empty: none",
+        decides=START,
+        opens=FILES,
+        own="checkpoint",
+    )
+    held_out: str = setting(
+        "",
+        ANY,
+        "files of the indices of training samples that the `checkpoints` were not trained on, dealt out alike; peers "
+        "choose by them and never train on them; `-` or empty: none is known",
+        decides=START,
+        opens=FILES,
+        own="held-out",
+    )
+    pretrain_epochs: int = setting(
+        20,
+        at_least(0),
+        "epochs on private data before round 1",
+        decides=START,
+        epochs=_pretrain_epochs,
+        costs=EPOCHS,
+    )
+    optimizer: str = setting("adam", one_of(*OPTIMIZERS), "optimiser of every training phase", decides=TRAINING)
+    learning_rate: float = setting(
+        0.001, above(0), "learning rate of every training phase", decides=TRAINING, costs=FREE
+    )
+    momentum: float = setting(
+        0.9,
+        between(0, 0.999),
+        "momentum of `sgd`",
+        decides=TRAINING,
+        takes=Condition("optimizer sgd", lambda c: c.optimizer == "sgd"),
+        costs=FREE,
+    )
+    weight_decay: float = setting(0.0, at_least(0), "weight decay", decides=TRAINING, costs=FREE)
+    batch_size: int = setting(32, at_least(2), "images per step", decides=TRAINING, costs="max-batch-size")
+    fast: bool = setting(
+        False,
+        ANY,
+        "compute in bfloat16 where that is faster, with fused steps, channels last; not bit by bit the same",
+        decides=TRAINING,
+    )
+    compiled: bool = setting(
+        False,
+        ANY,
+        "compile models, on a GPU into CUDA graphs: minutes for each architecture in each actor",
+        decides=TRAINING,
+    )
