@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
+from clients.builder import Builder
 from clients.configuration import PeerConfig
 from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.device import pick_device
@@ -32,11 +33,9 @@ from clients.runs import close, make_room, refuse_other_data, remember_data, run
 from clients.state import Store, Trained
 from fedkd import metrics, models
 from fedkd.results.profile import Stopwatch
-from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
 from fedkd.source import source_hash, source_root
-from fedkd.training.fast import arranged, compiled
 from fedkd.training.loops import Diverged, predict
 from fedkd.training.memory import keep_freed_memory
 from fedkd.wire.codecs import BadKnowledge, codec
@@ -86,6 +85,9 @@ class Peer:
         self.versions = file_versions(peer_config, run)
         self.site: Site = open_site(config, peer_config, self.device, self.versions)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
+        self.classes = len(self.site.commons.source.classes)
+        shape = tuple(self.site.commons.proxy_inputs.shape[1:])
+        self.models = Builder(config, peer_config, shape, self.classes, self.device)
         self.learner = self._learner()
         self.codec = codec(config.codec)
         self.store = Store(run_folder(peer_config.state_dir, run), run)
@@ -95,8 +97,7 @@ class Peer:
         self.secrets = _secrets(peer_config, self.store) if config.sealed else None
         self.final = Final(peer_config, config, self.site.commons)
         self.private = Private.of(config, peer_config, run)
-        self.classes = len(self.site.commons.source.classes)
-        self.flow = Flow.from_config(config, self._bare()) if config.method == "infoflow" else None
+        self.flow = Flow.from_config(config, self.models.bare()) if config.method == "infoflow" else None
 
     def answer(self, mail: Mail) -> Answer:
         """Do what a mail asks for."""
@@ -125,7 +126,7 @@ class Peer:
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        own, name = self._build(), self.peer_config.model_spec(self.config)
+        own, name = self.models.own(), self.peer_config.model_spec(self.config)
         model = own
         if checkpoint := self.peer_config.checkpoint_path(self.config):
             check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)
@@ -134,9 +135,9 @@ class Peer:
         if self.private:
             self.private.check_budget()
         if self.config.flow_auxiliary and self.flow:
-            self._widened()  # a model that cannot be widened is an error before any training
+            self.models.widened()  # a model that cannot be widened is an error before any training
         if self.config.strategy == "fedavg":
-            model, merged = self._common(), self.config.fedavg_start == "distilled"
+            model, merged = self.models.common(), self.config.fedavg_start == "distilled"
             name = f"{name} → {self.config.fedavg_model}" if merged else self.config.fedavg_model
             self._rehearse(model, self.config.fedavg_model, key="fedavg-model")
         if self.config.strategy != "fedavg" or self.config.fedavg_start == "distilled":
@@ -174,7 +175,7 @@ class Peer:
         averages = self.config.strategy == "fedavg"
         cold = averages and self.config.fedavg_start == "cold"
         common = averages and self.config.fedavg_start != "distilled"
-        model = self._common() if common else self._build()
+        model = self.models.common() if common else self.models.own()
         trained = Trained() if cold else Trained(samples=self._pretrain(model, common=common))
         if mail.round > 0:  # a late start: the controls still look for round 0
             self.store.save(0, model, trained=trained)
@@ -238,7 +239,7 @@ class Peer:
 
     def _merge(self, mail: Mail) -> Answer:
         """Distil all peers' knowledge into the common model that federated averaging starts from."""
-        model = self._common()
+        model = self.models.common()
         heard, refused = self._hear(mail, {})
         if heard is None:
             raise BadKnowledge(f"no peer's knowledge can be used: {'; '.join(refused)}")
@@ -252,7 +253,7 @@ class Peer:
         and a round done over. So the control goes by what the peer's state says.
         """
         fedavg = self.config.strategy == "fedavg"
-        model = self._common() if fedavg and self.config.fedavg_start != "distilled" else self._build()
+        model = self.models.common() if fedavg and self.config.fedavg_start != "distilled" else self.models.own()
         self.store.load(0, model)
         trained = self.store.trained(before=mail.round + 1)
         curve = [(0, self._measure(model))]
@@ -272,7 +273,7 @@ class Peer:
         samples as these peers saw together: its number is told beside theirs.
         """
         self.site = open_pool(self.config, self.peer_config, self.device)
-        model = self._new(self.config.pooled_model, key="pooled-model", seed_key=self.peer_config.index)
+        model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
         learner.local(model, round=0, epochs=epochs)
@@ -303,45 +304,15 @@ class Peer:
         return self.config.profile and self.device.type == "cuda"
 
     def _learner(self) -> Learner:
-        return Learner(self.config, self.site, self.peer_config.index, auxiliary=self._widened, watch=self.watch)
-
-    def _bare(self) -> nn.Module:
-        """Return this peer's architecture with its own initialisation."""
-        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key=self.peer_config.index)
-
-    def _widened(self) -> nn.Module:
-        """Return this peer's architecture at double width, to be its auxiliary teacher."""
-        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
-
-    def _build(self) -> nn.Module:
-        """Return this peer's model as it comes: its checkpoint, or its own initialisation."""
-        model = self._bare()
-        checkpoint = self.peer_config.checkpoint_path(self.config)
-        if checkpoint is not None:
-            models.load_checkpoint(model, checkpoint, key="checkpoints")
-        return model
-
-    def _common(self) -> nn.Module:
-        """Return the one architecture that is averaged, with the initialisation that all peers derive alike."""
-        return self._new(self.config.fedavg_model, key="fedavg-model", seed_key="common")
+        return Learner(self.config, self.site, self.peer_config.index, auxiliary=self.models.widened, watch=self.watch)
 
     def _given(self, mail: Mail) -> nn.Module:
         """Return the common model with the weights that the server sent."""
-        model = self._common()
+        model = self.models.common()
         if len(mail.letters) != 1:
             raise BadKnowledge(f"expected one letter with the server's weights, but got {len(mail.letters)}")
         load_weights(model, mail.letters[0].arrays)
         return model
-
-    def _new(self, spec: str, *, key: str, seed_key: int | str, width: float = 1.0) -> nn.Module:
-        shape = tuple(self.site.commons.proxy_inputs.shape[1:])
-        seed = derive(self.config.seed, "init", seed_key)
-        model = models.build(spec, input_shape=shape, num_classes=self.classes, seed=seed, width=width, key=key)
-        model = model.to(self.device)
-        # On a CPU this order is the faster one in float32 too. One's own model may count on the other (`view`).
-        if self.config.fast or (self.device.type == "cpu" and models.is_ours(spec)):
-            model = arranged(model)
-        return compiled(model) if self.config.compiled else model
 
     def _recall(self, round: int) -> tuple[nn.Module, Memo]:
         """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
@@ -349,7 +320,7 @@ class Peer:
         warm = _warm.pop(self._warm_key, None)
         if warm is not None and warm.round == before:
             return warm.model, dict(warm.memo)
-        model = self._bare()
+        model = self.models.bare()
         return model, self.store.load(before, model)
 
     def _close(

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.analysis.runs import Scenario, Study, Variant, differing, shared_seeds
 from experiments.analysis.settings import label
 from experiments.analysis.statistics import Comparison, compare
+from experiments.analysis.variants import Scenario, Study, Variant, differing, shared_seeds
 
 _CLOSE = 0.005
 """Differences of accuracy up to this are agreement even under every seed: rounding can tip single samples."""

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from experiments.analysis.ranks import Ranking
-from experiments.analysis.runs import Scenario, Variant, differing
 from experiments.analysis.settings import label
 from experiments.analysis.statistics import INTERVAL, Price, mean, median
+from experiments.analysis.variants import Scenario, Variant, differing
 from experiments.report.figure_style import COLORS, Figure, Table, amount, folded, legend, new_axes, percent, rows_of
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.runs import Scenario, Variant, differing
 from experiments.analysis.settings import config_of, label
 from experiments.analysis.statistics import Comparison
+from experiments.analysis.variants import Scenario, Variant, differing
 from experiments.report.figure_style import Figure, folded, new_axes
 
 _MOST_WRITTEN = 10  # rows of a matrix with its numbers written into it

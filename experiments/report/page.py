@@ -12,8 +12,9 @@ from typing import Any
 from experiments.analysis.checks import checks, matched_gradients
 from experiments.analysis.comparison import Comparison, again, comparison_runs
 from experiments.analysis.ranks import Ranking, rank
-from experiments.analysis.runs import Run, Scenario, Study, final_level, read_run, shared_seeds, study
+from experiments.analysis.runs import Run, read_run
 from experiments.analysis.statistics import MEASURES, every_pair, price
+from experiments.analysis.variants import Scenario, Study, final_level, shared_seeds, study
 from experiments.outputs import REPORT, is_report, refuse_foreign
 from experiments.report import figures, heat_maps, panels
 from experiments.report.figure_style import Figure, Table

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.analysis.runs import Variant, best_first
 from experiments.analysis.statistics import mean
+from experiments.analysis.variants import Variant, best_first
 from experiments.report.agreement import agreement, reliability
 from experiments.report.figure_style import COLORS, Figure, Table, legend, percent, small_panels
 

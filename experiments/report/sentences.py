@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from experiments.analysis.runs import Scenario, Study, differing, final_level, shared_seeds
 from experiments.analysis.settings import has_effect, label
 from experiments.analysis.statistics import FEWEST_SEEDS, INTERVAL, median, price
+from experiments.analysis.variants import Scenario, Study, differing, final_level, shared_seeds
 from strategies.relay.console import size
 
 NEAR_THE_BEST = 0.98

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.analysis.runs import Run, Scenario, Variant
+from experiments.analysis.runs import Run
 from experiments.analysis.settings import from_scratch
 from experiments.analysis.statistics import Price, mean, median
+from experiments.analysis.variants import Scenario, Variant
 from experiments.report.sentences import points, share
 from strategies.relay.console import size
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.analysis.runs import Point, carrier_of, carriers, counts_from
+from experiments.analysis.runs import Point, counts_from
 from experiments.analysis.settings import control_group, effective
+from experiments.analysis.variants import carrier_of, carriers
 from fedkd.errors import FedkdError
 from fedkd.settings.config import RunConfig
 from fedkd.settings.declare import Scalar

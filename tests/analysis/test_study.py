@@ -13,8 +13,9 @@ from runs_on_disk import make_run
 from scipy import stats
 
 from experiments.analysis.checks import checks, matched_gradients
-from experiments.analysis.runs import read_run, study
+from experiments.analysis.runs import read_run
 from experiments.analysis.statistics import compare, every_pair, holm, mean, median, price
+from experiments.analysis.variants import study
 from experiments.report.agreement import agreement, reliability
 from fedkd.errors import FedkdError
 

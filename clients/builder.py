@@ -1,0 +1,68 @@
+"""The models that a peer builds: its own, as it comes or bare, and those of baselines and controls."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clients.configuration import PeerConfig
+from fedkd import models
+from fedkd.seeding import derive
+from fedkd.settings.config import RunConfig
+from fedkd.training.fast import arranged, compiled
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds models on a peer's device, each with an initialisation that derives from the seed and what it is for.
+
+    Attributes:
+        config: the run's settings as they hold at the peer.
+        peer_config: the peer's own.
+        shape: of one input.
+        classes: how many a model tells apart.
+        device: where it computes.
+    """
+
+    config: RunConfig
+    peer_config: PeerConfig
+    shape: tuple[int, ...]
+    classes: int
+    device: torch.device
+
+    def bare(self) -> nn.Module:
+        """Return this peer's architecture with its own initialisation."""
+        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key=self.peer_config.index)
+
+    def own(self) -> nn.Module:
+        """Return this peer's model as it comes: its checkpoint, or its own initialisation.
+
+        Raises:
+            SettingError: the checkpoint does not fit.
+        """
+        model = self.bare()
+        checkpoint = self.peer_config.checkpoint_path(self.config)
+        if checkpoint is not None:
+            models.load_checkpoint(model, checkpoint, key="checkpoints")
+        return model
+
+    def widened(self) -> nn.Module:
+        """Return this peer's architecture at double width, to be its auxiliary teacher."""
+        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
+
+    def common(self) -> nn.Module:
+        """Return the one architecture that is averaged, with the initialisation that all peers derive alike."""
+        return self._new(self.config.fedavg_model, key="fedavg-model", seed_key="common")
+
+    def pooled(self) -> nn.Module:
+        """Return the model of the pooled control."""
+        return self._new(self.config.pooled_model, key="pooled-model", seed_key=self.peer_config.index)
+
+    def _new(self, spec: str, *, key: str, seed_key: int | str, width: float = 1.0) -> nn.Module:
+        seed = derive(self.config.seed, "init", seed_key)
+        model = models.build(spec, input_shape=self.shape, num_classes=self.classes, seed=seed, width=width, key=key)
+        model = model.to(self.device)
+        # On a CPU this order is the faster one in float32 too. One's own model may count on the other (`view`).
+        if self.config.fast or (self.device.type == "cpu" and models.is_ours(spec)):
+            model = arranged(model)
+        return compiled(model) if self.config.compiled else model
