@@ -2,8 +2,8 @@
 
 `clients`, `strategies` and `experiments` are names that other projects use too. On the top level of somebody's
 site-packages they would shadow, or be shadowed by, packages of the same names. Flower wants an app as a folder anyway,
-so a wheel carries it as `fedkd/flower-app`: nobody can import from there by accident, and the command `fedkd` puts it
-on its own process's path alone (`fedkd/__main__.py`).
+so a wheel carries it as `fedkd/flower-app`: nobody can import from there by accident. The command `fedkd` puts it on
+its own process's path alone (`fedkd/__main__.py`), and `fedkd.run` at the end of a notebook's (`fedkd/notebook.py`).
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 APP = "fedkd/flower-app"
 ROOMS = ("clients", "strategies", "experiments")
-KINDS = (".py", ".toml", ".jinja")
+KINDS = (".py", ".toml", ".jinja", ".ipynb")
 _NOT_OURS = ("__pycache__", "runs", "build", "dist", "gpu_kit")  # the kit packs a clone, and is no part of the app
 _OWN_LIBRARY = '    "fedkd/**/*.py",\n'
 

@@ -2,10 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 import typer.core
@@ -16,10 +14,6 @@ from experiments.deploy.cli import app as deploy
 from fedkd import __version__
 from fedkd.errors import FedkdError, SettingError
 
-if TYPE_CHECKING:
-    from fedkd.settings.config import RunConfig
-
-_PEERS = 6
 _RECIPES = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
 
 typer.core.HAS_RICH = False  # with it, plain help has the backslashes of rich's markup
@@ -58,54 +52,8 @@ def _whole(option: str, word: str) -> int:
         raise SettingError(option, word, "whole numbers with commas between them") from error
 
 
-@contextmanager
-def _board(folder: Path | None) -> Iterator[Callable[..., Callable[[str], None]]]:
-    """Yield what makes a taker of lines also write for TensorBoard, where a folder for that is given."""
-    if folder is None:
-        yield lambda out, trials=None: out
-        return
-    from experiments.report.tensorboard import Board
-
-    with Board(folder) as board:
-        yield board.follow
-
-
-def _how_many(option: int | None, settings: Mapping[str, Any]) -> int:
-    """Return how many peers a run has: as an option says, a setting, or the run that is resumed."""
-    word = int(settings.get("peers", 0))
-    if option is not None and word not in (0, option):
-        raise SettingError("peers", word, f"left out beside --peers {option}")
-    before = 0
-    if resumed := str(settings.get("resume", "")):
-        from experiments.analysis.runs import read_run
-
-        earlier = read_run(Path(resumed))
-        before = int(earlier.settings["peers"])
-        if option is not None and len(earlier.peers) not in (0, option):  # no row: nobody has begun to learn
-            raise SettingError("--peers", option, f"{before} as in the run that is resumed")
-        if option is None and not before:
-            allowed = "a run that was stopped after its peers had introduced themselves: start this one anew"
-            raise SettingError("resume", resumed, allowed)
-    return option if option is not None else word or before or _PEERS
-
-
-def _may_share(settings: Mapping[str, Any]) -> bool:
-    """Tell whether the relay can be told how many peers there are, as it has to be where they share nodes.
-
-    Not where each trial of a file says so, and not where a run is resumed that has counted nodes.
-    """
-    from fedkd.results.folder import RunFolder
-
-    if settings.get("trials"):
-        return False
-    resumed = str(settings.get("resume", ""))
-    return not resumed or RunFolder(Path(resumed)).read_config()["settings"].get("peers", 0) > 0
-
-
-def _finished(run: Path) -> bool:
-    """Tell that a run is complete, with its table, if it is."""
-    if not (run / "summary.json").exists():
-        return False
+def _show_complete(run: Path) -> None:
+    """Say that a run to be resumed is complete, with its table."""
     from experiments.analysis.runs import read_run
     from experiments.report.terminal import show as show_run
 
@@ -113,17 +61,10 @@ def _finished(run: Path) -> bool:
     done = f"{found.summary.get('totals', {}).get('rounds', 0):.0f}"
     typer.echo(f"already complete ({done} of {found.settings['rounds']} rounds)")
     show_run(run)
-    return True
 
 
-def _say_how_to_go_on(config: "RunConfig", folder: Path) -> None:
-    """Give the command that resumes the run in a folder, if a round of it has closed."""
-    from strategies.relay.trials import resumable
-
-    if config.trials or not resumable(config) or not (folder / "relay.safetensors").exists():
-        return
-    if (folder / "summary.json").exists():  # all rounds are done: what failed would fail again
-        return
+def _say_how_to_go_on(folder: Path) -> None:
+    """Give the command that resumes the run in a folder."""
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     typer.echo(f"go on: {shlex.join(['fedkd', 'run', f'resume={near}'])}", err=True)
 
@@ -170,49 +111,32 @@ def run(
     README has the table of all. The exit status is 0 if the run completed, 1 if it failed, 2 for a mistake found before
     it began.
     """
-    from experiments.launch.preflight import check_machine
-    from experiments.launch.project import OWN_FOLDER, Project
-    from experiments.launch.runner import Federation, launch
+    from experiments.simulation import simulate
 
-    project = Project.read(app_folder)
-    settings = project.settings([*(pairs or []), *(["profile=true"] if profile else [])], cwd=Path.cwd())
-    own = project.folder == OWN_FOLDER
-    federation = Federation(
-        peers=_how_many(peers, settings if own else {}),
+    done = simulate(
+        [*(pairs or []), *(["profile=true"] if profile else [])],
+        peers=peers,
         cpus_per_peer=cpus_per_peer,
         gpus_per_peer=gpus_per_peer,
         actors=actors,
         gpus=gpus,
-        ray_address=None if ray_address in ("", "local") else ray_address,
+        ray_address=ray_address,
+        app=app_folder,
+        tensorboard=tensorboard,
+        out=typer.echo,
+        verbose=verbose,
     )
-    check_machine(federation)
-    config = None
-    if own and _may_share(settings):
-        federation, settings["peers"] = federation.sharing(), federation.peers
-    if own:
-        from experiments.launch import preflight
-        from fedkd.settings.config import RunConfig
-
-        config = preflight.check(
-            RunConfig.from_mapping({**project.defaults, **settings}), federation.peers,
-            app=OWN_FOLDER, cwd=Path.cwd(), files=not federation.ray_address,
-        )  # fmt: skip
-        if config.resume and _finished(Path(config.resume)):
-            return
-        preflight.check_folder(config)
-    scratch = None
-    with _board(tensorboard) as follow, project.new_folder(settings, cwd=Path.cwd()) as settings:
-        if federation.ray_address:  # the cluster's machines share the results' folder, so they can find the app there
-            scratch = Path(str(settings.get("out-dir") or settings.get("resume") or Path.cwd()))
-            scratch.mkdir(parents=True, exist_ok=True)
-        out = follow(typer.echo)
-        outcome = launch(project.folder, settings, federation, out=out, verbose=verbose, scratch=scratch)
+    outcome = done.outcome
+    if outcome is None:
+        if done.folder:
+            _show_complete(done.folder)
+        return
     if outcome.completed:
         typer.echo(f"completed in {outcome.seconds:.1f} s, Flower's start and end {outcome.flower_seconds:.1f} s of it")
     else:
         typer.echo(f"error: {outcome.reason or outcome.status}", err=True)
-        if config:
-            _say_how_to_go_on(config, Path(str(settings.get("resume") or settings.get("out-dir", ""))))
+        if done.resumable and done.folder:
+            _say_how_to_go_on(done.folder)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -295,21 +219,23 @@ def compare(
     all trials have results, 1 if some failed (the report names them), 2 for a mistake found before anything ran.
     """
     from experiments.compare.recipe import find, read
-    from experiments.compare.running import compare as run_comparison
-    from experiments.launch.preflight import check_machine
+    from experiments.compare.running import compare_recipe
     from experiments.launch.project import Project
-    from experiments.launch.runner import Federation
 
     given = Project.read().settings(pairs or [], cwd=Path.cwd())
     changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
-    chosen = read(find(recipe), quick=quick, changes=changes)
-    federation = Federation(peers=1, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer, actors=actors, gpus=gpus)
-    check_machine(federation)
-    place = folder or Path("runs") / f"compare-{chosen.name}"
-    command = shlex.join(["fedkd", *sys.argv[1:]])
-    with _board(tensorboard) as follow:
-        out = follow(typer.echo, place / "trials")
-        done = run_comparison(chosen, federation, place, command=command, out=out, verbose=verbose)
+    done = compare_recipe(
+        read(find(recipe), quick=quick, changes=changes),
+        folder,
+        command=shlex.join(["fedkd", *sys.argv[1:]]),
+        cpus_per_peer=cpus_per_peer,
+        gpus_per_peer=gpus_per_peer,
+        actors=actors,
+        gpus=gpus,
+        tensorboard=tensorboard,
+        out=typer.echo,
+        verbose=verbose,
+    )
     for name in done.failed[:5]:
         typer.echo(f"no result: {name}", err=True)
     if len(done.failed) > 5:

@@ -146,6 +146,16 @@ def load(file: Path, card: Card) -> nn.Module:
     return model.eval()
 
 
+def load_raw(file: Path) -> Raw:
+    """Build the model of a file, in evaluation mode, with its scaling of inputs before it.
+
+    Raises:
+        FedkdError: the file has no card, or what builds the model cannot be imported or builds another one now.
+    """
+    card = Card.read(file)
+    return Raw(load(file, card), card).eval()
+
+
 def _about(card: Card, form: str) -> dict[str, Any]:
     inside = form != "safetensors"
     scaled = "inside of the model" if inside else "(inputs - mean) / std per channel, before the model"
@@ -204,7 +214,7 @@ def _need_onnx() -> None:
 
 def _raw(found: Path, card: Card) -> tuple[Raw, Tensor]:
     """Return a model that takes raw inputs, and two of those."""
-    raw = Raw(load(found, card), card).eval()
+    raw = load_raw(found)
     for parameter in raw.parameters():
         parameter.requires_grad_(False)
     return raw, torch.rand(2, *card.input_shape, generator=torch.Generator().manual_seed(0))

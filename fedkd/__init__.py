@@ -2,6 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fedkd.notebook import compare, load_model, open_run, run
+
+__all__ = ["compare", "load_model", "open_run", "run"]
+
 try:
     __version__ = version("fedkd")
 except PackageNotFoundError:  # run from an unpacked Flower bundle, where nothing is installed

@@ -2,7 +2,7 @@
 
 The command line lies outside of this package, in the folder of the Flower app: beside it in a clone, inside it in an
 installed wheel, where a generic name like `experiments` must be nobody else's trouble. Only this process puts that
-folder on its path.
+folder first on its path; what a notebook calls (`fedkd/notebook.py`) puts it last.
 """
 
 import importlib

@@ -87,7 +87,8 @@ def test_the_wheel_holds_the_library_and_the_app_whole(installed):
     caches = {path for path in found if any(part.startswith((".", "__pycache__")) for part in path.parts)}
     ours = {path.as_posix() for path in found - caches if "gpu_kit" not in path.parts}  # which packs a clone
 
-    assert "experiments/report.html.jinja" in ours and "experiments/recipes/rounds.toml" in ours
+    assert "experiments/report/page.html.jinja" in ours and "experiments/examples/notebook.ipynb" in ours
+    assert "experiments/recipes/rounds.toml" in ours
     assert files(app) == ours | {"pyproject.toml", "LICENSE"}
     assert not (app / "fedkd").exists()  # the library is there once
     assert (installed / "fedkd" / "py.typed").exists()

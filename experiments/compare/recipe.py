@@ -21,6 +21,7 @@
 
 import hashlib
 import itertools
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from fedkd.settings.rules import split_list
 
 Settings = dict[str, Scalar]
 Axes = Mapping[str, Sequence[Scalar]]
+Values = Scalar | list[Scalar]
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 _PARTS = {"title": str, "paper": str, "claims": list, "target": (int, float), "settings": dict, "quick": dict}
@@ -110,36 +112,67 @@ def find(name: str) -> Path:
     raise RecipeError(f"Expected RECIPE to be a TOML file or one of {known}, but got {name!r}.")
 
 
-def read(path: Path, *, quick: bool = False, changes: Mapping[str, Scalar] | None = None) -> Recipe:
+def read(path: Path, *, quick: bool = False, changes: Mapping[str, Values] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         path: its file.
         quick: put its quick size in the place of the full one.
-        changes: settings that win over the recipe's, and over its axes.
+        changes: settings that win over the recipe's, and over its axes; a list is an axis, if need be a new one.
 
     Raises:
         FedkdError: an unknown key, a value that is not allowed, an empty grid, or a target nothing can reach.
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return _of_text(text, path.stem, path, quick=quick, changes=changes or {})
+
+
+def of_axes(given: Mapping[str, Values]) -> Recipe:
+    """Return the recipe in which lists are crossed and single values are common settings.
+
+    Its name tells the axes and, by a hash, the rest: the same is the same comparison, and anything else another.
+
+    Raises:
+        FedkdError: no list, or an empty one.
+    """
+    axes = {key: values for key, values in given.items() if isinstance(values, list)}
+    if not axes:
+        raise RecipeError("Expected a list of values for at least one setting, such as divergence=['kl', 'js'].")
+    common = {key: value for key, value in given.items() if not isinstance(value, list)}
+    lines = [f"title = {_toml(' × '.join(axes))}", "", "[settings]"]
+    lines += [f"{key} = {_toml(value)}" for key, value in common.items()]
+    lines += ["", "[[grid]]", *(f"{key} = [{', '.join(map(_toml, values))}]" for key, values in axes.items())]
+    text = "\n".join(lines) + "\n"
+    told = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return _of_text(text, f"{'-'.join(axes)[:_LONGEST_NAME]}-{told}", "the comparison", quick=False, changes={})
+
+
+def _of_text(text: str, name: str, path: Path | str, *, quick: bool, changes: Mapping[str, Values]) -> Recipe:
+    """Return the recipe that a text is; a path is for errors alone."""
+    try:
         content = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: {error}") from error
     content, grids = _checked_parts(content, path)
     settings: dict[str, Any] = dict(content.get("settings", {}))
     replaced: dict[str, Any] = dict(content.get("quick", {})) if quick else {}
     target = replaced.pop("target", content.get("target"))
-    for key, value in {**replaced, **(changes or {})}.items():
-        settings, grids = _replaced(key, value, settings, grids, path)
+    for key, value in {**replaced, **changes}.items():
+        if isinstance(value, list) and key in changes and not any(key in axes for axes in grids):
+            grids = [{**axes, key: value} for axes in grids]
+        else:
+            settings, grids = _replaced(key, value, settings, grids, path)
     if target is not None and not 0 < target <= 1:
         raise RecipeError(f"{path}: nothing can reach target = {target}; expected an accuracy in (0, 1].")
     for key in {*settings, *itertools.chain(*grids)}:
         if key in _RESERVED:
             raise RecipeError(f"{path}: `{key}` belongs to the comparison itself and cannot be set in a recipe.")
     return Recipe(
-        name=path.stem + ("-quick" if quick else ""),
-        title=content.get("title", path.stem),
+        name=name + ("-quick" if quick else ""),
+        title=content.get("title", name),
         paper=content.get("paper", ""),
         claims=tuple(content.get("claims", ())),
         target=target,
@@ -192,7 +225,7 @@ def _absolute(settings: Settings, cwd: Path) -> Settings:
     return with_absolute_paths(settings, cwd=cwd, data=cwd / Path(data).expanduser() if data else None)
 
 
-def _checked_parts(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[Axes]]:
+def _checked_parts(content: dict[str, Any], path: Path | str) -> tuple[dict[str, Any], list[Axes]]:
     for key, value in content.items():
         if key == "grid":
             continue
@@ -215,7 +248,7 @@ def _checked_parts(content: dict[str, Any], path: Path) -> tuple[dict[str, Any],
     return content, list(grids)
 
 
-def _check_kind(key: str, value: Any, path: Path) -> None:
+def _check_kind(key: str, value: Any, path: Path | str) -> None:
     if not isinstance(value, _PARTS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
         raise RecipeError(f"{path}: unexpected value of `{key}`: {value!r}.")
     if key == "claims" and not all(isinstance(claim, str) for claim in value):
@@ -223,7 +256,7 @@ def _check_kind(key: str, value: Any, path: Path) -> None:
 
 
 def _replaced(
-    key: str, value: Any, settings: dict[str, Any], grids: list[Axes], path: Path
+    key: str, value: Any, settings: dict[str, Any], grids: list[Axes], path: Path | str
 ) -> tuple[dict[str, Any], list[Axes]]:
     """Put a value, or for an axis a list of values, in the place of what a recipe says."""
     having = [axes for axes in grids if key in axes]
@@ -272,6 +305,10 @@ def _names(trials: Sequence[Settings], varied: Sequence[str]) -> list[str]:
             slug = f"{slug[:_LONGEST_NAME]}-{hashlib.blake2b(everything, digest_size=4).hexdigest()}"
         names.append(slug)
     return names
+
+
+def _toml(value: Scalar) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _plain(value)
 
 
 def _plain(value: Scalar) -> str:

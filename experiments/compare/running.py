@@ -15,6 +15,7 @@ from experiments.launch import preflight
 from experiments.launch.project import OWN_FOLDER
 from experiments.launch.runner import Federation, Outcome, launch
 from experiments.outputs import REPORT, is_json_with, refuse_foreign
+from experiments.report.tensorboard import board
 from fedkd.errors import FedkdError
 from fedkd.results.claim import held
 from fedkd.results.folder import RunFolder
@@ -40,6 +41,7 @@ class Compared:
         finished: how many trials have results.
         failed: names of those that do not.
         exit_code: what a shell should see.
+        reason: why the run did not complete, in the app's own words; empty if it did.
     """
 
     folder: Path
@@ -47,6 +49,46 @@ class Compared:
     finished: int
     failed: tuple[str, ...]
     exit_code: int
+    reason: str = ""
+
+
+def compare_recipe(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    command: str,
+    cpus_per_peer: int = 1,
+    gpus_per_peer: float = 0.0,
+    actors: int | None = None,
+    gpus: int | None = None,
+    tensorboard: Path | None = None,
+    out: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Compared:
+    """Compare as a user asks for it, on the command line or in a notebook.
+
+    Args:
+        recipe: what to compare.
+        folder: where results go; None: ``runs/compare-NAME`` in the current folder.
+        command: what the user typed, for the report.
+        cpus_per_peer: CPUs of a peer's actor; the other shares as in :class:`Federation`.
+        gpus_per_peer: GPUs, or the part of one, of a peer's actor.
+        actors: peers that work at once; None: all that fit.
+        gpus: GPUs that Ray may use; None: all it finds.
+        tensorboard: where curves are written for TensorBoard; None: nowhere.
+        out: takes every line meant for the user.
+        verbose: pass on Flower's and Ray's own lines too.
+
+    Raises:
+        FedkdError: as :func:`compare`, or a peer is to have more than the machine has.
+    """
+    federation = Federation(peers=1, cpus_per_peer=cpus_per_peer, gpus_per_peer=gpus_per_peer, actors=actors, gpus=gpus)
+    preflight.check_machine(federation)
+    place = folder or Path("runs") / f"compare-{recipe.name}"
+    with board(tensorboard) as follow:
+        return compare(
+            recipe, federation, place, command=command, out=follow(out, place / "trials"), verbose=verbose
+        )  # fmt: skip
 
 
 def compare(
@@ -96,9 +138,10 @@ def compare(
         failed = tuple(trial.name for trial in planned if trial.name not in done)
         report = write_report(comparison_runs(folder), folder, about) if done else None
     exit_code = outcome.exit_code if outcome and outcome.signal else int(bool(failed))
-    if outcome and not outcome.completed and not outcome.signal:
-        out(f"error: {outcome.reason or outcome.status}")
-    return Compared(folder, report, len(done), failed, exit_code)
+    reason = (outcome.reason or outcome.status) if outcome and not outcome.completed else ""
+    if outcome and reason and not outcome.signal:
+        out(f"error: {reason}")
+    return Compared(folder, report, len(done), failed, exit_code, reason)
 
 
 def _measured(folder: Path) -> dict[str, dict[str, Scalar]]:

@@ -25,6 +25,11 @@ _START_TIMEOUT = 180.0
 _GRACE = 3.0
 _LAST_BYTES = 2**16
 _SIMULATION = "flwr-simulation"
+_LEFT_OUT = (
+    "PYTHONDONTWRITEBYTECODE",  # a dozen processes import the same modules: twice as long without stored bytecode
+    "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE",  # Flower would colour its JSON; Jupyter sets the first
+)  # fmt: skip
+"""What of the user's environment is not passed on."""
 
 
 class LaunchError(FedkdError):
@@ -55,8 +60,7 @@ def process_environment(base: Mapping[str, str], home: Path, *, ray_address: str
     if base.get("PYTHONPATH"):  # a relative entry means the user's folder, not the SuperLink's
         entries = filter(None, base["PYTHONPATH"].split(os.pathsep))
         own["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)
-    # A dozen processes import the same modules, which takes twice as long without stored bytecode.
-    return {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"} | own
+    return {key: value for key, value in base.items() if key not in _LEFT_OUT} | own
 
 
 class SuperLink:

@@ -19,7 +19,7 @@ from experiments.launch import processes
 from experiments.launch.app_lines import QuietLog, said_at_the_end
 from experiments.launch.project import Project
 from experiments.launch.runner import Federation, Outcome, _Log, command_line, launch, run_config
-from experiments.launch.superlink import LaunchError, SuperLink, process_environment
+from experiments.launch.superlink import FlowerCommand, LaunchError, SuperLink, process_environment
 from fedkd.errors import FedkdError, SettingError
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -220,6 +220,13 @@ def test_relative_python_path_means_the_users_folder(tmp_path, monkeypatch):
     environment = process_environment({"PYTHONPATH": f"lib{os.pathsep}/opt/lib"}, tmp_path, ray_address=None)
 
     assert environment["PYTHONPATH"] == f"{tmp_path / 'lib'}{os.pathsep}/opt/lib"
+
+
+def test_what_flower_answers_is_read_where_colours_are_asked_for_as_jupyter_does(tmp_path):
+    environment = process_environment({**os.environ, "FORCE_COLOR": "1"}, tmp_path, ray_address=None)
+
+    with FlowerCommand(tmp_path, environment) as flwr:
+        assert flwr.json("config", "list")["superlink"]
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
