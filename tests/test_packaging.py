@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_library_and_the_app_whole(installed):
     caches = {path for path in found if any(part.startswith((".", "__pycache__")) for part in path.parts)}
     ours = {path.as_posix() for path in found - caches if "gpu_kit" not in path.parts}  # which packs a clone
 
-    assert "experiments/report.html.jinja" in ours and "experiments/recipes/rounds.toml" in ours
+    assert "experiments/report/page.html.jinja" in ours and "experiments/recipes/rounds.toml" in ours
     assert files(app) == ours | {"pyproject.toml", "LICENSE"}
     assert not (app / "fedkd").exists()  # the library is there once
     assert (installed / "fedkd" / "py.typed").exists()
@@ -153,6 +153,15 @@ def test_the_bundle_holds_what_a_run_needs_and_nothing_else(bundle):
 
     assert found == {"fedkd", "clients", "strategies", "pyproject.toml", "LICENSE", ".info"}
     assert all(path.endswith(".py") for path in files(bundle) if path.split("/")[0] in ("fedkd", "clients"))
+
+
+def test_the_bundle_is_of_the_format_that_flower_hub_publishes(bundle):
+    from flwr.supercore.fab_format_version import normalize_and_validate_fab_format
+
+    found = normalize_and_validate_fab_format(tomllib.loads((bundle / "pyproject.toml").read_text(encoding="utf-8")))
+
+    assert (found.fab_format_version, found.flwr_version_min) == (1, "1.39")
+    assert "Apache License" in (bundle / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_a_commit_is_that_of_the_code_and_not_of_the_repository_around_an_environment(tmp_path):
