@@ -69,7 +69,7 @@ class PeerConfig:
 
     @classmethod
     def of_own(cls, own: Own, *, name: str, root: Path, simulated: bool) -> "PeerConfig":
-        """Read a peer's own configuration, as :func:`own_settings` returns it.
+        """Read a peer's own configuration, as :func:`clients.own_settings.own_settings` returns it.
 
         Args:
             own: by key. ``trusted-keys`` imply ``require-sealed``, since a server would else ask for plain mail and no

@@ -156,6 +156,15 @@ def test_the_bundle_holds_what_a_run_needs_and_nothing_else(bundle):
     assert all(path.endswith(".py") for path in files(bundle) if path.split("/")[0] in ("fedkd", "clients"))
 
 
+def test_the_bundle_is_of_the_format_that_flower_hub_publishes(bundle):
+    from flwr.supercore.fab_format_version import normalize_and_validate_fab_format
+
+    found = normalize_and_validate_fab_format(tomllib.loads((bundle / "pyproject.toml").read_text(encoding="utf-8")))
+
+    assert (found.fab_format_version, found.flwr_version_min) == (1, "1.39")
+    assert "Apache License" in (bundle / "LICENSE").read_text(encoding="utf-8")
+
+
 def test_a_commit_is_that_of_the_code_and_not_of_the_repository_around_an_environment(tmp_path):
     (tmp_path / "mine.py").write_text("")
     (tmp_path / ".gitignore").write_text(".venv/\n")

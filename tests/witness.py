@@ -12,13 +12,6 @@ import strategies.relay.controls
 import strategies.relay.introductions
 import strategies.relay.post
 import strategies.relay.rounds
-import strategies.server_app
-
-
-def without_pictures(monkeypatch):
-    """Draw nothing: a picture takes longer than all else in a small run."""
-    for name in ("accuracy_png", "topology_png"):
-        monkeypatch.setattr(strategies.server_app, name, lambda *_, **__: None)
 
 
 class Clock:

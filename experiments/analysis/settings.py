@@ -65,8 +65,11 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     """Return what a trial's run of a control depends on: equal for two trials whose runs of it would be the same."""
     config = config_of(settings)
     depends = [key for key, about in _DECLARED.items() if name in about.controls(config)]
+    # What belongs to the exchange may do nothing there and still count for a control, as epochs do for the pooled one.
+    own = [key for key in depends if _DECLARED[key].decides in (EXCHANGE, BOOKKEEPING)]
+    shared = [key for key in depends if key not in own]
     tuned = config.regime == "tuned"  # then a part of each peer's data is held out of its control too
-    common = (*effective(settings, depends), *depends, tuned)
+    common = (*effective(settings, shared), *(settings[key] for key in own), *own, tuned)
     if name == "pooled":
         return common
     alone = [value for key, value in settings.items() if key not in depends and _DECLARED[key].decides != BOOKKEEPING]

@@ -31,6 +31,7 @@ from fedkd.wire.codecs import codec
 PEER = "{peer}"
 """Stands for a peer's number in the `dataset` of a simulation whose peers have data of their own."""
 GROUPS = (Data, Training, Hearing, Learning, InformationFlow, Course, Attacks, Travelling, Closing, Running)
+"""The classes that declare the settings, in the order of the documentation."""
 
 
 @dataclass(frozen=True)

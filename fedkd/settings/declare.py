@@ -30,12 +30,14 @@ MACHINE = "machine"
 BOOKKEEPING = "bookkeeping"
 """Says what is measured and what is left, and where."""
 DECIDES = (DATA, START, TRAINING, EXCHANGE, MACHINE, BOOKKEEPING)
+"""What a setting can decide."""
 
 SOURCE, FILES, PATH, CODE = "source", "files", "path", "code"
 """What a setting can have a peer open: data (a path or code), files in a comma-separated list, another path, code."""
 RELAY_PATH, RELAY_CODE = "relay's path", "relay's code"
 """What the relay alone opens, on the server."""
 OPENS = (SOURCE, FILES, PATH, CODE, RELAY_PATH, RELAY_CODE)
+"""All of these."""
 
 FREE = "free"
 """Of a quantity on which neither memory nor time nor disk of a peer depends."""

@@ -49,7 +49,7 @@ def test_a_server_that_asks_once_more_gets_the_same_again_and_another_run_is_cha
 @pytest.mark.parametrize("simulated", [False, True])
 def test_no_release_is_made_that_the_promise_does_not_count(tmp_path, round, simulated):
     peer = private(tmp_path)
-    peer._place = replace(peer._place, simulated=simulated)
+    peer._peer_config = replace(peer._peer_config, simulated=simulated)
     with pytest.raises(BudgetError, match=f"round {round} is not among the 2 "):
         peer.publish(LOGITS, round=round)
     assert list(tmp_path.iterdir()) == []
@@ -187,19 +187,19 @@ def test_what_a_run_has_released_already_does_not_count_against_it_again(tmp_pat
 def test_a_peer_without_a_limit_or_on_this_machine_has_no_budget(tmp_path):
     for round in range(3):
         endless = private(tmp_path, run=f"{round}", rounds=0)
-        endless._place = replace(endless._place, limits=replace(endless._place.limits, epsilon=None))
+        endless._peer_config = replace(endless._peer_config, limits=replace(endless._peer_config.limits, epsilon=None))
         endless.check_budget()
         endless.publish(LOGITS, round=0)
     assert endless.epsilon > 3.0
     peer = private(tmp_path)
-    peer._place = replace(peer._place, simulated=True)
+    peer._peer_config = replace(peer._peer_config, simulated=True)
     peer.check_budget()
 
 
 def test_what_is_kept_of_privacy_is_its_owners_alone(tmp_path):
     peer = private(tmp_path)
     peer.publish(LOGITS, round=0)
-    withhold(peer._place, "a", 0, {"test_accuracy": 0.5})
+    withhold(peer._peer_config, "a", 0, {"test_accuracy": 0.5})
 
     for path in (tmp_path / "north").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path

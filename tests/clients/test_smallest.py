@@ -6,7 +6,6 @@ from federation import federate, local_grid
 from torch import nn
 
 from fedkd.errors import FedkdError
-from strategies import server_app
 from strategies.relay.rounds import RelayError
 
 STRATEGIES = {
@@ -52,13 +51,6 @@ SITUATIONS = {
     "two classes": ([[0, 1] * 4, [1, 0] * 4], 2),
     "one peer": ([[0, 1, 2] * 3], 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Leave out what takes most of the time and has no say here."""
-    for name in ("accuracy_png", "topology_png"):
-        monkeypatch.setattr(server_app, name, lambda *given, **named: None)
 
 
 def run_smallest(path, labels, classes, strategy, **settings):

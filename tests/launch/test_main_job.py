@@ -18,7 +18,7 @@ from strategies.relay.rounds import RelayError
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return federate(tmp_path_factory.mktemp("main"), controls="isolated,pooled")
+    return federate(tmp_path_factory.mktemp("main"), controls="isolated,pooled", pictures=True)
 
 
 def test_one_message_per_peer_and_round(run):

@@ -309,11 +309,12 @@ def test_without_numba_a_fast_model_still_learns():
     script = (
         "import sys, torch\n"
         "sys.modules['numba'] = None\n"
-        "from fedkd import fast, models, training\n"
+        "from fedkd import models\n"
+        "from fedkd.training import fast, loops\n"
         "fast.bfloat16_pays = lambda device: True\n"
         "model = fast.arranged(models.build('cnn-wide', input_shape=(1, 8, 8), num_classes=2, seed=0))\n"
         "x, y = torch.randn(40, 1, 8, 8), torch.arange(40) % 2\n"
-        "loss = training.fit(model, x, y, epochs=1, how=training.Optimization(fast=True), seed=0)\n"
+        "loss = loops.fit(model, x, y, epochs=1, how=loops.Optimization(fast=True), seed=0)\n"
         "sys.exit(not 0 < loss < 9)\n"
     )
     assert_succeeds(script)
@@ -322,10 +323,11 @@ def test_without_numba_a_fast_model_still_learns():
 def test_numba_is_not_imported_by_what_does_not_need_it():
     script = (
         "import sys, torch\n"
-        "from fedkd import models, training\n"
+        "from fedkd import models\n"
+        "from fedkd.training import loops\n"
         "model = models.build('resnet8', input_shape=(1, 8, 8), num_classes=2, seed=0)\n"
-        "x, y, how = torch.randn(9, 1, 8, 8), torch.arange(9) % 2, training.Optimization()\n"
-        "training.fit(model, x, y, epochs=1, how=how, seed=0)\n"
+        "x, y, how = torch.randn(9, 1, 8, 8), torch.arange(9) % 2, loops.Optimization()\n"
+        "loops.fit(model, x, y, epochs=1, how=how, seed=0)\n"
         "sys.exit('numba' in sys.modules)\n"
     )
     assert_succeeds(script)

@@ -3,7 +3,7 @@
 import pytest
 from federation import federate, local_grid
 from local_grid import LocalGrid
-from witness import Clock, without_pictures
+from witness import Clock
 
 SMALL = {"models": "mlp", "pretrain_epochs": 1, "proxy_size": 64, "round_timeout": 8.0, "batch_size": 64}
 ALONE = {**SMALL, "schedule": "alternate", "distill_epochs": 0, "controls": "isolated"}  # a peer is its own control
@@ -12,7 +12,6 @@ ASYNC = {"strategy": "gossip", "mode": "async", "rounds": 3}
 
 @pytest.fixture
 def clock(monkeypatch):
-    without_pictures(monkeypatch)
     return Clock(monkeypatch)
 
 

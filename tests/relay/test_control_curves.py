@@ -109,7 +109,8 @@ MEMBER = Member(1, "north", 0, "mlp", 10, 20, ("a", "b"), "f", 1, True, held_out
 
 
 def test_a_peer_stands_beside_its_control_at_the_round_in_which_it_was_last_measured():
-    rows = [row(0, 0.2), row(1, temperature=2.0), row(2, 0.6, kd_weight=0.5, samples_seen=7.0), row(3, status="late")]
+    rows = [row(0, 0.2), row(1, 0.3, temperature=2.0), row(2, 0.6, kd_weight=0.5, samples_seen=7.0)]
+    rows.append(row(3, status="late"))
     control = _curve(answer([0, 1, 2, 3], [0.1, 0.3, 0.4, 0.9]))
 
     found = _peer_summary(rows, MEMBER, control)

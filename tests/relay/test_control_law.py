@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import Phase, example, given, reject, settings
 from hypothesis import strategies as st
 from local_grid import LocalGrid
-from witness import Clock, Witness, without_pictures
+from witness import Clock, Witness
 
 from experiments.analysis.settings import control_group
 from fedkd.errors import SettingError
@@ -123,7 +123,6 @@ def test_a_control_sees_the_private_batches_that_its_peer_saw_under_any_schedule
         killed_at = None  # not resumed
     with pytest.MonkeyPatch.context() as monkeypatch:
         Clock(monkeypatch)
-        without_pictures(monkeypatch)
         witness = Witness(monkeypatch)
         try:
             finished, fate = run(tmp_path_factory, witness, fates, killed_at=killed_at, **way)
@@ -189,7 +188,6 @@ def test_trials_share_a_control_only_where_it_does_the_same(tmp_path_factory, ba
 
     def control(**changed):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            without_pictures(monkeypatch)
             witness = Witness(monkeypatch)
             finished, _ = run(tmp_path_factory, witness, {}, **SHORT, **base, **changed)
         return witness.alone, [peer["isolated_measures"] for peer in finished.summary()["peers"]]
@@ -231,7 +229,6 @@ def test_a_trial_whose_peers_train_in_other_rounds_shares_no_control(changed):
 
 
 def test_both_numbers_of_private_samples_stand_beside_the_pooled_control(tmp_path_factory, monkeypatch, capsys):
-    without_pictures(monkeypatch)
     witness = Witness(monkeypatch)
     finished, _ = run(tmp_path_factory, witness, {}, controls="pooled", pooled_model="mlp", schedule="alternate")
 
@@ -246,7 +243,6 @@ def test_both_numbers_of_private_samples_stand_beside_the_pooled_control(tmp_pat
 def test_an_isolated_control_measures_what_its_peer_does_at_the_same_time(tmp_path_factory, monkeypatch):
     """A peer that hears nothing of its teachers is its own control, measure by measure, when it was last measured."""
     Clock(monkeypatch)
-    without_pictures(monkeypatch)
     fates = {(0, 3): "unheard", (0, 4): "unheard", (1, 4): "late 9"}
     finished, _ = run(
         tmp_path_factory, Witness(monkeypatch), fates, schedule="alternate", distill_epochs=0, controls="isolated"
@@ -262,7 +258,6 @@ def test_an_isolated_control_measures_what_its_peer_does_at_the_same_time(tmp_pa
 @pytest.mark.parametrize("late", ["late 2", "late 4"])
 def test_a_late_answers_measurements_stand_in_the_row_of_their_round(tmp_path_factory, monkeypatch, late):
     Clock(monkeypatch)
-    without_pictures(monkeypatch)
     prompt, _ = run(tmp_path_factory, Witness(monkeypatch), {}, schedule="alternate", distill_epochs=0)
     fates = {(1, round): late for round in range(1, 5)}
     finished, _ = run(tmp_path_factory, Witness(monkeypatch), fates, schedule="alternate", distill_epochs=0)
@@ -283,7 +278,6 @@ def test_a_late_answers_measurements_stand_in_the_row_of_their_round(tmp_path_fa
 def test_a_control_has_as_much_time_as_the_rounds_it_does_again(tmp_path, monkeypatch, slow):
     """Eight rounds of at most 8 seconds each; the control takes as many rounds' time, of these seconds, as is said."""
     clock, due = Clock(monkeypatch), []
-    without_pictures(monkeypatch)
     monkeypatch.delattr(LocalGrid, "state")  # as between real sites, where messages have a time to live
     grid = local_grid(tmp_path, 2)
     pull = grid.pull_messages

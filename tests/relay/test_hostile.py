@@ -251,7 +251,8 @@ def test_nothing_that_a_peer_says_stops_the_printing_and_drawing(tmp_path, name,
 
 @pytest.mark.parametrize("name", ["[/x]", r"$\frac$"])
 def test_a_run_with_a_model_of_any_name_ends(tmp_path, name, capsys):
-    federate(tmp_path, 2, grid=tampered(local_grid(tmp_path, 2), facts(model=name), kind="introduce"), rounds=1)
+    grid = tampered(local_grid(tmp_path, 2), facts(model=name), kind="introduce")
+    federate(tmp_path, 2, grid=grid, rounds=1, pictures=True)
 
     assert name in capsys.readouterr().out.split("test accuracy")[1]
 
@@ -260,7 +261,7 @@ def test_a_run_with_a_model_of_any_name_ends(tmp_path, name, capsys):
 def test_an_accuracy_that_cannot_be_is_not_drawn(tmp_path, value):
     grid = tampered(local_grid(tmp_path, 3), metrics(test_accuracy=value), kind="learn")
 
-    run = federate(tmp_path, 3, grid=grid, rounds=1)
+    run = federate(tmp_path, 3, grid=grid, rounds=1, pictures=True)
 
     assert set(statuses(run, 1).values()) == {"ok"}
     assert (run.folder / "accuracy.png").exists() and (run.folder / "topology.png").exists()

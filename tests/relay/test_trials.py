@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from federation import SMALL, federate, local_grid
+from federation import SMALL, federate, local_grid, without_pictures
 from flwr.app import Context, RecordDict
 
 from fedkd.errors import SettingError
@@ -24,7 +24,8 @@ def run_trials(path, trials, *, grid=None):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {**RunConfig().to_mapping(), **SMALL, "trials": str(file)}
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
-    server_app(grid or local_grid(path, PEERS), context)
+    with without_pictures():
+        server_app(grid or local_grid(path, PEERS), context)
 
 
 def timeless(folder):

@@ -83,7 +83,7 @@ def test_the_table_is_a_mean_over_rounds_without_the_start() -> None:
 
 def test_a_run_leaves_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A seed of its own: no start is at hand from before. Taking turns: else labels are learned in the phase `distil`.
-    run = federate(tmp_path, 2, profile=True, rounds=2, seed=41, schedule="alternate")
+    run = federate(tmp_path, 2, profile=True, rounds=2, seed=41, schedule="alternate", pictures=True)
     lines = RunFolder(run.folder).read_profile()
     assert [(found["round"], found["peer"]) for found in lines] == [
         (round, f"peer-{i}") for round in range(3) for i in range(2)

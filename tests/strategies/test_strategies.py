@@ -25,7 +25,7 @@ def teachers_by_round(run):
 
 
 def test_averaged_on_a_ring_hears_two_neighbours(tmp_path):
-    run = federate(tmp_path, PEERS, topology="ring", rounds=1)
+    run = federate(tmp_path, PEERS, topology="ring", rounds=1, pictures=True)
 
     assert teachers_by_round(run)[1]["peer-0"] == {"peer-1", "peer-3"}
     assert run.summary()["topology"]["diameter"] == 2
