@@ -110,6 +110,9 @@ def _epochs(config: RunConfig, kind: Kind, round: int) -> dict[str, int]:
     What trains nothing and still goes through the data counts too: an evaluated round of the isolated control, and a
     trial of a search.
     """
-    again = "rounds × " if kind == "isolated" else ""
-    asking = ((name, about.epochs) for name, about in declared(RunConfig).items() if about.epochs)
-    return {again + name: epochs(config, kind, round) for name, epochs in asking}
+    found = {}
+    for name, about in declared(RunConfig).items():
+        if about.epochs:
+            factor = "rounds" if kind == "isolated" else about.beside
+            found[f"{factor} × {name}" if factor else name] = about.epochs(config, kind, round)
+    return found

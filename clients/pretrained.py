@@ -39,10 +39,8 @@ def pretrain(
     """
     decided = {name for name, about in declared(RunConfig).items() if about.decides not in (EXCHANGE, BOOKKEEPING)}
     said = {name: value for name, value in config.to_mapping().items() if name in decided}
-    tuned, own = (
-        config.regime == "tuned",
-        (peer_config.model, peer_config.checkpoint),
-    )  # it holds a part of its data out
+    tuned = config.regime == "tuned"  # of the exchange, but such a peer holds a part of its data out before its start
+    own = peer_config.model, peer_config.checkpoint
     which = ("common", config.fedavg_model) if common else own
     data = (peer_config.dataset, peer_config.held_out)
     key = repr((sorted(said.items()), tuned, peer_config.index, peer_config.of, which, data, versions))

@@ -71,10 +71,10 @@ class FedAvg(Strategy):
             if layout != common
         }
 
-    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
-        """Return all logits, for a distilled start, until they have been merged."""
-        if self.config.fedavg_start != "distilled" or mailbox.get(SERVER) is not None:
-            return ()
+    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...] | None:
+        """Return all logits, for a distilled start."""
+        if self.config.fedavg_start != "distilled":
+            return None
         return tuple(letter for _, letter in mailbox)
 
     def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:

@@ -91,9 +91,9 @@ class Strategy(ABC):
         """Return the peers whose knowledge of a round does not fit the others', with the reason; usually none."""
         return {}
 
-    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...]:
-        """Return the knowledge that one peer is to distil into a common model after the start; usually none."""
-        return ()
+    def to_merge(self, mailbox: Mailbox) -> tuple[Letter, ...] | None:
+        """Return the knowledge that one peer is to distil into a common model after the start; None: there is none."""
+        return None
 
     def neighbours(self, peer: int, round: int) -> tuple[int, ...]:
         """Return a peer's neighbours on the topology in a round."""

@@ -174,7 +174,7 @@ class RunConfig(
     @property
     def searches(self) -> int:
         """How many trials a search of a tuned peer has."""
-        tuned = self.regime == "tuned"
+        tuned = self.regime == "tuned" and self.strategy != "fedavg"
         return len(numbers(self.tune_temperatures)) * len(numbers(self.tune_weights)) if tuned else 0
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from fedkd.plugins import is_callable_spec
-from fedkd.settings.rules import Rule
+from fedkd.settings.rules import Rule, split_list
 
 if TYPE_CHECKING:
     from fedkd.settings.config import RunConfig
@@ -28,7 +28,7 @@ EXCHANGE = "exchange"
 MACHINE = "machine"
 """Numbers depend on it, but it is no method: the seed, the device."""
 BOOKKEEPING = "bookkeeping"
-"""Says what is measured and what is left, and where."""
+"""Says when rounds close, what is measured, and what is left where."""
 DECIDES = (DATA, START, TRAINING, EXCHANGE, MACHINE, BOOKKEEPING)
 """What a setting can decide."""
 
@@ -36,8 +36,11 @@ SOURCE, FILES, PATH, CODE = "source", "files", "path", "code"
 """What a setting can have a peer open: data (a path or code), files in a comma-separated list, another path, code."""
 RELAY_PATH, RELAY_CODE = "relay's path", "relay's code"
 """What the relay alone opens, on the server."""
-OPENS = (SOURCE, FILES, PATH, CODE, RELAY_PATH, RELAY_CODE)
+SIMULATED_CODE = "code, in a simulation"
+"""What no deployed peer opens, since it is asked for nothing that it is for."""
+OPENS = (SOURCE, FILES, PATH, CODE, RELAY_PATH, RELAY_CODE, SIMULATED_CODE)
 """All of these."""
+_NAMES_CODE = (SOURCE, CODE, RELAY_CODE, SIMULATED_CODE)
 
 FREE = "free"
 """Of a quantity on which neither memory nor time nor disk of a peer depends."""
@@ -82,6 +85,7 @@ class Declared:
         costs: which of a deployed peer's limits bounds it, of :data:`COSTS`, or :data:`FREE`. Every number has one, and
             a list of which each entry costs something.
         epochs: how many epochs it adds to a mail of a kind, in a round.
+        beside: another setting that its epochs are multiplied by.
         opens: what it names, if a path or code, of :data:`OPENS`.
         own: the setting of a deployed peer's own that stands in its place there.
         controls: the controls that depend on it, beside other settings.
@@ -93,13 +97,15 @@ class Declared:
     takes: Condition | None = None
     costs: str = ""
     epochs: Epochs | None = None
+    beside: str = ""
     opens: str = ""
     own: str = ""
     controls: Controls = lambda config: ()
 
     def names_code(self, value: Scalar) -> bool:
         """Tell whether a value of this setting is code of one's own."""
-        return self.opens in (CODE, SOURCE, RELAY_CODE) and isinstance(value, str) and is_callable_spec(value)
+        named = split_list(value) if isinstance(value, str) and self.opens in _NAMES_CODE else ()
+        return any(is_callable_spec(name) for name in named)
 
 
 def setting(
@@ -111,6 +117,7 @@ def setting(
     takes: Condition | None = None,
     costs: str = "",
     epochs: Epochs | None = None,
+    beside: str = "",
     opens: str = "",
     own: str = "",
     controls: Controls | tuple[str, ...] | None = None,
@@ -129,7 +136,7 @@ def setting(
     if controls is None:
         controls = () if decides in (EXCHANGE, BOOKKEEPING) else CONTROLS
     depending = controls if callable(controls) else _always(controls)
-    declared = Declared(rule, help, decides, takes, costs, epochs, opens, own, depending)
+    declared = Declared(rule, help, decides, takes, costs, epochs, beside, opens, own, depending)
     return field(default=default, metadata={"declared": declared})
 
 

@@ -55,6 +55,10 @@ def _distill_epochs(c: "RunConfig", kind: str, round: int) -> int:
     return c.distill_epochs * (1 + c.searches) if kind == "learn" and c.strategy != "fedavg" else 0
 
 
+def _auxiliary_epochs(c: "RunConfig", kind: str, round: int) -> int:
+    return c.flow_auxiliary_epochs if kind == "learn" and c.method == "infoflow" and c.flow_auxiliary else 0
+
+
 def _again(c: "RunConfig", round: int) -> int:
     """Return how many rounds an isolated control does again; without a barrier a peer may do more than `rounds`."""
     return max(c.rounds, round)
@@ -151,6 +155,7 @@ class Learning:
         decides=EXCHANGE,
         takes=_TUNED,
         epochs=lambda c, kind, _: c.searches if kind == "learn" else 0,
+        beside="tune-temperatures",
         costs=EPOCHS,
     )
     tune_every: int = setting(
@@ -312,7 +317,7 @@ class InformationFlow:
         "`flow-auxiliary`: its epochs over the proxy set per round",
         decides=EXCHANGE,
         takes=Condition("flow-auxiliary true", lambda c: c.method == "infoflow" and c.flow_auxiliary),
-        epochs=lambda c, kind, _: c.flow_auxiliary_epochs if kind == "learn" and c.flow_auxiliary else 0,
+        epochs=_auxiliary_epochs,
         costs=EPOCHS,
     )
 

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 from fedkd.settings.declare import (
     BOOKKEEPING,
-    CODE,
     CONTROLS,
     DATA,
     EXCHANGE,
     FREE,
     MACHINE,
     RELAY_PATH,
+    SIMULATED_CODE,
     setting,
 )
 from fedkd.settings.rules import ANY, NAME, NON_EMPTY, at_least, one_of, some_of
@@ -55,7 +55,12 @@ class Running:
         "isolated,pooled", some_of(*CONTROLS), "control runs added to the result", decides=BOOKKEEPING
     )
     pooled_model: str = setting(
-        "cnn-wide", NON_EMPTY, "model of the pooled control", decides=EXCHANGE, opens=CODE, controls=("pooled",)
+        "cnn-wide",
+        NON_EMPTY,
+        "model of the pooled control",
+        decides=EXCHANGE,
+        opens=SIMULATED_CODE,
+        controls=("pooled",),
     )
     device: str = setting(
         "auto",

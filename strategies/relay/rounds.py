@@ -95,8 +95,8 @@ class Relay:
         rounds = 0 if self.config.mode == "async" else self.config.rounds
         for round in range(self.ledger.round + 1, rounds + 1):
             self._run_round(round)
-            if round < rounds and (letters := self.strategy.to_merge(self.ledger.mailbox)):
-                self._merge(letters, round + 1)
+            if round == 0 and (letters := self.strategy.to_merge(self.ledger.mailbox)) is not None:
+                self._merge(letters)
 
     def seconds(self) -> float:
         """Return the wall time of the run so far, that of the parts before it was resumed included."""
@@ -234,11 +234,15 @@ class Relay:
         self.ledger.save(self._folder.path)
         self._say(round_line(round, self.config.rounds, rows, self.ledger.seconds))
 
-    def _merge(self, letters: tuple[Letter, ...], round: int) -> None:
+    def _merge(self, letters: tuple[Letter, ...]) -> None:
         """Have one peer distil all knowledge into the model that a baseline with a server starts from."""
-        merging = self.ready()[0]
+        if not letters or not (ready := self.ready()):
+            raise RelayError(
+                "round 0: no knowledge that could be used came in time, and the start is distilled from it"
+            )
+        merging = ready[0]
         problem = f"no answer within {self.config.round_timeout:g} s"
-        for receipt in self.exchange({merging.node: self.mail("merge", round, letters)}):
+        for receipt in self.exchange({merging.node: self.mail("merge", 1, letters)}):
             if receipt.mail.kind != "merge":
                 self.accept_late(receipt)
             elif receipt.answer is None or receipt.error:

@@ -15,6 +15,7 @@ from clients.limits import Limits
 from clients.own_settings import _KEYS as OWN_KEYS
 from clients.own_settings import own_settings
 from clients.peer import Peer
+from fedkd.errors import SettingError
 from fedkd.settings.config import RunConfig
 from fedkd.settings.declare import COSTS, FREE, key, of
 from fedkd.settings.effect import idle
@@ -163,3 +164,18 @@ def test_a_server_that_starts_a_run_again_and_again_does_not_fill_the_disk_with_
     assert ask("introduce") == "" == ask("learn") and kept().keys() == before.keys()
     next(iter(tmp_path.glob("*/models/*.1.safetensors"))).unlink()
     assert ask("introduce", "other") == "" == ask("start", "other")
+
+
+def test_the_setting_that_asks_for_most_epochs_is_named():
+    turns = RunConfig(schedule="alternate", distill_epochs=0, local_epochs=0)
+
+    with pytest.raises(SettingError, match=r"`tune-temperatures × tune-weights`.*got 3"):
+        Limits(epochs=2).check(replace(turns, regime="tuned", tune_temperatures="1,2,3", tune_weights="0.5"), "learn")
+    with pytest.raises(SettingError, match=r"`local-epochs`.*got 30"):
+        Limits(epochs=20).check(replace(turns, local_epochs=30), "learn")
+
+
+def test_what_does_nothing_beside_the_others_costs_no_epochs():
+    idle = RunConfig(strategy="fedavg", local_epochs=190, flow_auxiliary=True, regime="tuned")
+
+    Limits(epochs=190, strategies=("fedavg",)).check(idle, "learn")

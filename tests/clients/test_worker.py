@@ -236,7 +236,7 @@ def test_a_deployed_peer_opens_nothing_that_the_server_names(tmp_path, sites, mi
     assert list(tmp_path.rglob(LOCK)) == []
 
 
-OURS = {"fedavg_model": "mlp", "pooled_model": "mlp", "divergence": "js"}
+OURS = {"fedavg_model": "mlp", "divergence": "js"}
 
 
 def accepts(field, value):
@@ -247,7 +247,7 @@ def test_every_setting_that_could_name_a_path_or_code_is_the_peers_own(tmp_path,
     """All texts that may name code or a file are either replaced by the peer's own, or nothing a peer opens."""
     evil_of = {f.name: f"evil.{f.name}:run" for f in dataclasses.fields(RunConfig) if isinstance(f.default, str)}
     texts = [f.name for f in dataclasses.fields(RunConfig) if f.name in evil_of and accepts(f, evil_of[f.name])]
-    names_only = {"codec", "topology", "resume", "out_dir", "flow_layers", "trials"}
+    names_only = {"codec", "topology", "resume", "out_dir", "flow_layers", "trials", "pooled_model"}
     evil = replace(RunConfig(), **{name: evil_of[name] for name in texts}, download=True)
     place = place_of(sites[0], tmp_path)
 

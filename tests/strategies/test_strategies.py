@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from federation import federate, local_grid
+from flwr.app import ArrayRecord
 
 from clients.pretrained import _kept
 from fedkd.errors import SettingError
@@ -180,6 +181,22 @@ def test_a_codec_does_nothing_to_weights_and_the_run_says_so(tmp_path, capsys):
     assert "`codec` = 'int8' has no effect under strategy fedavg" in capsys.readouterr().out
     assert json.loads((coded.folder / "config.json").read_text())["settings"]["codec"] == "fp32"
     assert coded.timeless_rows() == plain.timeless_rows()
+
+
+def test_a_distilled_start_that_there_is_no_knowledge_for_ends_the_run(tmp_path):
+    grid = local_grid(tmp_path, 2)
+
+    def spoil(partition, message):
+        reply = grid.answer(partition, message)
+        if message.content["mail"]["kind"] == "start":
+            reply.content["knowledge"] = ArrayRecord({})
+        return reply
+
+    grid.fault = spoil
+    fedavg = {"strategy": "fedavg", "fedavg_model": "mlp", "fedavg_start": "distilled", "merge_epochs": 1}
+
+    with pytest.raises(RelayError, match="round 0: no knowledge that could be used came in time"):
+        federate(tmp_path, 2, grid=grid, **fedavg)
 
 
 def test_a_distilled_start_begins_fedavg_above_a_cold_one(tmp_path):
