@@ -14,12 +14,10 @@ from scipy import stats
 
 from experiments.analysis.checks import checks, matched_gradients
 from experiments.analysis.runs import read_run
-from experiments.analysis.settings import control_group
 from experiments.analysis.statistics import compare, every_pair, holm, mean, median, price
 from experiments.analysis.variants import study
 from experiments.report.agreement import agreement, reliability
 from fedkd.errors import FedkdError
-from fedkd.settings.config import RunConfig
 
 
 def runs_of(tmp_path, **variants):
@@ -493,14 +491,3 @@ def test_what_is_identical_is_a_difference_of_zero_and_a_steady_one_is_no_chance
 def test_the_median_is_numpys(values):
     assert median(values) == pytest.approx(float(np.median(values)))
     assert math.isnan(median([*values, math.nan])) and math.isnan(median([]))
-
-
-def test_epochs_count_for_the_pooled_control_where_peers_do_not_use_them():
-    shared = {**RunConfig().to_mapping(), "peers": 2, "controls": ""}
-    carrier = {**shared, "controls": "isolated,pooled"}
-
-    for name in ("isolated", "pooled"):
-        assert control_group(shared, name) == control_group(carrier, name)
-        assert control_group({**shared, "divergence": "js"}, name) == control_group(carrier, name)
-    assert control_group({**shared, "local-epochs": 5}, "pooled") != control_group(carrier, "pooled")
-    assert control_group({**shared, "local-epochs": 5}, "isolated") == control_group(carrier, "isolated")
