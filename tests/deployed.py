@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 from cable import NEAR, Cable, cable
 from federation import federate, local_grid
+from processes import still_running
 from tcp_link import TcpLink
 
 from clients.worker import LOCK
@@ -161,8 +162,7 @@ def share_federation(new_folder: Callable[[str], Path]) -> Iterator[Federated]:
         finally:
             pids = [int(lock.read_text()) for lock in deployment.folder.rglob(LOCK)]
             trial.down(deployment)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
-    assert [process.pid for process in alive] == []  # the workers ended with their SuperNodes
+    assert still_running(pids, seconds=30) == []  # the workers ended with their SuperNodes
 
 
 class Run(threading.Thread):

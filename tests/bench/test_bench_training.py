@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from processes import still_running
 
 from experiments.bench import gpu as bench_gpu
 from experiments.bench import gpu_rows
@@ -225,7 +226,7 @@ def test_a_row_that_is_given_up_leaves_no_loop_behind(tmp_path: Path) -> None:
         ):
             assert row.poll() is None
         row.terminate()
-    _, alive = psutil.wait_procs(loops, timeout=10)
+    alive = still_running(loops)
     for process in alive:
         process.kill()
     assert not alive

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import still_running
 
 KIT = Path(__file__).parents[2] / "experiments" / "bench" / "gpu_kit"
 
@@ -54,7 +55,7 @@ def test_a_check_that_is_stopped_leaves_nothing_that_watches_the_gpu(machine):
             assert check.poll() is None
         watching = psutil.Process(int((machine / "pid").read_text()))
         check.terminate()
-    _, alive = psutil.wait_procs([watching], timeout=10)
+    alive = still_running([watching])
     for process in alive:
         process.kill()
     assert not alive

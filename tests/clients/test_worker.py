@@ -15,6 +15,7 @@ import psutil
 import pytest
 from federation import SMALL, federate, local_grid
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from processes import has_ended, still_running
 from sites import make_sites
 
 from clients import frames
@@ -40,7 +41,7 @@ def sites(tmp_path_factory):
 def worker_pids(folder: Path) -> list[int]:
     """Return the workers that are alive below a folder."""
     pids = [int(lock.read_text()) for lock in folder.rglob(LOCK) if lock.read_text()]
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in pids if not has_ended(pid)]
 
 
 @pytest.fixture
@@ -68,13 +69,7 @@ def mail(kind="introduce", round=0, **settings):
 
 
 def gone(pid: int) -> bool:
-    try:
-        psutil.Process(pid).wait(timeout=10)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:
-        return False
-    return True
+    return not still_running([pid])
 
 
 def knowledge(run):

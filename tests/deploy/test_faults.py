@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 from deployed import Federated, Run, learned
+from processes import still_running
 from safetensors import safe_open
 
 from experiments.deploy import trial
@@ -97,7 +98,7 @@ def test_a_run_goes_on_after_its_serverapp_and_then_the_superlink_were_killed(fe
     assert second.end() != ""
     with contextlib.suppress(psutil.NoSuchProcess):  # it may outlive its SuperLink, and holds its folder then
         orphan.kill()
-        orphan.wait()
+    assert still_running([orphan], seconds=60) == []
     closed = second.closed()
     assert closed < 3
 

@@ -84,7 +84,7 @@ def end(**outcome):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return federate(tmp_path_factory.mktemp("run"), 2, models="mlp,resnet8", controls="isolated,pooled")
+    return federate(tmp_path_factory.mktemp("run"), 2, models="mlp,resnet8", controls="isolated,pooled", pictures=True)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
