@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,17 @@ class Heard:
     Attributes:
         logits: the teachers' logits on this round's proxy samples, ``[K, P, C]``.
         weights: ``[K]``.
+        counts: how many private samples of each class each teacher says that it has, ``[K, C]``; None if it is not told.
+        certainty: how much each teacher says that it trusts itself on each sample, ``[K, P]``, >= 0, 0 where it said
+            nothing of the sample; None if it is not told.
         features: of each teacher the features ``[P, d]`` of its layers; empty unless they travel.
         flow_weights: of the features' teachers, where those are not the logits'.
     """
 
     logits: Tensor
     weights: Tensor
+    counts: Tensor | None = None
+    certainty: Tensor | None = None
     features: Sequence[Sequence[Tensor]] = ()
     flow_weights: Sequence[float] | None = None
 
@@ -149,7 +154,7 @@ class Learner:
             weights = weights * agreement_weights(logits, own)
         if self.config.regime == "partitioned":
             logits = teacher_or_self(logits, own)
-        return Heard(logits, weights, heard.features)
+        return replace(heard, logits=logits, weights=weights)
 
     def _see(self, batch: Tensor) -> None:
         self.seen += len(batch)
@@ -210,7 +215,7 @@ class Learner:
                 auxiliary, proxy, teachers.prepare(heard.logits, heard.weights), teachers,
                 epochs=self.config.flow_auxiliary_epochs, how=self.how, seed=seed, beside=beside,
             )  # fmt: skip
-        return Heard(heard.logits, heard.weights, [flow.of(auxiliary, proxy)], flow_weights=[1.0])
+        return replace(heard, features=[flow.of(auxiliary, proxy)], flow_weights=[1.0])
 
     def _search_is_due(self, round: int, memo: Memo) -> bool:
         if "temperature" not in memo:
@@ -251,4 +256,5 @@ def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | 
     if not letters:
         return None
     logits, weights, found = zip(*letters, strict=True)
-    return Heard(torch.stack(logits), torch.tensor(weights, device=logits[0].device), found if any(found) else ())
+    weights = torch.tensor(weights, device=logits[0].device)
+    return Heard(torch.stack(logits), weights, features=found if any(found) else ())

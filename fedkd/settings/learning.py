@@ -21,6 +21,7 @@ from fedkd.settings.rules import (
     NUMBERS,
     TEMPERATURE_LIST,
     TEMPERATURES,
+    WEIGHING,
     WEIGHT,
     above,
     at_least,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fedkd.settings.config import RunConfig
 
 _FORMER_DP = "partitioned (it was `dp` before, which is no differential privacy: for that see `privacy-epsilon`)"
+PEERS_COMBINE = Condition("peers that combine their teachers themselves", lambda c: c.peers_combine)
 _TUNED = Condition("regime tuned", lambda c: c.regime == "tuned")
 _DECOUPLED = Condition("divergence cakd or dkd", lambda c: c.divergence in ("cakd", "dkd"))
 _CAKD = Condition("divergence cakd", lambda c: c.divergence == "cakd")
@@ -115,6 +117,22 @@ class Learning:
         "how `pairwise` adds up one divergence per teacher",
         decides=EXCHANGE,
         takes=Condition("peers that combine pairwise", lambda c: c.peers_combine and c.combination == "pairwise"),
+    )
+    weighing: str = setting(
+        "uniform",
+        WEIGHING,
+        "how much each teacher counts, for each proxy sample and class",
+        decides=EXCHANGE,
+        takes=PEERS_COMBINE,
+        opens=CODE,
+    )
+    teacher_temperature: float = setting(
+        1.0,
+        between(0.05, 20),
+        "τ by which the teachers are sharpened once they are combined, p^(1/τ); 1: as they are",
+        decides=EXCHANGE,
+        takes=PEERS_COMBINE,
+        costs=FREE,
     )
     sharpen: float = setting(
         0.0, at_least(0), "`averaged`: ERA temperature that sharpens the teacher; 0: off", decides=EXCHANGE, costs=FREE

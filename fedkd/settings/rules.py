@@ -16,6 +16,11 @@ DIVERGENCES = (
     "bdkd", "cakd", "ce", "dkd", "jeffreys", "js", "kl", "mae", "msed", "reverse_kl", "sed", "td",
 )  # fmt: skip
 """The library's. Spelled out here, since a relay imports no torch; the tests compare them with the registry."""
+WEIGHINGS = (
+    "uniform", "predicted-prior", "confidence", "entropy", "energy", "variance", "similarity", "kt-pfl", "counts",
+    "density",
+)  # fmt: skip
+"""The library's; compared with :mod:`fedkd.losses.weighing` by the tests."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ STRATEGY = Rule(
 DIVERGENCE = Rule(
     f"one of {', '.join(DIVERGENCES)}, or `package.module:function`",
     lambda v: v in DIVERGENCES or is_callable_spec(v) or v in _registered(),
+)
+WEIGHING = Rule(
+    f"one of {', '.join(WEIGHINGS)}, or `package.module:function`", lambda v: v in WEIGHINGS or is_callable_spec(v)
 )
 TOPOLOGY = Rule(
     f"one of {', '.join(TOPOLOGIES)}, or `file:PATH`",
