@@ -15,11 +15,12 @@ from clients.flow import Flow
 from fedkd import metrics
 from fedkd.errors import SettingError
 from fedkd.losses.decoupled import warm_up
-from fedkd.losses.robust import agreement_weights
+from fedkd.losses.weighing import Evidence
 from fedkd.results.profile import Stopwatch
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import numbers
+from fedkd.training.belief import Belief
 from fedkd.training.distillation import Distillation, teacher_or_self
 from fedkd.training.loops import Beside, Diverged, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
 
@@ -33,10 +34,12 @@ class Heard:
 
     Attributes:
         logits: the teachers' logits on this round's proxy samples, ``[K, P, C]``.
-        weights: ``[K]``.
-        counts: how many private samples of each class each teacher says that it has, ``[K, C]``; None if it is not told.
+        weights: of whole teachers, ``[K]``.
+        counts: how many private samples of each class each teacher says that it has, ``[K, C]``; None if none is told.
         certainty: how much each teacher says that it trusts itself on each sample, ``[K, P]``, >= 0, 0 where it said
             nothing of the sample; None if it is not told.
+        placed: how much each teacher counts by sample and class, ``[K, P or 1, C or 1]``; None where ``weights`` are
+            all there is.
         features: of each teacher the features ``[P, d]`` of its layers; empty unless they travel.
         flow_weights: of the features' teachers, where those are not the logits'.
     """
@@ -45,8 +48,14 @@ class Heard:
     weights: Tensor
     counts: Tensor | None = None
     certainty: Tensor | None = None
+    placed: Tensor | None = None
     features: Sequence[Sequence[Tensor]] = ()
     flow_weights: Sequence[float] | None = None
+
+    @property
+    def logit_weights(self) -> Tensor:
+        """How much the teachers' logits count, as far as it is known: by sample and class, or whole teachers'."""
+        return self.weights if self.placed is None else self.placed
 
 
 class Learner:
@@ -70,6 +79,7 @@ class Learner:
         self.config, self.site, self.index, self.auxiliary, self.watch = config, site, index, auxiliary, watch
         self.how = Optimization.from_config(config)
         self.seen = 0
+        self.belief = Belief.from_config(config)
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
     def check(self) -> None:
@@ -128,7 +138,7 @@ class Learner:
             self._search(model, private, heard, round, memo)
         if self.config.match_gradients and "gradient_factor" not in memo:
             own = predict(model, self._proxy(round), fast=self.how.fast)
-            memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.weights)
+            memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.logit_weights)
         distillation = self._distillation(memo).times(warm_up(round, self.config.kd_warm_up))
         kd_loss, local_loss = self._step(model, private, heard, distillation, round, self._see)
         return {
@@ -146,15 +156,16 @@ class Learner:
         distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
     def _judge(self, model: nn.Module, heard: Heard, round: int) -> Heard:
-        """Decide whom to believe: whole teachers (``robust = agreement``), each sample (``regime = partitioned``)."""
-        if self.config.robust != "agreement" and self.config.regime != "partitioned":
-            return heard
-        own, weights, logits = predict(model, self._proxy(round), fast=self.how.fast), heard.weights, heard.logits
-        if self.config.robust == "agreement":
-            weights = weights * agreement_weights(logits, own)
-        if self.config.regime == "partitioned":
+        """Decide whom to believe: whole teachers, samples and classes, oneself (``regime = partitioned``)."""
+        own, logits = None, heard.logits
+        if self.belief.needs_own or self.config.regime == "partitioned":
+            own = predict(model, self._proxy(round), fast=self.how.fast)
+        weights = self.belief.whole(logits, heard.weights, own)
+        evidence = Evidence(logits, self.belief.temperature, own, heard.counts, heard.certainty)
+        placed = self.belief.by_place(weights, evidence)
+        if own is not None and self.config.regime == "partitioned":
             logits = teacher_or_self(logits, own)
-        return replace(heard, logits=logits, weights=weights)
+        return replace(heard, logits=logits, weights=weights, placed=placed)
 
     def _see(self, batch: Tensor) -> None:
         self.seen += len(batch)
@@ -168,7 +179,7 @@ class Learner:
         round: int,
         drawn: Drawn | None = None,
     ) -> tuple[float, float]:
-        teachers = distillation.prepare(heard.logits, heard.weights)
+        teachers = distillation.prepare(heard.logits, heard.logit_weights)
         seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
         how, epochs = self.how, self.config.distill_epochs
         with self._beside(model, heard, round) as beside:
@@ -212,7 +223,7 @@ class Learner:
         seed, proxy = derive(self.config.seed, "auxiliary", self.index, round), self._proxy(round)
         with flow.beside(auxiliary, last, heard.weights.tolist(), round=round) as beside:
             distil(
-                auxiliary, proxy, teachers.prepare(heard.logits, heard.weights), teachers,
+                auxiliary, proxy, teachers.prepare(heard.logits, heard.logit_weights), teachers,
                 epochs=self.config.flow_auxiliary_epochs, how=self.how, seed=seed, beside=beside,
             )  # fmt: skip
         return replace(heard, features=[flow.of(auxiliary, proxy)], flow_weights=[1.0])
@@ -255,6 +266,6 @@ def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | 
     """Return what was heard from (logits, weight, features) of each teacher, or None if there was none."""
     if not letters:
         return None
-    logits, weights, found = zip(*letters, strict=True)
-    weights = torch.tensor(weights, device=logits[0].device)
+    logits, counts, found = zip(*letters, strict=True)
+    weights = torch.tensor(counts, device=logits[0].device)
     return Heard(torch.stack(logits), weights, features=found if any(found) else ())

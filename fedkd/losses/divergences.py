@@ -261,8 +261,8 @@ def _prepare_msed(
     scaled = tempered(teacher_logits, temperature)
     probs = torch.softmax(scaled, dim=-1)
     teachers = len(probs)
-    weights = probs.new_ones(teachers) if weights is None else weights
-    shares = (weights / weights.sum()).to(probs).reshape(-1, 1, 1)
+    weights = probs.new_ones(teachers) if weights is None else weights  # [K], or [K, N]
+    shares = (weights / weights.sum(dim=0)).to(probs).reshape(teachers, -1, 1)
     # From the first teacher on, so that equal teachers have exactly their own mean.
     first, gaps = probs[:1], torch.sub(probs, probs[:1], out=scaled)
     mean = first + gaps.mul_(shares).sum(dim=0, keepdim=True)

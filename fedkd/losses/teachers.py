@@ -1,7 +1,14 @@
 r"""K teachers, one objective: what a peer minimises against the predictions of those it hears.
 
 ``averaged`` distils from one combined teacher, ``pairwise`` adds up one divergence per teacher, and ``msed``, which
-compares all at once, is the same under both. What depends on the teachers alone is computed once for the whole proxy
+compares all at once, is the same under both.
+
+Weights w_k(x, c) say how much teacher k counts for class c of sample x; over the teachers they are taken to sum to 1.
+The combined teacher is p̄(c|x) ∝ Σ_k w_k(x, c)·p_k(c|x). The same sum is Σ_k s_k(x)·p̃_k(c|x), each teacher tilted to the
+classes that it counts for, p̃_k ∝ w_k·p_k, with its share s_k ∝ Σ_c w_k·p_k of the sample: under ``pairwise`` these are
+learned from one by one, so that under ``ce`` and ``kl`` the two still have one gradient [ours].
+
+What depends on the teachers alone is computed once for the whole proxy
 set (:meth:`Objective.prepare`) and then indexed by every batch of every epoch.
 """
 
@@ -15,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedkd.losses.closed_form import (
+    FAR,
     Compare,
     attach,
     check_logits,
@@ -35,8 +43,8 @@ _MANY_CLASSES = 1000
 class Prepared:
     """The teachers' side of an objective over N samples; ``prepared[index]`` is that of a batch.
 
-    ``terms`` are ``[K, N, *]`` and ``scale`` ``[K]`` weighs the teachers' divergences. Without ``compare`` the only
-    term is the teachers' logits.
+    ``terms`` are ``[K, N, *]`` and ``scale``, ``[K, N]`` or ``[K, 1]``, weighs the teachers' divergences; a sample that
+    no teacher counts for has 0. Without ``compare`` the only term is the teachers' logits.
     """
 
     compare: Compare | None
@@ -48,7 +56,8 @@ class Prepared:
 
     def __getitem__(self, index: Tensor) -> "Prepared":
         """Select the samples of an integer ``index`` ``[B]``."""
-        return Prepared(self.compare, tuple([term.index_select(1, index) for term in self.terms]), self.scale)
+        scale = self.scale if self.scale.shape[1] == 1 else self.scale.index_select(1, index)
+        return Prepared(self.compare, tuple([term.index_select(1, index) for term in self.terms]), scale)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Objective:
     robust: str
     trim: float
     sharpen: float | None
+    teacher_temperature: float
     temperature: float
     options: Mapping[str, Any]
 
@@ -72,7 +82,9 @@ class Objective:
 
         Args:
             teacher_logits: ``[K, N, C]``.
-            weights: ``[K]``, non-negative; only their ratios count, and a teacher of weight 0 is left out.
+            weights: ``[K]``, ``[K, C]``, ``[K, N]`` or ``[K, N, C]``, or what broadcasts to that, as ``[K, 1, C]`` does
+                (it has to where N = C); non-negative. Of one sample and class only their ratios over the teachers
+                count; a teacher of weight 0 is left out, and a sample that none counts for teaches nothing.
             labels: ``[N]`` class indices, for the divergences that ask for them.
 
         Raises:
@@ -88,15 +100,24 @@ class Objective:
                 f"Expected argument `labels` to have shape {list(teacher_logits.shape[1:2])}, "
                 f"but got {list(labels.shape)}."
             )
-        teacher_logits, shares = _heard(teacher_logits, weights)
-        scale = shares.new_ones(1)
+        teacher_logits, spread = _spread(teacher_logits, weights)
+        one_by_one = self.divergence.multiway or self.pairwise
+        logits, shares, taught = teacher_logits, spread, None
+        if spread.dim() == 3:
+            logits, shares, taught = _tilted(teacher_logits, spread, self.temperature)
         options = dict(self.options)
-        if self.divergence.multiway:
-            options["weights"] = shares
-        elif self.pairwise:
-            scale = shares * len(shares) if self.reduction == "sum" else shares
+        scale = shares.new_ones(1, 1)
+        if one_by_one:
+            if self.divergence.multiway:
+                options["weights"] = shares
+            else:
+                scale = shares * len(shares) if self.reduction == "sum" else shares
+                scale = scale.reshape(len(shares), -1)
+            teacher_logits = logits if self.teacher_temperature == 1 else logits / self.teacher_temperature
         else:
-            teacher_logits = self._combine(teacher_logits, shares, self.temperature).unsqueeze(0)
+            teacher_logits = self._combine(teacher_logits, spread, self.temperature).unsqueeze(0)
+        if taught is not None and not bool(taught.all()):
+            scale = scale * taught
         scale = scale.to(compute_dtype(teacher_logits))
         if self.divergence.prepare is None:
             # A copy, as autograd could not save tensors that were made in inference mode.
@@ -117,13 +138,13 @@ class Objective:
                 return self._plain(student_logits, prepared.terms[0])
             losses = [self._plain(student_logits, teacher) for teacher in prepared.terms[0]]
             return torch.stack([loss * scale for loss, scale in zip(losses, prepared.scale, strict=True)]).sum(dim=0)
-        if len(prepared.scale) == 1:
+        if prepared.scale.shape == (1, 1):
             one_teacher = tuple([term.squeeze(0) for term in prepared.terms])
             return differentiable(prepared.compare, student_logits, one_teacher, self.temperature)
         student_logits = student_logits.to(compute_dtype(student_logits))
         value, slope = prepared.compare(tempered(student_logits, self.temperature), *prepared.terms)
-        value = (value * prepared.scale.unsqueeze(-1)).sum(dim=0)
-        slope = (slope * prepared.scale.reshape(-1, 1, 1)).sum(dim=0)
+        value = (value * prepared.scale).sum(dim=0)
+        slope = (slope * prepared.scale.unsqueeze(-1)).sum(dim=0)
         return attach(student_logits, value, slope, self.temperature)
 
     def combine(
@@ -131,10 +152,11 @@ class Objective:
     ) -> Tensor:
         """Return the logits ``[N, C]`` of the one combined teacher of ``teacher_logits`` ``[K, N, C]``.
 
-        Their softmax at ``temperature`` (unless given, the objective's) is the averaged, robust or sharpened one.
+        Their softmax at ``temperature`` (unless given, the objective's) is the averaged, robust or sharpened one. Where
+        no teacher counts for a sample it is as if all did alike; ``weights`` are those of :meth:`prepare`.
         """
-        heard, shares = _heard(teacher_logits, weights)
-        return self._combine(heard, shares, temperature or self.temperature)
+        heard, spread = _spread(teacher_logits, weights)
+        return self._combine(heard, spread, temperature or self.temperature)
 
     def gradient_norm(self, student_logits: Tensor, prepared: Prepared) -> float:
         """Return the norm of the mean loss's gradient in the logits, to match divergences at the start of distillation.
@@ -151,25 +173,39 @@ class Objective:
     def _plain(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return self.divergence(student_logits, teacher_logits, temperature=self.temperature, **self.options)
 
-    def _combine(self, logits: Tensor, shares: Tensor, temperature: float) -> Tensor:
+    def _combine(self, logits: Tensor, spread: Tensor, temperature: float) -> Tensor:
         logits = logits.detach().to(compute_dtype(logits))
-        if len(logits) == 1:
-            combined = logits[0]
-        elif self.average == "logits":
-            combined = self._centre(logits, shares)
-        elif self.robust == "none":
-            log_probs = soften(tempered(logits, temperature)).log_probs
-            combined = temperature * torch.logsumexp(log_probs + shares.log().to(logits).reshape(-1, 1, 1), dim=0)
-        else:
-            probs = torch.softmax(tempered(logits, temperature), dim=-1)
-            robust = self._centre(probs, shares)
-            # Where no class has most of the teachers, a coordinate-wise rule can leave nothing: then the mean.
-            mass = robust.sum(dim=-1, keepdim=True)
-            robust = torch.where(mass > 0, robust, _mean(probs, shares))
-            combined = temperature * (robust / robust.sum(dim=-1, keepdim=True)).log()
+        combined = self._combined(logits, spread, temperature)
+        if self.teacher_temperature != 1:
+            combined = combined / self.teacher_temperature
         if self.sharpen is not None:
             combined = torch.softmax(tempered(combined, temperature), dim=-1) * (temperature / self.sharpen)
         return combined
+
+    def _combined(self, logits: Tensor, shares: Tensor, temperature: float) -> Tensor:
+        """Return the combined teacher's logits ``[N, C]``; ``shares`` are those of :func:`_spread`."""
+        by_class = shares.dim() == 3 and shares.shape[2] > 1
+        if len(logits) == 1 and not by_class:
+            return logits[0]
+        if shares.dim() == 3:  # where no teacher counts for any class of a sample, all do alike
+            silent = shares.sum(dim=(0, 2), keepdim=True) == 0
+            shares = torch.where(silent, 1 / len(shares), shares)
+        if self.average == "logits":
+            # A constant that is added to a teacher's logits must not matter where it counts for some classes alone.
+            return self._centre(
+                temperature * torch.log_softmax(logits / temperature, -1) if by_class else logits, shares
+            )
+        if self.robust == "none":
+            log_probs = soften(tempered(logits, temperature)).log_probs
+            mixed = torch.logsumexp(log_probs + _placed(shares).log().to(logits), dim=0)
+            return temperature * (_normal(mixed, log_probs) if by_class else mixed)
+        probs = torch.softmax(tempered(logits, temperature), dim=-1)
+        robust = self._centre(probs, shares)
+        # Where no class has most of the teachers, a coordinate-wise rule can leave nothing: then the mean, and where
+        # that is nothing, since none counts for a class that it speaks of, as if all counted alike.
+        for instead in (_mean(probs, shares), probs.mean(dim=0)):
+            robust = torch.where(robust.sum(dim=-1, keepdim=True) > 0, robust, instead)
+        return temperature * (robust / robust.sum(dim=-1, keepdim=True)).log()
 
     def _centre(self, values: Tensor, shares: Tensor) -> Tensor:
         if self.robust == "median":
@@ -188,6 +224,7 @@ def objective(
     robust: str = "none",
     trim: float = 0.2,
     sharpen: float | None = None,
+    teacher_temperature: float = 1.0,
     temperature: float = 1.0,
     **options: Any,
 ) -> Objective:
@@ -204,6 +241,8 @@ def objective(
         trim: the share of the teachers' weight that ``trimmed-mean`` cuts at each end, in [0, 0.5).
         sharpen: temperature τ of entropy-reduction aggregation, softmax(p̄/τ); DS-FL takes 0.1,
             https://arxiv.org/abs/2008.06180 [paper]. ``None`` is off.
+        teacher_temperature: τ by which the teacher, each of them under ``pairwise``, is sharpened: p^(1/τ), normalised,
+            as MixMatch sharpens a mean of predictions, https://arxiv.org/abs/1905.02249 [paper]. 1 is off.
         temperature: T of student and teachers alike.
         options: the divergence's own, e.g. ``beta`` for ``cakd``.
 
@@ -225,6 +264,10 @@ def objective(
         raise ValueError(f"Expected argument `trim` to be in [0, 0.5), but got {trim!r}.")
     if sharpen is not None and not 0 < sharpen < math.inf:
         raise ValueError(f"Expected argument `sharpen` to be None or a finite number > 0, but got {sharpen!r}.")
+    if not 0 < teacher_temperature < math.inf:
+        raise ValueError(
+            f"Expected argument `teacher_temperature` to be a finite number > 0, but got {teacher_temperature!r}."
+        )
     if (combine == "pairwise" or found.multiway) and (robust != "none" or sharpen is not None):
         raise ValueError(
             "Expected arguments `robust` and `sharpen` to be 'none' and None unless teachers are averaged, "
@@ -232,8 +275,9 @@ def objective(
         )
     _check_options(found, options)
     return Objective(
-        found, combine == "pairwise", average, reduction, robust, trim, sharpen, float(temperature), options
-    )
+        found, combine == "pairwise", average, reduction, robust, trim, sharpen, float(teacher_temperature),
+        float(temperature), options,
+    )  # fmt: skip
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -261,30 +305,88 @@ def _check_options(divergence: Divergence, options: Mapping[str, Any]) -> None:
         divergence.prepare(logits, temperature=1.0, labels=labels, **tried)
 
 
-def _heard(teacher_logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the logits of the teachers that count, and their shares of the total weight ``[K]`` in float64."""
-    teachers = len(teacher_logits)
+def _spread(teacher_logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the logits of the teachers that count somewhere, and their shares in float64.
+
+    The shares are those of whole teachers, ``[K]``, which sum to 1, or of each sample and class,
+    ``[K, N or 1, C or 1]``, which sum to 1 over the teachers, or to 0 where none counts.
+    """
+    teachers, samples, classes = teacher_logits.shape
     if weights is None:
         return teacher_logits, torch.full((teachers,), 1 / teachers, dtype=torch.float64, device=teacher_logits.device)
     weights = torch.as_tensor(weights, dtype=torch.float64, device=teacher_logits.device)
-    if weights.shape != (teachers,):
-        raise ValueError(f"Expected argument `weights` to have shape [{teachers}], but got {list(weights.shape)}.")
-    if not bool(torch.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
+    by_class, by_sample = weights.shape == (teachers, classes), weights.shape == (teachers, samples)
+    if weights.dim() == 2 and by_class != by_sample:
+        weights = weights.unsqueeze(1 if by_class else 2)
+    fits = weights.shape == (teachers,) or (
+        weights.dim() == 3
+        and len(weights) == teachers
+        and weights.shape[1] in (1, samples)
+        and weights.shape[2] in (1, classes)
+    )
+    if not fits:
+        full = f"[{teachers}, {samples} or 1, {classes} or 1]"
         raise ValueError(
-            f"Expected argument `weights` to be finite, non-negative and not all 0, but got {weights.tolist()}."
+            f"Expected argument `weights` to have shape [{teachers}] or {full}, of which a 1 may be left out unless there "
+            f"are as many samples as classes, but got {list(weights.shape)}."
         )
-    counts = weights > 0
-    return teacher_logits[counts], weights[counts] / weights.sum()
+    if not bool(torch.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
+        told = weights.tolist() if weights.dim() == 1 else f"{float(weights.min())} to {float(weights.max())}"
+        raise ValueError(f"Expected argument `weights` to be finite, non-negative and not all 0, but got {told}.")
+    if weights.dim() == 3 and weights.shape[1:] == (1, 1):
+        weights = weights.flatten()
+    counts = (weights.reshape(teachers, -1) > 0).any(dim=1)
+    if weights.dim() == 1:
+        return teacher_logits[counts], weights[counts] / weights.sum()
+    total = weights.sum(dim=0)
+    return teacher_logits[counts], weights[counts] / torch.where(total > 0, total, 1)
+
+
+def _tilted(teacher_logits: Tensor, shares: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a weighted sum of teachers into one distribution of each and its share of a sample.
+
+    Args:
+        teacher_logits: ``[K, N, C]``.
+        shares: ``[K, N or 1, C or 1]``, w of the module's docstring.
+        temperature: T.
+
+    Returns:
+        Logits whose softmax at T is ∝ w_k·p_k, or p_k where that is nothing; the shares s_k ∝ Σ_c w_k·p_k, ``[K, N]``,
+        all alike where no teacher counts; and where one does, ``[N]``.
+    """
+    if shares.shape[2] == 1:
+        log_mass = shares.log().expand(-1, teacher_logits.shape[1], 1).squeeze(-1)
+    else:
+        log_probs = soften(tempered(teacher_logits, temperature)).log_probs
+        joint = log_probs + shares.log().to(log_probs)
+        log_mass = torch.logsumexp(joint, dim=-1).double()
+        speaks = (log_mass > -FAR / 2).unsqueeze(-1)
+        tilted = torch.where(speaks, joint - log_mass.to(joint).unsqueeze(-1), log_probs)
+        teacher_logits = (temperature * tilted).to(teacher_logits)
+        log_mass = log_mass.masked_fill(~speaks.squeeze(-1), -math.inf)
+    taught = log_mass.amax(dim=0) > -math.inf
+    return teacher_logits, torch.softmax(torch.where(taught, log_mass, 0), dim=0), taught
 
 
 def _mean(values: Tensor, shares: Tensor) -> Tensor:
-    return (values * shares.to(values).reshape(-1, 1, 1)).sum(dim=0)
+    return (values * _placed(shares).to(values)).sum(dim=0)
+
+
+def _normal(mixed: Tensor, log_probs: Tensor) -> Tensor:
+    """Return log probabilities ``[N, C]`` in proportion to ``mixed``, or the teachers' mean where that is nothing."""
+    nothing = mixed.amax(dim=-1, keepdim=True) < -FAR / 2
+    return torch.log_softmax(torch.where(nothing, torch.logsumexp(log_probs, dim=0), mixed), dim=-1)
+
+
+def _placed(shares: Tensor) -> Tensor:
+    """Return shares, ``[K]`` or ``[K, N or 1, C or 1]``, with three dimensions."""
+    return shares.reshape(-1, 1, 1) if shares.dim() == 1 else shares
 
 
 def _ranked(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sort each coordinate over the teachers; return the values and where their shares start and end in [0, 1]."""
     ordered, order = values.sort(dim=0)
-    shares = shares[order]
+    shares = _placed(shares).expand(values.shape).gather(0, order)
     ends = shares.cumsum(dim=0)
     return ordered, ends - shares, ends
 

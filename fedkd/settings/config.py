@@ -97,6 +97,8 @@ class RunConfig(
         yield "robust", "none unless peers average their teachers", self.robust != "none" and not averaged
         yield "sharpen", "0 unless peers average their teachers", self.sharpen > 0 and not averaged
         yield "sharpen", f"0, or at least {TEMPERATURES[0]:g}", 0 < self.sharpen < TEMPERATURES[0]
+        both = self.sharpen > 0 and self.teacher_temperature != 1
+        yield "teacher-temperature", "1 beside `sharpen`: the teacher is sharpened in one way", both
         yield "topology", f"complete under {self.strategy}", server and self.topology != "complete"
         yield "method", f"logits under strategy {self.strategy}", self.method == "infoflow" and server
         infoflow = self.method == "infoflow"

@@ -76,6 +76,7 @@ class Distillation:
                 robust=_ROBUST.get(config.robust, config.robust),
                 trim=config.trim,
                 sharpen=config.sharpen or None,
+                teacher_temperature=config.teacher_temperature,
                 temperature=temperature,
                 **_options(config),
             )
@@ -95,7 +96,7 @@ class Distillation:
         Args:
             student_logits: ``[N, C]``.
             teacher_logits: ``[K, N, C]``.
-            weights: ``[K]``.
+            weights: as :meth:`prepare` takes them.
 
         Source: [ours]; near agreement kl : td : js : sed are as 4 : 2 : 1 : 1.
         """
@@ -112,7 +113,7 @@ class Distillation:
 
         Args:
             teacher_logits: ``[K, N, C]``.
-            weights: ``[K]``, each >= 0.
+            weights: ``[K]``, or by sample and class, as :meth:`Objective.prepare` takes them.
         """
         labels = None
         if self.objective.divergence.name in ("cakd", "dkd"):

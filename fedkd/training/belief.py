@@ -1,0 +1,113 @@
+"""Whom a peer believes: how much each teacher it hears counts, for each proxy sample and class."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedkd.errors import FedkdError, SettingError
+from fedkd.losses.robust import agreement_weights
+from fedkd.losses.weighing import WAYS, Evidence, Way
+from fedkd.plugins import load_callable
+from fedkd.settings.learning import Learning
+
+_EXPECTED = "a function (Evidence) -> weights, finite and >= 0, that broadcast to [K, N, C]"
+
+
+@dataclass(frozen=True)
+class Belief:
+    """How a peer weighs its teachers in a round.
+
+    Attributes:
+        name: as the setting ``weighing`` has it.
+        way: what that names.
+        temperature: T of the distillation.
+        agreement: whether teachers that the others disagree with are left out first (``robust = agreement``).
+    """
+
+    name: str
+    way: Way
+    temperature: float
+    agreement: bool
+
+    @classmethod
+    def from_config(cls, config: Learning) -> "Belief":
+        """Take the settings of a run.
+
+        Raises:
+            SettingError: one's own function cannot be loaded, or returns what are no weights.
+        """
+        way = WAYS.get(config.weighing) or _own(config.weighing)
+        return cls(config.weighing, way, config.temperature, config.robust == "agreement")
+
+    @property
+    def needs_own(self) -> bool:
+        """Whether it takes the peer's own logits."""
+        return self.agreement or self.way.needs_own
+
+    def whole(self, logits: Tensor, weights: Tensor, own_logits: Tensor | None) -> Tensor:
+        """Return the weights of whole teachers ``[K]``: those they come with, and none for who is not believed.
+
+        Args:
+            logits: the teachers', ``[K, N, C]``.
+            weights: that they come with, ``[K]``, as their knowledge ages.
+            own_logits: ``[N, C]``; see :attr:`needs_own`.
+        """
+        if not self.agreement or own_logits is None:
+            return weights
+        return weights * agreement_weights(logits, own_logits)
+
+    def by_place(self, weights: Tensor, evidence: Evidence) -> Tensor | None:
+        """Return weights ``[K, N or 1, C or 1]`` by sample and class; None where whole teachers' weights are all.
+
+        Where no teacher that is left counts for anything, whole teachers do.
+
+        Args:
+            weights: of whole teachers, ``[K]``.
+            evidence: of the same teachers.
+
+        Raises:
+            FedkdError: one's own function returned what are no weights of these teachers.
+        """
+        if self.name == "uniform" and evidence.certainty is None:
+            return None
+        left = weights > 0
+        found = self.way.weigh(evidence.of(left))
+        if problem := _wrong(found, evidence.of(left)):
+            raise FedkdError(f"weighing = {self.name}: expected {_EXPECTED}, but {problem}")
+        found = weights[left].reshape(-1, 1, 1) * found.to(weights.device)
+        if evidence.certainty is not None:  # what a teacher has not sent counts for nothing
+            found = found * (evidence.certainty[left] > 0).unsqueeze(-1)
+        placed = found.new_zeros(len(weights), *found.shape[1:])
+        placed[left] = found
+        return placed if bool((placed > 0).any()) else None
+
+
+def _own(spec: str) -> Way:
+    """Return one's own way, ``package.module:function``, once it has been tried.
+
+    Raises:
+        SettingError: it does not take what it is given, or returns something else.
+    """
+    found = load_callable(spec, key="weighing")
+    logits = torch.tensor([[[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]], [[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]])
+    evidence = Evidence(logits, own_logits=logits[0])
+    try:
+        problem = _wrong(found(evidence), evidence)
+    except (Exception, SystemExit) as error:  # one's own function may fail in any way
+        raise SettingError("weighing", spec, f"{_EXPECTED} ({type(error).__name__}: {error})") from error
+    if problem:
+        raise SettingError("weighing", spec, f"{_EXPECTED} (for K = 2, N = 2, C = 3 {problem})")
+    return Way(found, needs_own=True)
+
+
+def _wrong(found: object, evidence: Evidence) -> str:
+    """Return what is wrong with weights; empty if nothing is."""
+    if not isinstance(found, Tensor):
+        return f"it returned {type(found).__name__}"
+    fits = found.dim() == 3 and all(
+        size in (1, full) for size, full in zip(found.shape, evidence.logits.shape, strict=True)
+    )
+    if not fits or len(found) != len(evidence.logits):
+        return f"it returned {list(found.shape)}"
+    return "" if bool(torch.isfinite(found).all() and (found >= 0).all()) else "it returned numbers that are no weights"
