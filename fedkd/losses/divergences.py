@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fedkd.losses.closed_form import (
+    FAR,
     Compare,
     TeacherTerms,
     check_logits,
@@ -266,8 +267,11 @@ def _prepare_msed(
     # From the first teacher on, so that equal teachers have exactly their own mean.
     first, gaps = probs[:1], torch.sub(probs, probs[:1], out=scaled)
     mean = first + gaps.mul_(shares).sum(dim=0, keepdim=True)
+    # No member's part of the mean is more than the mean, but for rounding, where the first counts for next to nothing:
+    # share · p <= mean, and so log(mean/p) >= log share.
+    mean = torch.maximum(mean, torch.mul(probs, shares, out=gaps).amax(dim=0, keepdim=True))
     floor = probs.clamp_min(torch.finfo(probs.dtype).tiny)
-    log_mean_over_p = torch.sub(mean, probs, out=gaps).div_(floor).log1p_()
+    log_mean_over_p = torch.sub(mean, probs, out=gaps).div_(floor).log1p_().clamp_min_(shares.log().clamp_min(-FAR))
     apart = log_mean_over_p.mul_(probs).sum(dim=-1, keepdim=True)
     spread = apart.mul_(shares).sum(dim=0, keepdim=True).squeeze(-1).neg_().clamp_min_(0)
     compare = partial(compare_msed, teachers=teachers)

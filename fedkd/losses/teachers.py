@@ -327,8 +327,8 @@ def _spread(teacher_logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
     if not fits:
         full = f"[{teachers}, {samples} or 1, {classes} or 1]"
         raise ValueError(
-            f"Expected argument `weights` to have shape [{teachers}] or {full}, of which a 1 may be left out unless there "
-            f"are as many samples as classes, but got {list(weights.shape)}."
+            f"Expected argument `weights` to have shape [{teachers}] or {full}, of which a 1 may be left out unless "
+            f"there are as many samples as classes, but got {list(weights.shape)}."
         )
     if not bool(torch.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
         told = weights.tolist() if weights.dim() == 1 else f"{float(weights.min())} to {float(weights.max())}"

@@ -1,6 +1,7 @@
 """How a peer learns in a round, on a model and data that are small enough to try every choice by hand."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch import nn
 
 from clients.data import proxy_subset
 from clients.learner import Heard, Learner, stack
+from fedkd.losses.weighing import Way
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
 from fedkd.training.distillation import Distillation, teacher_or_self
@@ -250,3 +252,68 @@ def test_letters_are_stacked_in_their_order_with_their_weights_and_features():
 
     assert torch.equal(plain.logits, torch.stack([one, other])) and plain.weights.tolist() == [1.0, 0.5]
     assert not plain.features and len(rich.features) == 2 and stack([]) is None
+
+
+# --- whom it believes -------------------------------------------------------------------------------------------------
+
+
+def experts():
+    """Two teachers that know classes 0 and 1 and one that knows the others; what they do not know they take for their
+    first."""
+    labels = data(PROXY, 3)[1]
+    sure, low = 12.0 * nn.functional.one_hot(labels, CLASSES), (labels < 2)[:, None]
+    guesses = [
+        1.0 * nn.functional.one_hot(torch.full_like(labels, first), CLASSES) - 6.0 * torch.eye(CLASSES)[others].sum(0)
+        for first, others in ((0, [2, 3]), (2, [0, 1]))
+    ]
+    return [torch.where(low, sure, guesses[0]), torch.where(low, sure, guesses[0]), torch.where(low, guesses[1], sure)]
+
+
+def test_experts_that_are_weighed_by_what_they_speak_of_teach_more_than_their_mean():
+    labels, inputs = data(PROXY, 3)[1], data(PROXY, 3)[0]
+    how = {
+        "distill_epochs": 100,
+        "schedule": "alternate",
+        "local_epochs": 0,
+        "learning_rate": 0.3,
+        "teacher_temperature": 0.1,
+    }
+
+    right = {
+        name: (predict(after(learner(weighing=name, **how), heard(*experts()))[0], inputs).argmax(-1) == labels).sum()
+        for name in ("uniform", "predicted-prior")
+    }
+
+    assert right["predicted-prior"] > right["uniform"] + 1
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js", "msed", "cakd", "bdkd"])
+@pytest.mark.parametrize("regime", ["vanilla", "partitioned", "tuned", "dml"])
+def test_every_divergence_and_regime_takes_weights_by_class(divergence, regime):
+    made = learner(divergence=divergence, regime=regime, weighing="predicted-prior", teacher_temperature=0.5)
+
+    student, found = after(made, TAUGHT)
+
+    assert math.isfinite(found["kd_loss"]) and all(bool(v.isfinite().all()) for v in student.state_dict().values())
+
+
+def test_a_uniform_weighing_at_teacher_temperature_1_is_the_plain_mean():
+    plain, _ = after(learner(), TAUGHT)
+    told, _ = after(learner(weighing="uniform", teacher_temperature=1.0), TAUGHT)
+
+    assert same(plain, told)
+
+
+def test_teachers_are_weighed_before_the_student_takes_the_place_of_one():
+    """``partitioned`` replaces a teacher's samples by the student's own, of which the teacher never spoke."""
+    seen = []
+
+    def spying(evidence):
+        seen.append(evidence.logits)
+        return torch.ones(len(evidence.logits), 1, 1)
+
+    made = learner(regime="partitioned")
+    made.belief = dataclasses.replace(made.belief, name="own", way=Way(spying))
+    after(made, TAUGHT)
+
+    assert torch.equal(seen[0], TAUGHT.logits)

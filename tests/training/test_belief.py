@@ -1,0 +1,132 @@
+"""Whom a peer believes: what it hears and the settings become weights."""
+
+import pytest
+import torch
+
+from fedkd.errors import FedkdError, SettingError
+from fedkd.losses.robust import agreement_weights
+from fedkd.losses.weighing import WAYS, Evidence
+from fedkd.settings.config import RunConfig
+from fedkd.training.belief import Belief
+
+K, N, C = 4, 9, 3
+HONEST = 4 * torch.nn.functional.one_hot(torch.arange(N) % C, C).float()
+TEACHERS = torch.stack([HONEST, HONEST + 0.1, HONEST.roll(1, -1), HONEST - 0.2])
+WEIGHTS = torch.tensor([1.0, 0.5, 1.0, 0.0])
+
+
+def first_teacher_alone(evidence):
+    weights = torch.zeros(len(evidence.logits), 1, 1)
+    weights[0] = 1
+    return weights
+
+
+def by_own_confidence(evidence):
+    return evidence.own_logits.softmax(-1).amax(-1).reshape(1, -1, 1).expand(len(evidence.logits), -1, 1)
+
+
+def no_tensor(evidence):
+    return [1.0] * len(evidence.logits)
+
+
+def flat(evidence):
+    return torch.ones(len(evidence.logits))
+
+
+def negative(evidence):
+    return -torch.ones(len(evidence.logits), 1, 1)
+
+
+def other_in_a_run(evidence):
+    return torch.ones(len(evidence.logits) + (len(evidence.logits) > 2), 1, 1)
+
+
+def failing(evidence):
+    raise SystemExit("no")
+
+
+def belief(**settings):
+    return Belief.from_config(RunConfig.from_mapping({k.replace("_", "-"): v for k, v in settings.items()}))
+
+
+def test_uniform_weights_are_those_that_the_letters_came_with():
+    made = belief()
+
+    assert made.whole(TEACHERS, WEIGHTS, None) is WEIGHTS and not made.needs_own
+    assert made.by_place(WEIGHTS, Evidence(TEACHERS)) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["predicted-prior", "confidence", "entropy", "energy", "variance", "similarity", "kt-pfl"]
+)
+def test_a_way_is_asked_about_whoever_is_left_and_old_knowledge_counts_less(name):
+    made = belief(weighing=name)
+    left = TEACHERS[:3]
+
+    found = made.by_place(WEIGHTS, Evidence(TEACHERS, own_logits=HONEST))
+
+    expected = WAYS[name].weigh(Evidence(left, own_logits=HONEST)) * WEIGHTS[:3].reshape(-1, 1, 1)
+    torch.testing.assert_close(found[:3], expected)
+    assert bool((found[3] == 0).all())
+
+
+def test_agreement_leaves_a_liar_out_before_teachers_are_weighed():
+    made = belief(robust="agreement", weighing="energy")
+    weights = made.whole(TEACHERS, WEIGHTS, HONEST)
+
+    assert made.needs_own
+    assert weights.tolist() == (WEIGHTS * agreement_weights(TEACHERS, HONEST)).tolist() == [1.0, 0.5, 0.0, 0.0]
+    found = made.by_place(weights, Evidence(TEACHERS, own_logits=HONEST))
+    torch.testing.assert_close(
+        found[:2].sum(0), (WAYS["energy"].weigh(Evidence(TEACHERS[:2])) * WEIGHTS[:2].reshape(-1, 1, 1)).sum(0)
+    )
+
+
+@pytest.mark.parametrize("name", ["uniform", "predicted-prior", "density"])
+def test_what_was_not_sent_counts_for_nothing(name):
+    certainty = torch.rand(K, N, generator=torch.Generator().manual_seed(0)) + 0.1
+    certainty[0, :4] = 0
+
+    found = belief(weighing=name).by_place(WEIGHTS, Evidence(TEACHERS, certainty=certainty))
+
+    assert bool((found[0, :4] == 0).all()) and bool((found[0, 4:] > 0).all()) and bool((found[1] > 0).all())
+
+
+def test_where_nothing_counts_whole_teachers_do():
+    assert belief(weighing="density").by_place(WEIGHTS, Evidence(TEACHERS, certainty=torch.zeros(K, N))) is None
+
+
+def test_ones_own_function_weighs():
+    alone = belief(weighing=f"{__name__}:first_teacher_alone")
+    confident = belief(weighing=f"{__name__}:by_own_confidence")
+
+    assert alone.by_place(WEIGHTS, Evidence(TEACHERS, own_logits=HONEST)).flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert confident.needs_own
+    assert confident.by_place(WEIGHTS, Evidence(TEACHERS, own_logits=HONEST)).shape == (K, N, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no_tensor", "returned list"),
+        ("flat", r"returned \[2\]"),
+        ("negative", "no weights"),
+        ("failing", "SystemExit: no"),
+        ("missing", "missing"),
+    ],
+)
+def test_ones_own_function_that_cannot_weigh_is_found_before_any_training(name, complaint):
+    with pytest.raises(SettingError, match=complaint):
+        belief(weighing=f"{__name__}:{name}")
+
+
+def test_ones_own_function_that_goes_wrong_later_is_named():
+    made = belief(weighing=f"{__name__}:other_in_a_run")
+
+    with pytest.raises(FedkdError, match=r"weighing = .*other_in_a_run: expected a function"):
+        made.by_place(torch.ones(K), Evidence(TEACHERS, own_logits=HONEST))
+
+
+def test_an_unknown_way_is_refused_with_those_there_are():
+    with pytest.raises(SettingError, match=r"`weighing` to be one of uniform, predicted-prior, .*'prior'"):
+        belief(weighing="prior")
