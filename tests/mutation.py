@@ -51,7 +51,7 @@ MODULES = [
         "asynchronous", "controls", "hosts", "introductions", "ledger", "mailbox", "participation", "post", "resuming",
         "roster", "rounds", "sealed", "trials", "window",
     )),
-    *(f"fedkd/losses/{name}.py" for name in ("robust", "teachers")),
+    *(f"fedkd/losses/{name}.py" for name in ("robust", "teachers", "weighing")), "fedkd/training/belief.py",
     *(f"fedkd/wire/{name}.py" for name in ("codecs", "features", "identities", "messages", "sealing")),
     "fedkd/metrics.py", "fedkd/privacy.py", "fedkd/results/folder.py",
     *(f"clients/{name}.py" for name in ("attacks", "keys", "learner", "releases", "state")),

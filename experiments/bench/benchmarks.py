@@ -20,6 +20,7 @@ BENCHES = {
     "scale": "experiments.bench.scale",
     "wire": "experiments.bench.wire",
     "bytes": "experiments.bench.bytes",
+    "accuracy": "experiments.bench.accuracy",
 }
 
 

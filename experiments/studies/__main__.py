@@ -8,11 +8,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from experiments import slices as data
 from experiments.compare.recipe import read
 from experiments.compare.running import compare
 from experiments.launch.runner import Federation
 from experiments.outputs import is_csv_with, is_json_with, refuse_existing, refuse_foreign_file
-from experiments.studies import slices as data
 from experiments.studies.gather import gather as gathered
 from experiments.studies.gather import write
 from experiments.studies.record import contradictions, read_trials

@@ -28,10 +28,12 @@ from fedkd.losses.information_flow import (
 )
 from fedkd.losses.robust import agreement_weights
 from fedkd.losses.teachers import Objective, objective
+from fedkd.losses.weighing import Evidence, predicted_prior
 
 __all__ = [
     "Decoupled",
     "Divergence",
+    "Evidence",
     "FlowDivergence",
     "FlowLoss",
     "Objective",
@@ -54,6 +56,7 @@ __all__ = [
     "names",
     "objective",
     "online",
+    "predicted_prior",
     "project",
     "register",
     "reverse_kl",

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from experiments import slices
 from experiments.analysis.comparison import Comparison
 from experiments.analysis.runs import read_run
 from experiments.compare.recipe import plan, read
 from experiments.compare.running import Compared
 from experiments.studies import __main__ as commands
-from experiments.studies import slices
 from experiments.studies.__main__ import fill
 from experiments.studies.gather import gather, write
 from experiments.studies.record import ELSEWHERE, contradictions, read_record, read_trials

@@ -1,4 +1,4 @@
-"""The slices of Fashion-MNIST and CIFAR-10 that the studies run on, drawn once and always the same."""
+"""The slices of Fashion-MNIST and CIFAR-10 that studies and benchmarks run on, drawn once and always the same."""
 
 from collections.abc import Mapping
 from pathlib import Path

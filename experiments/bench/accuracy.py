@@ -1,0 +1,173 @@
+"""How much of what the channel can carry do peers get? Ways to weigh teachers, on skewed and on iid data.
+
+What can be had by logits on a proxy set is bounded by its true labels: the control ``channel`` gives every peer these
+for a teacher, with the same start, private batches and steps. The share of the way from the isolated control to that one
+is what a way to weigh teachers is worth. All trials share one ``flwr run``; the controls are shared by the ways of a
+scenario and seed. Images are slices of the real ones, the digits are scikit-learn's.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.comparison import comparison_runs
+from experiments.analysis.runs import Run, read_run
+from experiments.bench.measuring import leave
+from experiments.compare.recipe import Recipe
+from experiments.compare.running import compare
+from experiments.launch.runner import Federation
+from experiments.slices import cifar10, fashion_mnist
+from fedkd.errors import FedkdError
+from fedkd.settings.declare import Scalar
+
+Settings = Mapping[str, Scalar]
+
+SEEDS = (0, 1, 2)
+MEAN = "mean"
+WAYS: Mapping[str, Settings] = {
+    MEAN: {"weighing": "uniform", "teacher-temperature": 1.0},
+    "ours": {"weighing": "predicted-prior", "teacher-temperature": 0.5},
+    "counts": {"weighing": "counts", "teacher-temperature": 0.25},
+}
+_FLEET = ",".join(
+    f"experiments.studies.fleet:{name}"
+    for name in ("mlp", "lenet", "vgg", "resnet8", "mlp_wide", "lenet_narrow", "vgg_wide", "resnet8_narrow")
+)
+COMMON: Settings = {
+    "peers": 8,
+    "models": _FLEET,
+    "proxy-size": 600,
+    "learning-rate": 0.002,
+    "pretrain-epochs": 5,
+    "rounds": 6,
+    "eval-every": 2,
+    "schedule": "mixed",
+    "kd-weight": 0.5,
+    "distill-epochs": 1,
+    "controls": "isolated,channel",
+}
+_SKEWED: Settings = {"partition": "dirichlet", "partition-alpha": 0.1}
+_FASHION, _CIFAR = "npz:fashion-mnist.npz", "npz:cifar10.npz"
+SCENARIOS: Mapping[str, Settings] = {
+    "fashion-mnist": {"dataset": _FASHION, **_SKEWED},
+    "fashion-mnist, more steps": {
+        "dataset": _FASHION, **_SKEWED, "kd-weight": 0.8, "distill-epochs": 3, "rounds": 10, "eval-every": 5,
+    },
+    "fashion-mnist, two classes a peer": {
+        "dataset": _FASHION, "partition": "classes", "classes-per-peer": 2, "peers": 10,
+    },
+    "fashion-mnist, iid": {"dataset": _FASHION, "partition": "iid"},
+    "fashion-mnist, gossip of two": {"dataset": _FASHION, **_SKEWED, "strategy": "gossip", "fanout": 2},
+    "fashion-mnist, 3-regular": {
+        "dataset": _FASHION, **_SKEWED, "topology": "k-regular", "topology-degree": 3,
+    },
+    "cifar10": {"dataset": _CIFAR, **_SKEWED, "pooled-model": "experiments.studies.fleet:vgg_wide"},
+    "digits": {
+        "dataset": "digits", **_SKEWED, "models": "mlp,cnn-small,cnn-wide,resnet8", "proxy-size": 400,
+        "pretrain-epochs": 20, "distill-epochs": 2,
+    },
+}  # fmt: skip
+QUICK: Settings = {"peers": 3, "proxy-size": 60, "pretrain-epochs": 1, "rounds": 1, "eval-every": 1}
+
+
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Run all trials; return ``{"ratio": ..., "rows": [...]}``.
+
+    A row has the ``scenario`` and the ``way``; the peers' mean accuracy when they begin (``before``), at the end
+    (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of the ``worst``
+    peer; ``bytes``, of all peers, up and down; and the ``share`` of the way from alone to the true labels. All are means
+    over the seeds, the share that of the means. ``ratio`` is the share of ours on skewed Fashion-MNIST: 0.8 is the goal.
+
+    Args:
+        quick: one scenario of three peers on the digits, to see that it runs.
+
+    Raises:
+        FedkdError: the images are not there, or a run failed.
+    """
+    scenarios = {"digits": {**SCENARIOS["digits"], **QUICK}} if quick else SCENARIOS
+    seeds = SEEDS[:1] if quick else SEEDS
+    with tempfile.TemporaryDirectory(prefix="fedkd-accuracy-") as name:
+        folder = Path(name)
+        if not quick:
+            _write_slices(folder)
+        grids = tuple(
+            {**{key: [value] for key, value in {**scenario, **way}.items()}, "seed": list(seeds)}
+            for scenario in scenarios.values()
+            for way in WAYS.values()
+        )
+        settings = {**COMMON, "data-dir": str(folder)}
+        recipe = Recipe("accuracy", "Ways to weigh teachers", "", (), None, settings, grids, "", folder, quick)
+        compared = compare(
+            recipe, Federation(peers=1), folder / "trials", command="fedkd bench accuracy", out=lambda _: None
+        )
+        if compared.failed:
+            raise FedkdError(f"the benchmark's trials failed: {', '.join(compared.failed)}")
+        runs = [read_run(path) for path in comparison_runs(compared.folder)]
+    rows = [
+        _row(scenario, way, _of(runs, {**COMMON, **scenarios[scenario], **WAYS[way]}))
+        for scenario in scenarios
+        for way in WAYS
+    ]
+    return {"ratio": rows[1]["share"], "settings": {**COMMON}, "rows": rows}
+
+
+def main(json_path: Path | None = None, *, quick: bool = False) -> None:
+    """Print a table of :func:`run`, and write it to ``json_path`` if given."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result = run(quick=quick)
+    table = Table(title="Mean accuracy of the peers, and what share of the way to true labels that is", box=None)
+    for column in ("", "", "before", "isolated", "accuracy", "worst peer", "true labels", "share", "kB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in result["rows"]:
+        shares = [f"{row[name]:.1%}" for name in ("before", "isolated", "accuracy", "worst", "channel")]
+        share = "" if row["share"] is None else f"{row['share']:.2f}"
+        first = row["scenario"] if row["way"] == MEAN else ""
+        table.add_row(first, row["way"], *shares, share, f"{row['bytes'] / 1000:,.0f}")
+    Console().print(table)
+    leave(result, json_path)
+
+
+def _of(runs: Sequence[Run], settings: Settings) -> list[Run]:
+    return [
+        run
+        for run in runs
+        if all(run.settings[key] == value for key, value in settings.items() if key != "dataset")
+        and str(run.settings["dataset"]).endswith(str(settings["dataset"]).removeprefix("npz:"))
+    ]
+
+
+def _row(scenario: str, way: str, runs: Sequence[Run]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return fmean(fmean(peer[name] for peer in run.summary["peers"]) for run in runs)
+
+    isolated, accuracy, channel = mean("isolated"), mean("after"), mean("channel")
+    return {
+        "scenario": scenario,
+        "way": way,
+        "seeds": sorted(run.seed for run in runs),
+        "before": mean("before"),
+        "isolated": isolated,
+        "accuracy": accuracy,
+        "worst": fmean(min(peer["after"] for peer in run.summary["peers"]) for run in runs),
+        "channel": channel,
+        "share": (accuracy - isolated) / (channel - isolated) if channel > isolated else None,
+        "bytes": fmean(run.summary["totals"]["bytes_up"] + run.summary["totals"]["bytes_down"] for run in runs),
+    }
+
+
+def _write_slices(folder: Path) -> None:
+    data = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
+    try:
+        np.savez(folder / "fashion-mnist.npz", **fashion_mnist(data))
+        np.savez(folder / "cifar10.npz", **cifar10(data / "cifar10.npz"))
+    except (OSError, RuntimeError) as error:
+        raise FedkdError(
+            f"{error} (FEDKD_DATA names the folder with FashionMNIST/raw, unpacked, and cifar10.npz)"
+        ) from error
