@@ -111,7 +111,8 @@ class Learner:
         Args:
             model: on the site's device.
             round: whose private batches, proxy samples and order these are.
-            temperature: the one that the peer used in that round; ``weight`` likewise.
+            temperature: the one that the peer used in that round.
+            weight: likewise.
             memo: of the control; the factor of ``match-gradients``, by which labels are matched, is added.
 
         Raises:

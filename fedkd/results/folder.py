@@ -318,13 +318,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def share_of_channel(after: float, isolated: float, channel: float) -> float:
-    """Return how much of what true labels would have brought the exchange brought: (after − isolated)/(channel − isolated).
+    """Return (after − isolated)/(channel − isolated): how much of what true labels would have brought the exchange did.
 
     1 is as much as labels; below 0 the exchange costs accuracy.
 
     Args:
         after: accuracy with the exchange.
-        isolated: without it; ``channel``: with true labels in the teachers' place.
+        isolated: without it.
+        channel: with true labels in the teachers' place.
 
     Returns:
         NaN where a number is missing, or where true labels bring nothing.

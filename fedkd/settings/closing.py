@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedkd.settings.declare import AGAIN, CHANNEL, BOOKKEEPING, EXCHANGE, FREE, RELAY_PATH, Condition, setting
+from fedkd.settings.declare import AGAIN, BOOKKEEPING, CHANNEL, EXCHANGE, FREE, RELAY_PATH, Condition, setting
 from fedkd.settings.rules import ANY, above, at_least, between
 
 

@@ -30,7 +30,7 @@ _NOBODY_ALONE = ("complete", "ring", "torus", "star", "k-regular", "exponential"
 
 
 def _who_hears(c: "RunConfig") -> tuple[str, ...]:
-    """Return the control that depends on who hears whom: the channel's, unless everybody hears somebody in each round."""
+    """Return what depends on who hears whom: the channel control, unless everybody hears somebody in each round."""
     hears = {
         "averaged": True,
         "pairwise": c.matching == "all",

@@ -86,8 +86,8 @@ class Training:
     vacant_classes: float = setting(
         0.0,
         at_least(0),
-        "weight of a loss, beside the labels' in a round, that keeps apart the classes that a peer has no sample of, as "
-        "its model did before; 0: off",
+        "weight of a loss, beside the labels' in a round, that keeps apart the classes that a peer has no sample of "
+        "as its model did before; 0: off",
         decides=TRAINING,
         costs=FREE,
     )

@@ -1,4 +1,4 @@
-"""The controls of a run, and its summary: what the peers would be without the exchange, with all data, and with the truth.
+"""The controls of a run, and its summary: what the peers would be without the exchange, and with other help.
 
 ``isolated`` is the floor, without any teacher; ``channel`` says what the exchange could carry at most, with the proxy
 set's true labels in the teachers' place; ``pooled`` is one model on the data of all.
