@@ -259,7 +259,7 @@ class Peer:
         return self._again(mail, rounds, lambda model, round: self.learner.alone(model, round=round))
 
     def _channel(self, mail: Mail) -> Answer:
-        """What the channel could have carried: the same again, with the proxy set's true labels in the teachers' place.
+        """What the channel carries from the truth: the same again, the proxy set's labels in the teachers' place.
 
         In the rounds in which the peer had teachers, as its state says, with the temperature and the weight that it
         used then; in its other rounds it trains as the isolated control does.

@@ -1,7 +1,7 @@
 """The public proxy set: inputs that all peers share, and on which they compare what they know.
 
-Nobody learns from its labels. Where they are known they are kept for one thing, the control that says what the exchange
-could have carried at most (``controls=channel``).
+No peer learns from its labels. Where they are known they are kept for one thing: the control that says what peers
+would be whose teachers were right about every sample (``controls=channel``).
 """
 
 import hashlib

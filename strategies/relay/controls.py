@@ -1,7 +1,8 @@
 """The controls of a run, and its summary: what the peers would be without the exchange, and with other help.
 
-``isolated`` is the floor, without any teacher; ``channel`` says what the exchange could carry at most, with the proxy
-set's true labels in the teachers' place; ``pooled`` is one model on the data of all.
+``isolated`` is the floor, without any teacher; ``channel`` has the proxy set's true labels in the teachers' place, which
+is what this way of learning carries from teachers who are right about every sample; ``pooled`` is one model on the data
+of all. Teachers may bring more than labels do: how sure they are says something too.
 """
 
 import math

@@ -103,7 +103,8 @@ def test_rows_are_the_same_without_it_and_its_numbers_stand_in_the_summary(tmp_p
 
 
 def test_nothing_but_the_control_knows_the_labels(tmp_path, monkeypatch):
-    truth = federate(tmp_path / "truth", 3, **SKEWED, controls=ALL)
+    taught = {**SKEWED, "distill_epochs": 8, "rounds": 3}
+    truth = federate(tmp_path / "truth", 3, **taught, controls=ALL)
 
     def lied(*arguments, **how):
         proxy, remaining = split_proxy(*arguments, **how)
@@ -112,7 +113,7 @@ def test_nothing_but_the_control_knows_the_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(clients.data, "split_proxy", lied)
     clients.data._commons.cache_clear()
     try:
-        lie = federate(tmp_path / "lie", 3, **SKEWED, controls=ALL)
+        lie = federate(tmp_path / "lie", 3, **taught, controls=ALL)
     finally:
         clients.data._commons.cache_clear()
 
