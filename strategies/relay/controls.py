@@ -1,8 +1,7 @@
 """The controls of a run, and its summary: what the peers would be without the exchange, and with other help.
 
-``isolated`` is the floor, without any teacher; ``channel`` has the proxy set's true labels in the teachers' place, which
-is what this way of learning carries from teachers who are right about every sample; ``pooled`` is one model on the data
-of all. Teachers may bring more than labels do: how sure they are says something too.
+``isolated`` is the floor, without any teacher; ``channel`` has the proxy set's true labels in the teachers' place: what
+this way of learning carries from teachers who are right about every sample; ``pooled`` is one model on the data of all.
 """
 
 import math
