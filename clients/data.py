@@ -33,6 +33,7 @@ class Commons:
         pool: indices of the training set that are left for the peers.
         proxy_inputs: ``[P, ...]`` float32.
         fingerprint: hash of the raw proxy set, over content and order.
+        proxy_labels: ``[P]`` int64, where they are known. The channel control alone looks at them.
         test_inputs: ``[N, ...]`` float32.
         test_labels: ``[N]`` int64.
         test_fingerprint: hash of the raw test set.
@@ -47,6 +48,7 @@ class Commons:
     test_labels: Tensor
     test_fingerprint: str
     scale: Standardizer
+    proxy_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,7 @@ def _commons(settings: _DataSettings) -> Commons:
         test.labels.to(settings.device),
         _fingerprint(test.inputs, test.labels),
         scale,
+        None if proxy.labels is None else proxy.labels.to(settings.device),
     )
 
 
@@ -319,5 +322,11 @@ def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Pro
     if settings.proxy == "split":
         return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
     other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
-    proxy = foreign_proxy(other, settings.proxy_size, like=source.train.inputs[0], seed=derive(settings.seed, "proxy"))
+    proxy = foreign_proxy(
+        other,
+        settings.proxy_size,
+        like=source.train.inputs[0],
+        seed=derive(settings.seed, "proxy"),
+        classes=source.classes,
+    )
     return proxy, np.arange(len(source.train))

@@ -14,6 +14,7 @@ from clients.data import Labelled, Site, proxy_subset
 from clients.flow import Flow
 from fedkd import metrics
 from fedkd.errors import SettingError
+from fedkd.losses.calibration import Calibration, class_shares
 from fedkd.losses.decoupled import warm_up
 from fedkd.losses.weighing import Evidence
 from fedkd.results.profile import Stopwatch
@@ -21,8 +22,19 @@ from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import numbers
 from fedkd.training.belief import Belief
-from fedkd.training.distillation import Distillation, teacher_or_self
-from fedkd.training.loops import Beside, Diverged, Drawn, Optimization, distil, fit, fit_alone, fit_and_distil, predict
+from fedkd.training.distillation import Distillation, label_logits, teacher_or_self, toward_labels
+from fedkd.training.loops import (
+    Beside,
+    Diverged,
+    Drawn,
+    Labelling,
+    Optimization,
+    distil,
+    fit,
+    fit_alone,
+    fit_and_distil,
+    predict,
+)
 
 Memo = dict[str, float]
 """What a peer remembers beside its model: numbers it chose itself."""
@@ -71,6 +83,7 @@ class Learner:
     Attributes:
         seen: private samples that models were trained on so far, each as often as it was drawn; those of a search's
             trials, whose models are thrown away, are not among them.
+        shares: smoothed, of the classes in what it trains on, ``[C]``.
     """
 
     def __init__(
@@ -80,6 +93,7 @@ class Learner:
         self.how = Optimization.from_config(config)
         self.seen = 0
         self.belief = Belief.from_config(config)
+        self.shares = class_shares(site.labels, len(site.label_share))
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
     def check(self) -> None:
@@ -101,6 +115,33 @@ class Learner:
         """Train on private labels alone; return the loss."""
         return self._fit(model, Labelled(self.site.inputs, self.site.labels), round, epochs, self._see)
 
+    def shown_labels(self, model: nn.Module, *, round: int, temperature: float, weight: float, memo: Memo) -> None:
+        """Train as in a round with teachers, with the proxy set's true labels in their place: the channel control.
+
+        Args:
+            model: on the site's device.
+            round: whose private batches, proxy samples and order these are.
+            temperature: the one that the peer used in that round.
+            weight: likewise.
+            memo: of the control; the factor of ``match-gradients``, by which labels are matched, is added.
+
+        Raises:
+            ValueError: the labels are not known.
+        """
+        labels = self.site.commons.proxy_labels
+        if labels is None:
+            raise ValueError("Expected the proxy set's labels to be known.")
+        found = Distillation.from_config(toward_labels(self.config), temperature=temperature, weight=weight)
+        shown = labels[proxy_subset(self.config, round, labels.device)]
+        divergence, classes = found.objective.divergence.name, len(self.site.label_share)
+        logits = label_logits(shown, classes, divergence=divergence, temperature=temperature)
+        teacher = Heard(logits.unsqueeze(0), torch.ones(1, device=logits.device))
+        if self.config.match_gradients and "gradient_factor" not in memo:
+            own = predict(model, self._proxy(round), fast=self.how.fast)
+            memo["gradient_factor"] = found.matched(own, teacher.logits, teacher.weights)
+        found = found.times(memo.get("gradient_factor", 1.0)).times(warm_up(round, self.config.kd_warm_up))
+        self._step(model, Labelled(self.site.inputs, self.site.labels), teacher, found, round)
+
     def alone(self, model: nn.Module, *, round: int) -> float:
         """Train as in a round, on the same private batches, without teachers: the isolated control."""
         if not self.config.joint:
@@ -109,8 +150,9 @@ class Learner:
         seed, epochs = derive(self.config.seed, "distil", self.index, round), self.config.distill_epochs
         with self.watch.phase("train"):
             return fit_alone(
-                model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed, drawn=self._see
-            )
+                model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed,
+                drawn=self._see, labelling=self._labelling(model, round),
+            )  # fmt: skip
 
     def learn(self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo) -> dict[str, float]:
         """Train a model by one round, in place.
@@ -188,6 +230,7 @@ class Learner:
                 loss = fit_and_distil(
                     model, own, proxy, teachers, distillation,
                     epochs=epochs, how=how, seed=seed, beside=beside, drawn=drawn,
+                    labelling=self._labelling(model, round),
                 )  # fmt: skip
                 return loss, math.nan
             loss = distil(model, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside)
@@ -202,7 +245,29 @@ class Learner:
     def _fit(self, model: nn.Module, private: Labelled, round: int, epochs: int, drawn: Drawn | None) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
         with self.watch.phase("train"):
-            return fit(model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed, drawn=drawn)
+            return fit(
+                model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed, drawn=drawn,
+                labelling=self._labelling(model, round),
+            )  # fmt: skip
+
+    def _labelling(self, model: nn.Module, round: int) -> Labelling | None:
+        """Return the labels' loss of a phase that begins with a model; None: cross-entropy.
+
+        What the model says of vacant classes is kept from where it stands now, which is after its teachers spoke where
+        the losses take turns [ours]. Before round 1 there is nothing to keep yet.
+        """
+        config, site = self.config, self.site
+        keeps = config.vacant_classes > 0 and round > 0
+        if not (keeps or config.logit_adjustment > 0 or config.logit_suppression > 0):
+            return None
+        return Calibration(
+            site.labels,
+            self.shares,
+            config.logit_adjustment,
+            config.vacant_classes,
+            config.logit_suppression,
+            predict(model, site.inputs, fast=self.how.fast) if keeps else None,
+        )
 
     def _distillation(self, memo: Memo) -> Distillation:
         found = Distillation.from_config(self.config, temperature=memo.get("temperature"), weight=memo.get("kd_weight"))

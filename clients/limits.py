@@ -99,6 +99,8 @@ def _check_kind(config: RunConfig, kind: Kind) -> None:
     """Refuse a mail that belongs to no run of real sites with these settings."""
     if kind == "pooled":
         raise SettingError("controls", "pooled", "left out in a deployment: no peer may see the others' data")
+    if kind == "channel":
+        raise SettingError("controls", "channel", "left out in a deployment: it learns the proxy set's labels")
     if kind == "merge" and not config.merges:
         found = f"{config.strategy}, fedavg-start {config.fedavg_start}"
         raise SettingError("strategy", found, "fedavg, fedavg-start distilled where knowledge is to become weights")

@@ -7,7 +7,7 @@ proxy set and numbers about itself go out.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -30,7 +30,7 @@ from clients.pretrained import pretrain
 from clients.rehearsal import check_start, rehearse
 from clients.releases import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
-from clients.state import Store, Trained
+from clients.state import Store, Taught, Trained
 from fedkd import metrics, models
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 NO_ROUND = -1
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
+
+_UNLABELLED = "the labels of the proxy set are not known, or its classes are not the peers'"
 
 Series = dict[str, list[float]]
 
@@ -209,7 +211,8 @@ class Peer:
             heard, refused = self._hear(mail, memo)
         trained, seen = self.store.trained(before=mail.round), self.learner.seen
         found = self.learner.learn(model, heard, round=mail.round, memo=memo)
-        trained = trained.then(mail.round, self.learner.seen - seen)
+        taught = Taught(mail.round, found["temperature"], found["kd_weight"]) if heard is not None else None
+        trained = trained.then(mail.round, self.learner.seen - seen, taught)
         bins: Series = {}
         if self.config.evaluates(mail.round):
             measured, bins = self._examine(mail.round, model)
@@ -252,14 +255,40 @@ class Peer:
         In which rounds a peer drew private batches nobody knows but the peer: an answer may be late, lost or refused,
         and a round done over. So the control goes by what the peer's state says.
         """
+        rounds = self.store.trained(before=mail.round + 1).rounds
+        return self._again(mail, rounds, lambda model, round: self.learner.alone(model, round=round))
+
+    def _channel(self, mail: Mail) -> Answer:
+        """What the channel carries from the truth: the same again, the proxy set's labels in the teachers' place.
+
+        In the rounds in which the peer had teachers, as its state says, with the temperature and the weight that it
+        used then; in its other rounds it trains as the isolated control does.
+        """
+        commons, memo = self.site.commons, Memo()
+        averages = self.config.strategy == "fedavg"
+        if averages or commons.proxy_labels is None:
+            why = "federated averaging has no rounds of distillation" if averages else _UNLABELLED
+            return self._reply(mail, facts={"left-out": why})
+        trained = self.store.trained(before=mail.round + 1)
+        taught = {one.round: one for one in trained.taught}
+
+        def step(model: nn.Module, round: int) -> None:
+            if one := taught.get(round):
+                self.learner.shown_labels(model, round=round, temperature=one.temperature, weight=one.weight, memo=memo)
+            else:
+                self.learner.alone(model, round=round)
+
+        return self._again(mail, sorted({*trained.rounds, *taught}), step)
+
+    def _again(self, mail: Mail, rounds: Sequence[int], step: Callable[[nn.Module, int], object]) -> Answer:
+        """Go through rounds again from the peer's start, and answer with what was measured whenever it was due."""
         fedavg = self.config.strategy == "fedavg"
         model = self.models.common() if fedavg and self.config.fedavg_start != "distilled" else self.models.own()
         self.store.load(0, model)
-        trained = self.store.trained(before=mail.round + 1)
         curve = [(0, self._measure(model))]
-        shown = [round + fedavg for round in trained.rounds]  # an average is measured before it is trained
-        for round, (since, until) in zip(trained.rounds, pairwise([*shown, mail.round + 1]), strict=True):
-            self.learner.alone(model, round=round)
+        shown = [round + fedavg for round in rounds]  # an average is measured before it is trained
+        for round, (since, until) in zip(rounds, pairwise([*shown, mail.round + 1]), strict=True):
+            step(model, round)
             if any(self.config.evaluates(measured) for measured in range(since, until)):
                 curve.append((since, self._measure(model)))
         series = {name: [found[name] for _, found in curve] for name in curve[0][1]}

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
@@ -22,21 +23,32 @@ class StateError(FedkdError):
     """A peer's state is missing or does not fit its model."""
 
 
+class Taught(NamedTuple):
+    """A round in which a peer learned from teachers, with the temperature and the weight that it did so with."""
+
+    round: int
+    temperature: float
+    weight: float
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a state has been trained on, of the peer's own data: what its isolated control is to do again.
+    """What a state has been trained on: what the peer's controls are to do again.
 
     Attributes:
         rounds: those in which private batches were drawn, the start not among them, in their order.
         samples: private samples that were gone through in all, the start's among them, each as often as it was drawn.
+        taught: the rounds with a teacher.
     """
 
     rounds: tuple[int, ...] = ()
     samples: int = 0
+    taught: tuple[Taught, ...] = ()
 
-    def then(self, round: int, samples: int) -> "Trained":
+    def then(self, round: int, samples: int, taught: Taught | None = None) -> "Trained":
         """Return what it is after one more round."""
-        return Trained((*self.rounds, round) if samples else self.rounds, self.samples + samples)
+        rounds = (*self.rounds, round) if samples else self.rounds
+        return Trained(rounds, self.samples + samples, (*self.taught, taught) if taught else self.taught)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -142,7 +154,7 @@ class Store:
         head = {
             "run": self.run,
             "memo": json.dumps(dict(memo or {})),
-            "trained": json.dumps([trained.rounds, trained.samples]),
+            "trained": json.dumps([trained.rounds, trained.samples, trained.taught]),
             **(said or {}),
         }
         try:
@@ -177,8 +189,8 @@ class Store:
         if not (earlier := [round for round in self.rounds() if round < before]):
             return Trained()
         try:
-            rounds, samples = json.loads(self._head(earlier[-1])["trained"])
-            return Trained(tuple(rounds), samples)
+            rounds, samples, *taught = json.loads(self._head(earlier[-1])["trained"])
+            return Trained(tuple(rounds), samples, tuple(Taught(*one) for one in (taught or [()])[0]))
         except Exception as error:
             raise StateError(f"cannot read the state of round {earlier[-1]} in {self.folder}: {error}") from error
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
-_MEASURED = ("before", "accuracy", "worst", "isolated", "bytes")
+_MEASURED = ("before", "accuracy", "worst", "isolated", "channel", "bytes")
 _DEPENDS = [key for key, about in declared(RunConfig).items() if about.decides != BOOKKEEPING]
 
 
@@ -114,8 +114,8 @@ def _trials(found: Mapping[str, Run], names: Sequence[str]) -> "pd.DataFrame":
     import pandas as pd
 
     sorted_runs = study(list(found.values()))
-    isolated = {
-        run.name: variant.isolated.get(seed)
+    controls = {
+        run.name: {"isolated": variant.isolated.get(seed), "channel": variant.channel.get(seed)}
         for scenario in sorted_runs.scenarios
         for variant in scenario.variants
         for seed, run in variant.runs.items()
@@ -126,7 +126,7 @@ def _trials(found: Mapping[str, Run], names: Sequence[str]) -> "pd.DataFrame":
         line: dict[str, Any] = dict(zip(varied, effective(run.settings, varied), strict=True))
         if run.summary and (curve := run.curve()):
             line |= {"before": curve[0].accuracy, "accuracy": curve[-1].accuracy, "worst": curve[-1].worst}
-            line |= {"isolated": isolated.get(run.name), "bytes": curve[-1].bytes}
+            line |= {**controls.get(run.name, {}), "bytes": curve[-1].bytes}
         lines.append({"trial": run.name, **line, "folder": run.path})
     frame = pd.DataFrame(lines, columns=["trial", *varied, *_MEASURED, "folder"]).set_index("trial")
     floats = [name for name in _MEASURED if name != "bytes"]

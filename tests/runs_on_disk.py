@@ -12,7 +12,15 @@ from strategies.relay.ledger import Ledger
 
 
 def make_run(
-    path: Path, accuracies, *, bytes_per_round=1000, isolated=0.4, pooled=0.95, samples_seen=(), **settings
+    path: Path,
+    accuracies,
+    *,
+    bytes_per_round=1000,
+    isolated=0.4,
+    channel=math.nan,
+    pooled=0.95,
+    samples_seen=(),
+    **settings,
 ) -> Path:
     """Write the folder of a run whose peers had these test accuracies, ``[round][peer]``.
 
@@ -38,15 +46,17 @@ def make_run(
         folder.append_reliability(config.rounds, peer, bins)
     alone = Measures(isolated, isolated, test_loss=1 - isolated, ece=0.2, brier=1 - isolated)
     entries = [
-        PeerSummary(peer, "mlp", 10, 20, first, last, first, last, isolated=isolated, isolated_measures=alone)
+        PeerSummary(
+            peer, "mlp", 10, 20, first, last, first, last, isolated=isolated, isolated_measures=alone, channel=channel
+        )
         for peer, first, last in zip(peers, accuracies[0], accuracies[-1], strict=True)
     ]
     spent = bytes_per_round // 2 * len(peers) * len(accuracies)
     totals = {"rounds": config.rounds, "bytes_up": spent, "bytes_down": spent, "seconds": 9.0}
     folder.write_summary(
         Summary(
-            entries, isolated=isolated, pooled=pooled, totals=totals, round_seconds=[1.0] * len(accuracies),
-            classes=("a", "b"),
+            entries, isolated=isolated, channel=channel, pooled=pooled, totals=totals,
+            round_seconds=[1.0] * len(accuracies), classes=("a", "b"),
         )
     )  # fmt: skip
     ledger = Ledger(round=config.rounds)

@@ -6,6 +6,7 @@ import types
 from collections import defaultdict
 
 import clients.learner
+import fedkd.losses.calibration
 import fedkd.training.loops
 import strategies.relay.asynchronous
 import strategies.relay.controls
@@ -40,7 +41,8 @@ class Witness:
     def __init__(self, monkeypatch):
         self.batches, self.inputs = [], ""
         self.states = defaultdict(dict)  # by peer: the private batches that went into the state of a round
-        self.alone = {}  # by peer: those of its control
+        self.alone = {}  # by peer: those of its isolated control
+        self.shown = {}  # by peer: those of its channel control
         forward, search = fedkd.training.loops.forward, clients.learner.Learner._search
 
         def seen(model, inputs, **how):
@@ -58,7 +60,8 @@ class Witness:
 
         cross_entropy = fedkd.training.loops.F.cross_entropy
         monkeypatch.setattr(fedkd.training.loops, "forward", seen)
-        monkeypatch.setattr(fedkd.training.loops, "F", types.SimpleNamespace(cross_entropy=labelled))
+        for module in (fedkd.training.loops, fedkd.losses.calibration):
+            monkeypatch.setattr(module, "F", types.SimpleNamespace(cross_entropy=labelled))
         monkeypatch.setattr(clients.learner.Learner, "_search", trials)
 
     def answer(self, grid, partition, message):
@@ -70,6 +73,8 @@ class Witness:
         kind, round, states = mail["kind"], mail["round"], self.states[partition]
         if kind == "isolated":
             self.alone[partition] = self.batches
+        if kind == "channel" and "left-out" not in reply.content["facts"]:
+            self.shown[partition] = self.batches
         if kind in ("start", "learn"):
             earlier = [r for r in states if r < round] if kind == "learn" else []
             before = states[max(earlier)] if earlier else []
@@ -84,3 +89,6 @@ class Witness:
         for peer in self.alone:
             states = self.states[peer]
             assert self.alone[peer] == states[max(states)], f"peer {peer}"
+        for peer in self.shown:
+            states = self.states[peer]
+            assert self.shown[peer] == states[max(states)], f"peer {peer}, with true labels"

@@ -142,7 +142,7 @@ class Run:
         return points
 
     def control(self, name: str) -> float:
-        """Return the final accuracy of a control (``isolated``, ``pooled``); NaN without it."""
+        """Return the final accuracy of a control (``isolated``, ``channel``, ``pooled``); NaN without it."""
         value = self.summary.get(name)
         return math.nan if value is None else float(value)
 

@@ -69,11 +69,18 @@ def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | N
     own = [key for key in depends if _DECLARED[key].decides in (EXCHANGE, BOOKKEEPING)]
     shared = [key for key in depends if key not in own]
     tuned = config.regime == "tuned"  # then a part of each peer's data is held out of its control too
+    if name == "channel":  # it does what the isolated control does, and is taught as the peer is
+        taught = [key for key in own if "isolated" not in _DECLARED[key].controls(config)]
+        own = [key for key in own if key not in taught]
+        used = effective(config.effective().to_mapping(), taught)
     common = (*effective(settings, shared), *(settings[key] for key in own), *own, tuned)
     if name == "pooled":
         return common
+    if name == "channel":
+        common = (*common, *used, *taught)
     alone = [value for key, value in settings.items() if key not in depends and _DECLARED[key].decides != BOOKKEEPING]
-    return (*common, config.joint, *(alone if _decides_alone(settings) else ()))
+    repeated = name == "channel" and tuned  # what each peer's search found, which depends on all that it heard
+    return (*common, config.joint, *(alone if repeated or _decides_alone(settings) else ()))
 
 
 def _decides_alone(settings: Mapping[str, Scalar]) -> bool:

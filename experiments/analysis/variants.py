@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 from experiments.analysis.runs import Run
 from experiments.analysis.settings import SCENARIO_KEYS, VARIANT_KEYS, control_group, control_groups, effective, label
 from fedkd.errors import FedkdError
+from fedkd.results.folder import share_of_channel
 from fedkd.settings.config import RunConfig
-from fedkd.settings.declare import Scalar
+from fedkd.settings.declare import CONTROLS, Scalar
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Variant:
         runs: finished ones, by seed.
         missing: seeds of runs that failed.
         isolated: mean final accuracy of the same peers without exchange, by seed.
+        channel: mean final accuracy of the same peers with true labels in their teachers' place, by seed.
         pooled: final accuracy of one model on all private data, by seed.
         isolated_by_peer: final accuracy of each peer without exchange, averaged over seeds.
     """
@@ -32,6 +34,7 @@ class Variant:
     runs: Mapping[int, Run]
     missing: tuple[int, ...] = ()
     isolated: Mapping[int, float] = field(default_factory=dict)
+    channel: Mapping[int, float] = field(default_factory=dict)
     pooled: Mapping[int, float] = field(default_factory=dict)
     isolated_by_peer: Mapping[str, float] = field(default_factory=dict)
 
@@ -40,9 +43,18 @@ class Variant:
         return {seed: float(getattr(run.curve()[-1], what)) for seed, run in self.runs.items() if run.curve()}
 
     def over(self, control: str) -> dict[int, float]:
-        """Return final accuracy less that of a control (``isolated``, ``pooled``), by seed."""
+        """Return final accuracy less that of a control (``isolated``, ``channel``, ``pooled``), by seed."""
         finals, levels = self.finals(), getattr(self, control)
         return {seed: final - levels[seed] for seed, final in finals.items() if seed in levels}
+
+    def shares_of_channel(self) -> dict[int, float]:
+        """Return by seed the :func:`~fedkd.results.folder.share_of_channel`, where both controls are there."""
+        missing = math.nan
+        found = {
+            seed: share_of_channel(final, self.isolated.get(seed, missing), self.channel.get(seed, missing))
+            for seed, final in self.finals().items()
+        }
+        return {seed: share for seed, share in found.items() if math.isfinite(share)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Scenario:
         return next(iter(best_first(self.variants)), None)
 
     def control(self, name: str) -> Mapping[int, float]:
-        """Return a control (``isolated``, ``pooled``) by seed; empty where variants do not share one."""
+        """Return a control (``isolated``, ``channel``, ``pooled``) by seed; empty where variants do not share one."""
         found: dict[int, float] = {}
         for variant in self.variants:
             for seed, value in getattr(variant, name).items():
@@ -177,18 +189,19 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
     for run in runs:
         groups.setdefault(effective(run.settings, varied), []).append(run)
     varied = [key for key in varied if len({run.settings[key] for run in runs}) > 1]
-    isolated, pooled = (carriers(runs, name) for name in ("isolated", "pooled"))
+    carried = {name: carriers(runs, name) for name in CONTROLS}
     variants = []
     for members in groups.values():
         good = {run.seed: run for run in reversed(members) if run.summary and run.curve()}
         good = {run.seed: run for run in members if good.get(run.seed) is run}  # the first of each seed
         missing = tuple(run.seed for run in members if run.seed not in good)
         settings = members[0].settings
-        alone, together = (_serving(good, "isolated", isolated), _serving(good, "pooled", pooled))
+        alone, shown, together = (_serving(good, name, carried[name]) for name in ("isolated", "channel", "pooled"))
         variants.append(
             Variant(
                 label(settings, _telling(settings, varied, runs)) or "this run", settings, good, missing,
                 isolated={seed: run.control("isolated") for seed, run in alone.items()},
+                channel={seed: run.control("channel") for seed, run in shown.items()},
                 pooled={seed: run.control("pooled") for seed, run in together.items()},
                 isolated_by_peer=_isolated_by_peer(alone.values()),
             )

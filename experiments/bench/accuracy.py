@@ -1,9 +1,9 @@
 """How much of what the channel can carry do peers get? Ways to weigh teachers, on skewed and on iid data.
 
 What can be had by logits on a proxy set is bounded by its true labels: the control ``channel`` gives every peer these
-for a teacher, with the same start, private batches and steps. The share of the way from the isolated control to that one
-is what a way to weigh teachers is worth. All trials share one ``flwr run``; the controls are shared by the ways of a
-scenario and seed. Images are slices of the real ones, the digits are scikit-learn's.
+for a teacher, with the same start, private batches and steps. The share of the way from the isolated control to
+that one is what a way to weigh teachers is worth. All trials share one ``flwr run``; the ways of a scenario and seed
+share their controls. Images are slices of the real ones, the digits are scikit-learn's.
 """
 
 import os
@@ -79,9 +79,10 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     """Run all trials; return ``{"ratio": ..., "rows": [...]}``.
 
     A row has the ``scenario`` and the ``way``; the peers' mean accuracy when they begin (``before``), at the end
-    (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of the ``worst``
-    peer; ``bytes``, of all peers, up and down; and the ``share`` of the way from alone to the true labels. All are means
-    over the seeds, the share that of the means. ``ratio`` is the share of ours on skewed Fashion-MNIST: 0.8 is the goal.
+    (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of
+    the ``worst`` peer; ``bytes``, of all peers, up and down; and the ``share`` of the way from alone to the true labels.
+    All are means over the seeds, the share that of the means. ``ratio`` is the share of ours on skewed Fashion-MNIST: the
+    goal is 0.8.
 
     Args:
         quick: one scenario of three peers on the digits, to see that it runs.

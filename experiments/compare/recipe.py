@@ -287,6 +287,8 @@ def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[
     for control in split_list(wanted):
         carried = {control_group(trials[name], control) for name in order if control in chosen[name]}
         for name in order:
+            if control == "channel" and trials[name]["strategy"] == "fedavg":  # nothing is distilled there
+                continue
             if carried.isdisjoint(control_groups(trials[name], control)):
                 chosen[name].append(control)
                 carried.add(control_group(trials[name], control))

@@ -11,6 +11,7 @@ from experiments.analysis.settings import label
 from experiments.analysis.statistics import INTERVAL, Price, mean, median
 from experiments.analysis.variants import Scenario, Variant, differing
 from experiments.report.figure_style import COLORS, Figure, Table, amount, folded, legend, new_axes, percent, rows_of
+from experiments.report.sentences import CONTROL_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _SPENT = {
     "bytes": "Bytes of all peers, up and down,",
     "seconds": "Wall time of the rounds on this machine, without what comes before round 1,",
 }
-_CONTROLS = {"isolated": "0.3", "pooled": "#B00020"}
+_CONTROLS = {"isolated": "0.3", "channel": "#1B7F3B", "pooled": "#B00020"}
 _MOST_LINES = 8  # in one panel
 _MANY_ROWS = 12
 
@@ -250,7 +251,7 @@ def _own_controls(axes: "Axes", scenario: Scenario, variants: Sequence[Variant])
     for name, color in _CONTROLS.items():
         levels = {y: fmean(own.values()) for y, v in enumerate(variants) if (own := getattr(v, name))}
         if levels and not scenario.control(name):
-            label = f"{name}, of each its own"
+            label = f"{CONTROL_NAMES[name]}, of each its own"
             axes.plot(list(levels.values()), list(levels), "d", color=color, fillstyle="none", label=label)
 
 
@@ -258,13 +259,13 @@ def _controls(axes: "Axes", scenario: Scenario, *, vertical: bool) -> None:
     """Draw the controls that are one for all; one that lies far off is told in the legend and squeezes nothing."""
     limits = axes.get_xlim() if vertical else axes.get_ylim()
     span = max(limits) - min(limits)
-    for text, color in _CONTROLS.items():
-        if values := scenario.control(text):
+    for name, color in _CONTROLS.items():
+        if values := scenario.control(name):
             level = fmean(values.values())
             draw = axes.axvline if vertical else axes.axhline
             near = min(limits) - span / 2 <= level <= max(limits) + span / 2
             draw(
                 level if near else math.nan,
                 color=color, linestyle=(0, (4, 2)), linewidth=1.2,
-                label=f"{text} {level:.1%}" + ("" if near else " (outside)"),
+                label=f"{CONTROL_NAMES[name]} {level:.1%}" + ("" if near else " (outside)"),
             )  # fmt: skip

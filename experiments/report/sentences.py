@@ -12,6 +12,8 @@ from experiments.analysis.variants import Scenario, Study, differing, final_leve
 from strategies.relay.console import size
 
 NEAR_THE_BEST = 0.98
+CONTROL_NAMES = {"isolated": "isolated", "channel": "true labels", "pooled": "pooled"}
+"""What each control is called, the floor first."""
 _MEASURES = {
     "worst": "the worst peer", "spread": "the spread across peers", "own_accuracy": "own classes", "ece": "ECE",
     "nll": "NLL", "brier": "Brier",
@@ -133,15 +135,17 @@ def _rounds_saved(cold: float, other: float, seeds: int, *, start: str) -> str:
 def how_to_read(scenario: Scenario) -> str:
     """Return what a reader of a scenario's tables needs to know."""
     parts = []
-    for name in ("isolated", "pooled"):
+    for name, words in CONTROL_NAMES.items():
         if one := scenario.control(name):
-            parts.append(f"{name.capitalize()}: {share(fmean(one.values()))}.")
+            parts.append(f"{words.capitalize()}: {share(fmean(one.values()))}.")
         elif any(getattr(variant, name) for variant in scenario.variants):
-            parts.append(f"{name.capitalize()}: not one level, since what is compared changes it; each has its own.")
+            parts.append(f"{words.capitalize()}: not one level, since what is compared changes it; each has its own.")
     parts += _samples_seen(scenario)
     parts.append(
         f"Means over seeds, at the last measurement, with their {INTERVAL}. Gain: over the models that the peers came "
         "with. Over isolated: final accuracy less that of the same peers without exchange, paired by seed, in points. "
+        "Share of channel: how much of the way the exchange went, from isolated to the same peers with the proxy set's "
+        "true labels for teachers. "
         "Spread: standard deviation over the peers, in points, before → after. Own classes: accuracy on the peer's own "
         "label mix. Until the target, a mean accuracy of the peers: medians over seeds, where not reached counts as "
         "infinite; seconds are wall time on this machine from the end of round 0. ECE in 15 bins, NLL in nats, Brier "

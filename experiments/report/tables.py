@@ -11,6 +11,7 @@ from experiments.analysis.settings import from_scratch
 from experiments.analysis.statistics import Price, mean, median
 from experiments.analysis.variants import Scenario, Variant
 from experiments.report.sentences import points, share
+from fedkd.settings.declare import CONTROLS
 from strategies.relay.console import size
 
 Numbers = Mapping[str, Any]
@@ -61,7 +62,8 @@ def numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
         "low": accuracy.low,
         "high": accuracy.high,
         "gain": math.nan if from_scratch(variant.settings) else accuracy.value - start("accuracy"),
-        **{f"over_{name}": mean(list(variant.over(name).values())).value for name in ("isolated", "pooled")},
+        **{f"over_{name}": mean(list(variant.over(name).values())).value for name in CONTROLS},
+        "share_of_channel": mean(list(variant.shares_of_channel().values())).value,
         "worst": end("worst"),
         "spread": math.nan if one_model else end("spread"),
         "spread_before": start("spread"),
@@ -90,12 +92,14 @@ def shown(rows: Sequence[Numbers], target: float) -> list[Shown]:
     """
     name = _Column("variant", lambda row: row["variant"])
     over = [_Column("over isolated", lambda row: points(row["over_isolated"]), "over_isolated", 1)]
+    of_channel = [_Column("share of channel", lambda row: _percent(row["share_of_channel"]), "share_of_channel", 1)]
     tables = {
         "Accuracy": [
             _Column("final accuracy", lambda row: share(row["accuracy"]), "accuracy", 1),
             _Column("95 % interval", _interval),
             _Column("gain", lambda row: points(row["gain"]), "gain", 1),
             *(over if any(math.isfinite(row["over_isolated"]) for row in rows) else ()),
+            *(of_channel if any(math.isfinite(row["share_of_channel"]) for row in rows) else ()),
             _Column("worst peer", lambda row: share(row["worst"]), "worst", 1),
             _Column("spread across peers", _spread, "spread", -1),
             _Column("own classes", lambda row: share(row["own_accuracy"]), "own_accuracy", 1),
@@ -138,6 +142,10 @@ def _cells(rows: Sequence[Numbers], columns: Sequence[_Column]) -> list[list[Cel
 
 def _end(variant: Variant, run: Run) -> dict[str, Any]:
     return {"variant": variant.label, "seed": run.seed, **vars(run.curve()[-1]), "run": run.name}
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "–"
 
 
 def _interval(row: Numbers) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.analysis.comparison import again
 from experiments.analysis.runs import Run, read_run
+from experiments.report.sentences import CONTROL_NAMES
 from fedkd.errors import FedkdError
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -54,7 +55,7 @@ def _peers(run: Run) -> Any:
     from rich.table import Table
 
     table = Table("peer", "model", box=None, title="test accuracy", title_justify="left")
-    for name in ("before", "after", "gain", "own classes", "isolated", "accuracy by round"):
+    for name in ("before", "after", "gain", "own classes", "isolated", "true labels", "accuracy by round"):
         table.add_column(name, justify="left" if name == "accuracy by round" else "right")
     summaries = {entry["peer"]: entry for entry in run.summary.get("peers", [])}
     measured = [row.test_accuracy for row in run.rows if math.isfinite(row.test_accuracy)]
@@ -64,10 +65,10 @@ def _peers(run: Run) -> Any:
         accuracies = [row.test_accuracy for row in rows]
         first, last = _ends(accuracies)
         own = _ends([row.own_accuracy for row in rows])[1]
-        isolated = _number(summaries.get(name, {}), "isolated")
+        isolated, shown = (_number(summaries.get(name, {}), control) for control in ("isolated", "channel"))
         table.add_row(
             name, rows[0].model, _share(first), _share(last), f"{100 * (last - first):+.1f}", _share(own),
-            _share(isolated), sparkline(accuracies, low=low, high=high),
+            _share(isolated), _share(shown), sparkline(accuracies, low=low, high=high),
         )  # fmt: skip
     return table
 
@@ -75,7 +76,7 @@ def _peers(run: Run) -> Any:
 def _curves(run: Run) -> Any:
     from rich.table import Table
 
-    from strategies.relay.console import pooled_line, size
+    from strategies.relay.console import channel_line, pooled_line, size
 
     table = Table(box=None, title="by round", title_justify="left")
     for name in ("round", "mean", "worst", "spread", "ECE", "NLL", "Brier", "bytes so far", "seconds so far"):
@@ -88,10 +89,14 @@ def _curves(run: Run) -> Any:
             size(point.bytes), seconds,
         )  # fmt: skip
     table.caption = ", ".join(
-        f"{name} {_share(run.control(name))}" for name in ("isolated", "pooled") if math.isfinite(run.control(name))
+        f"{words} {_share(run.control(name))}"
+        for name, words in CONTROL_NAMES.items()
+        if math.isfinite(run.control(name))
     )
     if seen := pooled_line(_number(run.summary, "pooled_samples_seen"), _number(run.summary, "samples_seen")):
         table.caption += f"; {seen}"
+    if line := channel_line(_number(run.summary, "share_of_channel")):
+        table.caption += f"; {line}"
     return table
 
 

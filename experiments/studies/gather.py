@@ -35,7 +35,7 @@ def gather(folder: Path, *, as_they_are: bool = False) -> tuple[pd.DataFrame, Re
         ``accuracy`` (mean over the peers), ``worst`` (peer), ``spread`` (standard deviation over the peers), ``ece``,
         ``nll`` in nats, ``brier``, ``bytes`` (up and down, all peers, so far), ``samples`` (private ones of a peer, on
         average), and the controls ``isolated`` (with ``isolated_ece``, ``isolated_nll``,
-        ``isolated_brier``) and ``pooled`` of the trial that carried them. And the record beside it.
+        ``isolated_brier``), ``channel`` and ``pooled`` of the trial that carried them. And the record beside it.
 
     Raises:
         FedkdError: it is no comparison's folder, no trial finished, the trials are not of one commit with all its files
@@ -117,6 +117,7 @@ def _rows(run: Run, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
         "samples": fmean(peer["samples"] for peer in peers),
         "isolated": run.control("isolated"),
         **{name: run.isolated(measure) for name, measure in _ISOLATED.items()},
+        "channel": run.control("channel"),
         "pooled": run.control("pooled"),
     }
     for point in run.curve():

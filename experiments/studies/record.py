@@ -26,6 +26,7 @@ OUTCOMES = ("round", "accuracy", "worst", "spread", "ece", "nll", "brier", "byte
 
 CONTROLS: Mapping[str, tuple[str, ...]] = {
     "isolated": ("isolated", "isolated_ece", "isolated_nll", "isolated_brier"),
+    "channel": ("channel",),
     "pooled": ("pooled",),
 }
 """Columns of each control."""

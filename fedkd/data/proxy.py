@@ -1,6 +1,11 @@
-"""The public proxy set: unlabelled inputs that all peers share, and on which they compare what they know."""
+"""The public proxy set: inputs that all peers share, and on which they compare what they know.
+
+No peer learns from its labels. Where they are known they are kept for one thing: the control that says what peers
+would be whose teachers were right about every sample (``controls=channel``).
+"""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +20,17 @@ from fedkd.seeding import derive
 
 @dataclass(frozen=True)
 class Proxy:
-    """Proxy inputs [P, ...] in the order that knowledge refers to, and their fingerprint. There are no labels."""
+    """Proxy inputs [P, ...] in the order that knowledge refers to, and their fingerprint.
+
+    Attributes:
+        inputs: ``[P, ...]``.
+        fingerprint: hash of the inputs alone.
+        labels: ``[P]`` int64, for the channel control alone; None where they are not known.
+    """
 
     inputs: Tensor
     fingerprint: str
+    labels: Tensor | None = None
 
 
 def split_proxy(train: Dataset, size: int, *, seed: int) -> tuple[Proxy, npt.NDArray[np.int64]]:
@@ -29,10 +41,11 @@ def split_proxy(train: Dataset, size: int, *, seed: int) -> tuple[Proxy, npt.NDA
     """
     chosen = _draw(len(train), size, largest=len(train) - 1, seed=seed)
     remaining = np.setdiff1d(np.arange(len(train)), chosen, assume_unique=True)
-    return _proxy(train.inputs[torch.from_numpy(chosen)]), remaining
+    index = torch.from_numpy(chosen)
+    return _proxy(train.inputs[index], train.labels[index]), remaining
 
 
-def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int) -> Proxy:
+def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int, classes: Sequence[str] | None = None) -> Proxy:
     """Draw the proxy set from another source's training set and give it the form of the peers' inputs.
 
     Images are resized (bilinear, antialiased) and turned from RGB to grey (ITU-R 601 luma) or from grey to RGB
@@ -43,14 +56,18 @@ def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int) -> Prox
         size: number of proxy inputs P.
         like: one input of the peers, [C, H, W] for images.
         seed: of the run.
+        classes: the peers'. The labels are known where the source's are called the same, in the same order; and not
+            where all that are drawn are one class, as of data that came without labels.
 
     Raises:
         SettingError: on `proxy-size` unless 1 ≤ size ≤ number of samples; on `proxy` if the forms cannot be matched.
     """
-    chosen = _draw(len(source.train), size, largest=len(source.train), seed=seed)
-    inputs = source.train.inputs[torch.from_numpy(chosen)]
+    index = torch.from_numpy(_draw(len(source.train), size, largest=len(source.train), seed=seed))
+    inputs, labels = source.train.inputs[index], source.train.labels[index]
+    told = classes is not None and list(source.classes) == list(classes) and bool((labels != labels[0]).any())
+    known = labels if told else None
     if inputs.dtype == like.dtype and inputs.shape[1:] == like.shape:
-        return _proxy(inputs)
+        return _proxy(inputs, known)
     if not (inputs.dtype == like.dtype == torch.uint8 and inputs.ndim == 4 and like.ndim == 3):
         raise SettingError(
             "proxy",
@@ -65,7 +82,7 @@ def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int) -> Prox
             f"a source of images with the peers' {like.shape[0]} channels, or grey and RGB on both sides; "
             f"its images have {inputs.shape[1]}",
         )
-    return _proxy(_match_images(inputs, channels=like.shape[0], height=like.shape[1], width=like.shape[2]))
+    return _proxy(_match_images(inputs, channels=like.shape[0], height=like.shape[1], width=like.shape[2]), known)
 
 
 def fingerprint(inputs: Tensor) -> str:
@@ -81,8 +98,8 @@ def fingerprint(inputs: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _proxy(inputs: Tensor) -> Proxy:
-    return Proxy(inputs, fingerprint(inputs))
+def _proxy(inputs: Tensor, labels: Tensor | None) -> Proxy:
+    return Proxy(inputs, fingerprint(inputs), labels)
 
 
 def _draw(samples: int, size: int, *, largest: int, seed: int) -> npt.NDArray[np.int64]:

@@ -82,6 +82,8 @@ class PeerSummary:
         isolated: test accuracy of the same peer with local training only, after the same private batches as it had
             seen at its own last measurement; NaN without that control.
         isolated_measures: all that was measured of that control then.
+        channel: test accuracy of the same peer that was taught the proxy set's true labels, in the same rounds and at
+            the same point; NaN without that control.
         temperature: the one it ended with; ``kd_weight`` likewise.
         samples_seen: private samples that it was trained on, as in a :class:`Row`; NaN if it does not tell.
         failures: rounds by status, where that was not ``ok``.
@@ -102,6 +104,7 @@ class PeerSummary:
     samples_seen: float = math.nan
     failures: Mapping[str, int] = field(default_factory=dict)
     held_out: int = 0
+    channel: float = math.nan
 
     @property
     def gain(self) -> float:
@@ -118,6 +121,8 @@ class Summary:
         isolated: mean final accuracy of the same peers with local training only; NaN without that control.
         isolated_by_round: its mean by round, from round 0; empty without that control. A peer that did not take part in
             a round, or under `async` did fewer rounds than others, stands where it stood.
+        channel: mean final accuracy of the same peers with the proxy set's true labels in their teachers' place; NaN
+            without that control. ``channel_by_round``: likewise by round.
         pooled: final accuracy of one model on all private data; NaN without that control.
         pooled_samples_seen: private samples it was trained on; ``samples_seen``: all peers together.
         totals: rounds, bytes and seconds of the whole run.
@@ -132,6 +137,8 @@ class Summary:
     peers: Sequence[PeerSummary]
     isolated: float = math.nan
     isolated_by_round: Sequence[float] = ()
+    channel: float = math.nan
+    channel_by_round: Sequence[float] = ()
     pooled: float = math.nan
     pooled_model: str = ""
     pooled_samples_seen: float = math.nan
@@ -152,6 +159,12 @@ class Summary:
     def gain_over_isolated(self) -> float:
         """Return the mean difference to isolated, over the peers that have both."""
         return mean([peer.after - peer.isolated for peer in self.peers])
+
+    @property
+    def share_of_channel(self) -> float:
+        """Return the :func:`share_of_channel`, over the peers that have both controls."""
+        both = [p for p in self.peers if math.isfinite(p.after + p.isolated + p.channel)]
+        return share_of_channel(*(mean([getattr(p, what) for p in both]) for what in ("after", "isolated", "channel")))
 
 
 class RunFolder:
@@ -242,6 +255,7 @@ class RunFolder:
             entry["gain"] = peer.gain
         content["mean"] = {name: summary.mean(name) for name in ("before", "after", "gain", "own_before", "own_after")}
         content["gain_over_isolated"] = summary.gain_over_isolated
+        content["share_of_channel"] = summary.share_of_channel
         self._write("summary.json", content)
 
     def replace_rows(self, rows: Mapping[int, Row]) -> None:
@@ -301,6 +315,25 @@ def mean(values: Sequence[float]) -> float:
     """Return the mean of those values that are finite; NaN if none is."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
+
+
+def share_of_channel(after: float, isolated: float, channel: float) -> float:
+    """Return (after − isolated)/(channel − isolated): how much of what true labels would have brought the exchange did.
+
+    1 is as much as labels; below 0 the exchange costs accuracy.
+
+    Args:
+        after: accuracy with the exchange.
+        isolated: without it.
+        channel: with true labels in the teachers' place.
+
+    Returns:
+        NaN where a number is missing, or where true labels bring nothing.
+
+    >>> share_of_channel(0.75, 0.5, 1.0)
+    0.5
+    """
+    return (after - isolated) / (channel - isolated) if channel > isolated and math.isfinite(after) else math.nan
 
 
 def row_line(row: Row) -> str:

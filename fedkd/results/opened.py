@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.results.folder import Row
-from fedkd.settings.declare import Scalar
+from fedkd.settings.declare import CONTROLS, Scalar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _TOLD = ("strategy", "divergence", "dataset", "peers", "rounds", "seed")
 _SHOWN = {
     "model": "model", "before": "before", "after": "after", "gain": "gain", "own_after": "own classes",
-    "isolated": "isolated",
+    "isolated": "isolated", "channel": "true labels",
 }  # fmt: skip
 _TEXTS = ("peer", "model", "failures")
-_SHARES = ("before", "after", "own classes", "isolated", "accuracy", "worst")
+_SHARES = ("before", "after", "own classes", "isolated", "true labels", "channel", "accuracy", "worst")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class OpenRun:
         return ", ".join(f"{key} {self.settings[key]}" for key in _TOLD if key in self.settings)
 
     def _controls(self) -> str:
-        levels = {name: self.summary.get(name) for name in ("isolated", "pooled")}
-        return ", ".join(f"{name} {value:.1%}" for name, value in levels.items() if value is not None)
+        levels = {name: self.summary.get(name) for name in (*CONTROLS, "share_of_channel")}
+        return ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in levels.items() if value is not None)
 
     def _table(self) -> "pd.DataFrame":
         shown = self.peers[[name for name in _SHOWN if name in self.peers.columns]].rename(columns=_SHOWN)
@@ -168,7 +168,8 @@ class OpenComparison:
         report: the HTML page about it.
         runs: a line per trial, by its name: the settings in which trials differ (none where one has no effect), the
             mean accuracy of the peers ``before`` round 1 and at the end (``accuracy``), that of the ``worst`` peer at
-            the end, that of the same peers ``isolated``, the ``bytes`` of all peers, up and down, and the ``folder``.
+            the end, that of the same peers ``isolated`` and with true labels for teachers (``channel``), the ``bytes``
+            of all peers, up and down, and the ``folder``.
         failed: why a trial has no result, by its name.
     """
 

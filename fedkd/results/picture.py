@@ -46,6 +46,8 @@ def accuracy_png(path: Path, rows: Sequence[Row], summary: Summary, *, title: st
     axes.plot(rounds, means, color="black", linewidth=3, label="mean")
     if points := [(r, a) for r, a in enumerate(summary.isolated_by_round) if _possible(a)]:
         axes.plot(*zip(*points, strict=True), "--", color="black", linewidth=1.5, label="isolated (mean)")
+    if points := [(r, a) for r, a in enumerate(summary.channel_by_round) if _possible(a)]:
+        axes.plot(*zip(*points, strict=True), "--", color="tab:green", linewidth=1.5, label="true labels (mean)")
     if _possible(summary.pooled):
         axes.axhline(
             summary.pooled,

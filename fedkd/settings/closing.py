@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedkd.settings.declare import BOOKKEEPING, EXCHANGE, FREE, RELAY_PATH, Condition, setting
+from fedkd.settings.declare import AGAIN, BOOKKEEPING, CHANNEL, EXCHANGE, FREE, RELAY_PATH, Condition, setting
 from fedkd.settings.rules import ANY, above, at_least, between
 
 
@@ -18,14 +18,19 @@ class Closing:
         above(0),
         "seconds after which a round closes with the answers it has",
         decides=BOOKKEEPING,
-        controls=("isolated",),
+        controls=AGAIN,
         costs=FREE,
     )
     min_answers: int = setting(
         1, at_least(1), "fewest answers with which a round may close", decides=EXCHANGE, costs=FREE
     )
     max_staleness: int = setting(
-        3, at_least(0), "rounds for which a silent peer's last knowledge still serves", decides=EXCHANGE, costs=FREE
+        3,
+        at_least(0),
+        "rounds for which a silent peer's last knowledge still serves",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        costs=FREE,
     )
     staleness_decay: float = setting(
         0.5,

@@ -48,7 +48,11 @@ EPOCHS = "max-epochs"
 COSTS = (EPOCHS, "max-batch-size", "max-proxy-size", "max-features", "max-rounds", "max-peers", "max-threads")
 """What a setting can cost a deployed peer: its own settings that bound it."""
 
-CONTROLS = ("isolated", "pooled")
+CONTROLS = ("isolated", "pooled", "channel")
+AGAIN = ("isolated", "channel")
+"""The controls that do a peer's rounds again."""
+CHANNEL = ("channel",)
+"""That which is taught in them."""
 
 Controls = Callable[["RunConfig"], tuple[str, ...]]
 Epochs = Callable[["RunConfig", str, int], int]

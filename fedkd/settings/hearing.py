@@ -1,9 +1,11 @@
 """Who hears whom."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.settings.declare import (
+    AGAIN,
+    CHANNEL,
     CODE,
     CONTROLS,
     DISTILS,
@@ -17,9 +19,26 @@ from fedkd.settings.declare import (
 )
 from fedkd.settings.rules import NON_EMPTY, STRATEGY, TOPOLOGY, at_least, between, one_of
 
+if TYPE_CHECKING:
+    from fedkd.settings.config import RunConfig
+
 _GOSSIP = Condition("strategy gossip", lambda c: c.own_strategy or c.strategy == "gossip")
 _ASYNC = Condition("mode async", lambda c: c.mode == "async")
 _FEDAVG = Condition("strategy fedavg", lambda c: c.own_strategy or c.strategy == "fedavg")
+
+_NOBODY_ALONE = ("complete", "ring", "torus", "star", "k-regular", "exponential")
+
+
+def _who_hears(c: "RunConfig") -> tuple[str, ...]:
+    """Return what depends on who hears whom: the channel control, unless everybody hears somebody in each round."""
+    hears = {
+        "averaged": True,
+        "pairwise": c.matching == "all",
+        "gossip": c.gossip_style != "push",
+        "consensus": True,
+    }
+    always = hears.get(c.strategy, False) and c.topology in _NOBODY_ALONE and c.participation == 1
+    return () if always else CHANNEL
 
 
 @dataclass(frozen=True)
@@ -32,16 +51,28 @@ class Hearing:
         10, at_least(0), "communication rounds", decides=EXCHANGE, controls=CONTROLS, costs="max-rounds"
     )
     strategy: str = setting(
-        "averaged", STRATEGY, "who hears whom and how a peer combines what it hears", decides=EXCHANGE, opens=RELAY_CODE
+        "averaged",
+        STRATEGY,
+        "who hears whom and how a peer combines what it hears",
+        decides=EXCHANGE,
+        controls=_who_hears,
+        opens=RELAY_CODE,
     )
     topology: str = setting(
-        "complete", TOPOLOGY, "who is whose neighbour", decides=EXCHANGE, takes=DISTILS, opens=RELAY_PATH
+        "complete",
+        TOPOLOGY,
+        "who is whose neighbour",
+        decides=EXCHANGE,
+        controls=_who_hears,
+        takes=DISTILS,
+        opens=RELAY_PATH,
     )
     topology_degree: int = setting(
         4,
         at_least(1),
         "neighbours of a peer under `k-regular` and `small-world`",
         decides=EXCHANGE,
+        controls=_who_hears,
         takes=Condition("topology k-regular or small-world", lambda c: c.topology in ("k-regular", "small-world")),
         costs=FREE,
     )
@@ -50,6 +81,7 @@ class Hearing:
         between(0, 1),
         "edge or rewiring probability of the random topologies",
         decides=EXCHANGE,
+        controls=_who_hears,
         takes=Condition("topology erdos-renyi or small-world", lambda c: c.topology in ("erdos-renyi", "small-world")),
         costs=FREE,
     )
@@ -58,6 +90,7 @@ class Hearing:
         one_of("all", "round-robin"),
         "`pairwise`: hear every neighbour, or one partner a round",
         decides=EXCHANGE,
+        controls=_who_hears,
         takes=Condition("strategy pairwise", lambda c: c.own_strategy or c.strategy == "pairwise"),
     )
     fanout: int = setting(
@@ -65,6 +98,7 @@ class Hearing:
         at_least(1),
         "`gossip`: neighbours drawn by each peer in a round",
         decides=EXCHANGE,
+        controls=_who_hears,
         takes=_GOSSIP,
         costs=FREE,
     )
@@ -73,6 +107,7 @@ class Hearing:
         one_of("pull", "push", "push-pull"),
         "`gossip`: who hears whom after a draw",
         decides=EXCHANGE,
+        controls=_who_hears,
         takes=_GOSSIP,
     )
     mode: str = setting(
@@ -102,7 +137,7 @@ class Hearing:
         between(0.001, 1),
         "share of the peers that take part in a round",
         decides=EXCHANGE,
-        controls=("isolated",),
+        controls=AGAIN,
         costs=FREE,
     )
     consensus: str = setting(
@@ -119,7 +154,7 @@ class Hearing:
         "peers' own",
         decides=EXCHANGE,
         takes=_FEDAVG,
-        controls=lambda c: ("isolated",) if c.strategy == "fedavg" else (),
+        controls=lambda c: AGAIN if c.strategy == "fedavg" else (),
     )
     merge_epochs: int = setting(
         20,
@@ -137,5 +172,5 @@ class Hearing:
         decides=EXCHANGE,
         takes=_FEDAVG,
         opens=CODE,
-        controls=lambda c: ("isolated",) if c.strategy == "fedavg" and not c.merges else (),
+        controls=lambda c: AGAIN if c.strategy == "fedavg" and not c.merges else (),
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.settings.declare import (
+    AGAIN,
+    CHANNEL,
     CODE,
     CONTROLS,
     DISTILS,
@@ -73,10 +75,22 @@ class Learning:
     title: ClassVar[str] = "What a peer does with what it hears"
 
     divergence: str = setting(
-        "kl", DIVERGENCE, "loss between student and teacher", decides=EXCHANGE, takes=KNOWLEDGE, opens=CODE
+        "kl",
+        DIVERGENCE,
+        "loss between student and teacher",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=KNOWLEDGE,
+        opens=CODE,
     )
     temperature: float = setting(
-        1.0, between(*TEMPERATURES), "softmax temperature of both sides", decides=EXCHANGE, takes=KNOWLEDGE, costs=FREE
+        1.0,
+        between(*TEMPERATURES),
+        "softmax temperature of both sides",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=KNOWLEDGE,
+        costs=FREE,
     )
     kd_weight: float = setting(
         -1.0,
@@ -84,17 +98,24 @@ class Learning:
         "weight of the distillation loss, under `mixed` the α of (1−α)·CE + α·KD; "
         "-1: 0.5 under `mixed`, 1 under `alternate` and `dml`",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=KNOWLEDGE,
         costs=FREE,
     )
     t2_scaling: bool = setting(
-        False, ANY, "multiply the distillation loss by the temperature squared", decides=EXCHANGE, takes=KNOWLEDGE
+        False,
+        ANY,
+        "multiply the distillation loss by the temperature squared",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=KNOWLEDGE,
     )
     match_gradients: bool = setting(
         False,
         ANY,
         "scale the distillation loss so that its first gradient has the norm of `kl`'s",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=DISTILS,
     )
     combine: str = setting(
@@ -156,6 +177,7 @@ class Learning:
         one_of("vanilla", "tuned", "dml", "partitioned", former={"dp": _FORMER_DP}),
         "how teacher, student and labels are weighed",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=DISTILS,
     )
     tune_temperatures: str = setting(
@@ -198,6 +220,7 @@ class Learning:
         at_least(0),
         "`cakd`, `dkd`: weight of the strongly correlated classes' part",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=_DECOUPLED,
         costs=FREE,
     )
@@ -206,17 +229,24 @@ class Learning:
         at_least(0),
         "`cakd`, `dkd`: weight of the other classes' part",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=_DECOUPLED,
         costs=FREE,
     )
     cakd_mode: str = setting(
-        "free", one_of("free", "scaled"), "`cakd`: `scaled` is KL at α = β = 1", decides=EXCHANGE, takes=_CAKD
+        "free",
+        one_of("free", "scaled"),
+        "`cakd`: `scaled` is KL at α = β = 1",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=_CAKD,
     )
     cakd_strong: str = setting(
         "top-k",
         one_of("top-k", "label"),
         "`cakd`: strong classes are the teacher's top k, or its top one alone",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=_CAKD,
     )
     cakd_top_k: int = setting(
@@ -224,6 +254,7 @@ class Learning:
         at_least(1),
         "`cakd`: how many under `top-k`",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=Condition(
             "divergence cakd and cakd-strong top-k", lambda c: c.divergence == "cakd" and c.cakd_strong == "top-k"
         ),
@@ -234,6 +265,7 @@ class Learning:
         above(0),
         "`bdkd`: weight of the favoured direction; 1 is Jeffreys",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=_BALANCED,
         costs=FREE,
     )
@@ -242,6 +274,7 @@ class Learning:
         one_of("sharpen_if_flat", "opposite", "none"),
         "`bdkd`: which direction is favoured when",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=_BALANCED,
     )
     kd_warm_up: int = setting(
@@ -249,6 +282,7 @@ class Learning:
         at_least(0),
         "rounds over which the distillation loss grows linearly to its weight",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=DISTILS,
         costs=FREE,
     )
@@ -352,6 +386,7 @@ class Course:
         "distil, then train on private data; or both losses in every step. `consensus` alternates, as its papers do, "
         "unless `kd-weight` is given",
         decides=EXCHANGE,
+        controls=CHANNEL,
         takes=DISTILS,
     )
     distill_epochs: int = setting(
@@ -360,7 +395,7 @@ class Course:
         "epochs over the proxy set per round",
         decides=EXCHANGE,
         takes=DISTILS,
-        controls=lambda c: ("isolated",) if c.joint else (),
+        controls=lambda c: AGAIN if c.joint else CHANNEL,
         epochs=_distill_epochs,
         costs=EPOCHS,
     )
@@ -387,7 +422,7 @@ class Attacks:
 
     attack: str = setting(
         "none",
-        one_of("none", "flip", "noise", "constant", "collude"),
+        one_of("none", "flip", "noise", "constant", "collude", "boast", "boast-all"),
         "what simulated attackers do to their knowledge",
         decides=EXCHANGE,
     )

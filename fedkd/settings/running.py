@@ -52,7 +52,7 @@ class Running:
         decides=DATA,
     )
     controls: str = setting(
-        "isolated,pooled", some_of(*CONTROLS), "control runs added to the result", decides=BOOKKEEPING
+        "isolated,pooled,channel", some_of(*CONTROLS), "control runs added to the result", decides=BOOKKEEPING
     )
     pooled_model: str = setting(
         "cnn-wide",

@@ -69,6 +69,28 @@ class Training:
     )
     weight_decay: float = setting(0.0, at_least(0), "weight decay", decides=TRAINING, costs=FREE)
     batch_size: int = setting(32, at_least(2), "images per step", decides=TRAINING, costs="max-batch-size")
+    logit_adjustment: float = setting(
+        0.0,
+        at_least(0),
+        "λ of the labels' loss, the cross-entropy of z + λ·log π with π the shares of the peer's own classes; 0: off",
+        decides=TRAINING,
+        costs=FREE,
+    )
+    logit_suppression: float = setting(
+        0.0,
+        at_least(0),
+        "weight of a penalty, beside the labels' loss, on logits of classes that are not the label; 0: off",
+        decides=TRAINING,
+        costs=FREE,
+    )
+    vacant_classes: float = setting(
+        0.0,
+        at_least(0),
+        "weight of a loss, beside the labels' in a round, that keeps apart the classes that a peer has no sample of "
+        "as its model did before; 0: off",
+        decides=TRAINING,
+        costs=FREE,
+    )
     fast: bool = setting(
         False,
         ANY,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedkd.settings.declare import EXCHANGE, FREE, KNOWLEDGE, Condition, setting
+from fedkd.settings.declare import AGAIN, CHANNEL, EXCHANGE, FREE, KNOWLEDGE, Condition, setting
 from fedkd.settings.rules import ANY, EPSILON, NON_EMPTY, above, at_least, between
 
 _PRIVATE = Condition("privacy-epsilon above 0", lambda c: c.privacy_epsilon > 0)
@@ -28,7 +28,7 @@ class Travelling:
         "proxy samples whose logits travel, drawn anew each round; 0: all",
         decides=EXCHANGE,
         takes=KNOWLEDGE,
-        controls=lambda c: ("isolated",) if c.joint else (),
+        controls=lambda c: AGAIN if c.joint else CHANNEL,
         costs="max-proxy-size",
     )
     sealed: bool = setting(False, ANY, "encrypt knowledge end to end: the relay sees sizes only", decides=EXCHANGE)

@@ -1,5 +1,6 @@
 """The objective that a peer minimises on the proxy set: divergence, teachers, weight, temperature and regime."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from fedkd.plugins import is_callable_spec, load_callable
 from fedkd.settings.config import RunConfig
 from fedkd.settings.learning import Learning
 
+_SURE = 0.99
+_ONE_HOT = 200.0  # exp(−200) is 0 in float32
 _ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
 
 
@@ -128,6 +131,41 @@ class Distillation:
     def __call__(self, student_logits: Tensor, teachers: Prepared) -> Tensor:
         """Return the batch mean of the divergence, a scalar, not yet multiplied by :attr:`scale`."""
         return self.objective(student_logits, teachers).mean()
+
+
+def toward_labels(config: RunConfig) -> RunConfig:
+    """Return settings under which a peer learns from the labels of the proxy set as it would from teachers.
+
+    They are one teacher, and sure: nothing is combined, weighed, sharpened or defended against. Weight, temperature,
+    schedule, epochs and divergence stay, but for ``mae``, which compares logits: labels have none, and ``kl`` takes
+    its place. Of information flow the logits' loss stays: labels have no features.
+    """
+    divergence = "kl" if config.divergence == "mae" else config.divergence
+    return replace(
+        config, divergence=divergence, average="probs", robust="none", sharpen=0.0, teacher_temperature=1.0,
+        weighing="uniform", regime="dml" if config.regime == "dml" else "vanilla",
+    )  # fmt: skip
+
+
+def label_logits(labels: Tensor, classes: int, *, divergence: str, temperature: float) -> Tensor:
+    """Return what a teacher that knows the labels would say.  [N] -> [N, C], float32.
+
+    Under ``kl`` and ``ce`` its softmax at ``temperature`` is one-hot to the last bit, so that the loss is the student's
+    cross-entropy to the label at that temperature. Other divergences can be infinite or without a gradient there: for
+    them the label has a probability of 0.99 and the other classes share the rest [ours].
+
+    Args:
+        labels: ``[N]`` int64.
+        classes: C >= 2.
+        divergence: its name.
+        temperature: T.
+
+    >>> label_logits(torch.tensor([1]), 2, divergence="js", temperature=2.0).div(2.0).softmax(dim=-1)
+    tensor([[0.0100, 0.9900]])
+    """
+    exact = divergence in ("kl", "ce")
+    margin = _ONE_HOT if exact else math.log(_SURE * (classes - 1) / (1 - _SURE))
+    return torch.nn.functional.one_hot(labels, classes).float() * (margin * temperature)
 
 
 def _make_known(name: str) -> None:

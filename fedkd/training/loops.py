@@ -28,6 +28,9 @@ Beside = Callable[[Tensor], Tensor]
 Drawn = Callable[[Tensor], object]
 """Told the indices ``[B]`` of every batch of labelled data, as it is drawn."""
 
+Labelling = Callable[[Tensor, Tensor], Tensor]
+"""The loss of a batch of labelled data, a scalar, from its logits ``[B, C]`` and its indices ``[B]``."""
+
 Losses = tuple[Tensor, Tensor]
 """The loss of a batch to descend on, and the one to report; both scalars."""
 
@@ -119,8 +122,9 @@ def fit(
     how: Optimization,
     seed: int,
     drawn: Drawn | None = None,
+    labelling: Labelling | None = None,
 ) -> float:
-    """Train on labelled data with cross-entropy, in place.
+    """Train on labelled data, in place.
 
     Args:
         model: on the device of the data.
@@ -130,6 +134,7 @@ def fit(
         how: the optimiser and its settings.
         seed: of the batch order and of dropout.
         drawn: see :data:`Drawn`.
+        labelling: the loss; None: cross-entropy.
 
     Returns:
         The mean loss of the last epoch in nats; NaN if there was none.
@@ -138,7 +143,7 @@ def fit(
     def losses(batch: Tensor) -> Losses:
         if drawn is not None:
             drawn(batch)
-        loss = F.cross_entropy(forward(model, inputs[batch], fast=how.fast), labels[batch])
+        loss = _of_labels(forward(model, inputs[batch], fast=how.fast), labels, batch, labelling)
         return loss, loss
 
     return _descend(model, losses, count=len(inputs), epochs=epochs, how=how, seed=seed, device=inputs.device)
@@ -191,6 +196,7 @@ def fit_and_distil(
     seed: int,
     beside: Beside | None = None,
     drawn: Drawn | None = None,
+    labelling: Labelling | None = None,
 ) -> float:
     """Train on labels and towards teachers in every step, in place.
 
@@ -207,11 +213,12 @@ def fit_and_distil(
         seed: of the batch orders and of dropout.
         beside: a loss that is added, see :data:`Beside`.
         drawn: see :data:`Drawn`; where the labels' loss weighs nothing none is drawn.
+        labelling: the labels' loss; None: cross-entropy.
 
     Returns:
         The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
-    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn)
+    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn, labelling=labelling)
 
     def losses(batch: Tensor) -> Losses:
         divergence = distillation(forward(model, proxy[batch], fast=how.fast), teachers[batch])
@@ -234,6 +241,7 @@ def fit_alone(
     how: Optimization,
     seed: int,
     drawn: Drawn | None = None,
+    labelling: Labelling | None = None,
 ) -> float:
     """Train as :func:`fit_and_distil` does, on the same private batches, without teachers: the control beside it.
 
@@ -245,11 +253,12 @@ def fit_alone(
         how: the optimiser and its settings.
         seed: that of the other.
         drawn: see :data:`Drawn`.
+        labelling: that of the other.
 
     Returns:
         The mean loss of the last pass in nats; NaN if there was none.
     """
-    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn)
+    own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn, labelling=labelling)
 
     def losses(batch: Tensor) -> Losses:
         loss = own_loss()
@@ -258,10 +267,21 @@ def fit_alone(
     return _descend(model, losses, count=proxy_count, epochs=epochs, how=how, seed=seed, device=private[0].device)
 
 
+def _of_labels(logits: Tensor, labels: Tensor, batch: Tensor, labelling: Labelling | None) -> Tensor:
+    return F.cross_entropy(logits, labels[batch]) if labelling is None else labelling(logits, batch)
+
+
 def _endless_labels(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, how: Optimization, seed: int, drawn: Drawn | None
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    how: Optimization,
+    seed: int,
+    drawn: Drawn | None,
+    labelling: Labelling | None,
 ) -> Callable[[], Tensor]:
-    """Return what gives the cross-entropy of one private batch after another, the data gone through again and again.
+    """Return what gives the labels' loss of one private batch after another, the data gone through again and again.
 
     A peer's only sample goes through the model in evaluation mode, as in :func:`fit`: batch normalisation has no
     variance over one sample.
@@ -276,7 +296,7 @@ def _endless_labels(
         model.train(training and len(own) > 1)
         logits = forward(model, inputs[own], fast=how.fast)
         model.train(training)
-        return F.cross_entropy(logits, labels[own])
+        return _of_labels(logits, labels, own, labelling)
 
     return loss
 

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedkd.errors import FedkdError
 
 PEER_MESSAGE = "train.mail"
-Kind = Literal["introduce", "start", "learn", "isolated", "pooled", "merge"]
+Kind = Literal["introduce", "start", "learn", "isolated", "pooled", "channel", "merge"]
 Scalar = str | int | float | bool
 Arrays = Mapping[str, np.ndarray]
 

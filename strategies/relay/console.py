@@ -78,17 +78,20 @@ def summary_table(summary: Summary) -> str:
     before = mean("before")
     for name, model, after in (
         ("isolated", "local training only", summary.isolated),
+        ("true labels", "in place of teachers", summary.channel),
         ("pooled", f"{summary.pooled_model} on all data", summary.pooled),
     ):
         if math.isfinite(after):
-            table.add_row(name, model, _share(before) if name == "isolated" else "", _share(after),
-                          _points(after - before) if name == "isolated" else "")  # fmt: skip
+            same = name != "pooled"  # peers, with the same start
+            table.add_row(name, model, _share(before) if same else "", _share(after),
+                          _points(after - before) if same else "")  # fmt: skip
     # Names are the peers' own choice: what looks like markup in them is text.
     console = Console(width=_WIDTH, force_terminal=False, no_color=True, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().rstrip().splitlines()]
-    return "\n".join([*lines, *filter(None, [pooled_line(summary.pooled_samples_seen, summary.samples_seen)])])
+    said = pooled_line(summary.pooled_samples_seen, summary.samples_seen), channel_line(summary.share_of_channel)
+    return "\n".join([*lines, *filter(None, said)])
 
 
 def pooled_line(pooled: float, peers: float) -> str:
@@ -100,6 +103,17 @@ def pooled_line(pooled: float, peers: float) -> str:
     if not math.isfinite(pooled + peers):
         return ""
     return f"pooled: trained on {pooled:,.0f} private samples, repeats counted; the peers together on {peers:,.0f}"
+
+
+def channel_line(share: float) -> str:
+    """Return how much of what true labels would bring the exchange brought; empty if that is not known.
+
+    >>> channel_line(0.25)
+    'channel: the exchange brought 25 % of what the true labels of the proxy set would have'
+    """
+    if not math.isfinite(share):
+        return ""
+    return f"channel: the exchange brought {100 * share:.0f} % of what the true labels of the proxy set would have"
 
 
 def topology_line(topology: Topology) -> str:

@@ -1,4 +1,8 @@
-"""The controls of a run, and its summary: what the peers would be without the exchange, and with all data."""
+"""The controls of a run, and its summary: what the peers would be without the exchange, and with other help.
+
+``isolated`` is the floor, without any teacher; ``channel`` has the proxy set's true labels in the teachers' place: what
+this way of learning carries from teachers who are right about every sample; ``pooled`` is one model on the data of all.
+"""
 
 import math
 import time
@@ -22,11 +26,12 @@ Say = Callable[[str], None]
 _MEASURES = tuple(f.name for f in fields(Measures))
 _SHARES = {"test_accuracy", "own_accuracy", "ece"}
 _MOST = 1e12
+_LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What an isolated control came to.
+    """What a peer's isolated or channel control came to.
 
     Attributes:
         rounds: those after which it was measured, ascending from 0.
@@ -53,19 +58,26 @@ def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
     seconds = relay.seconds()
     ledger, chosen = relay.ledger, split_list(config.controls)
     spent = {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down}  # the controls are not charged
-    isolated = _isolated(relay, config, say) if "isolated" in chosen else {}
+    isolated = _again(relay, "isolated", say) if "isolated" in chosen else {}
+    channel = _channel(relay, config, say) if "channel" in chosen else {}
     pooled, pooled_seen = _pooled(relay, config, say) if "pooled" in chosen else (math.nan, math.nan)
     spent["bytes_up"] += sum(row.bytes_up for row in relay.late)
     relay.record(())  # what was late from the rounds
     rows: dict[str, list[Row]] = {m.name: [] for m in relay.members}
     for row in relay.rows:
         rows[row.peer].append(row)
-    peers = [_peer_summary(rows[m.name], m, isolated.get(m.index, Curve())) for m in relay.members]
+    nothing = Curve()
+    peers = [
+        _peer_summary(rows[m.name], m, isolated.get(m.index, nothing), channel.get(m.index, nothing))
+        for m in relay.members
+    ]
     topology = relay.strategy.topology
     return Summary(
         peers=peers,
         isolated=mean([peer.isolated for peer in peers]),
         isolated_by_round=_by_round(list(isolated.values()), config),
+        channel=mean([peer.channel for peer in peers]),
+        channel_by_round=_by_round(list(channel.values()), config),
         pooled=pooled,
         pooled_model=config.pooled_model if math.isfinite(pooled) else "",
         pooled_samples_seen=pooled_seen,
@@ -79,30 +91,48 @@ def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
     )
 
 
-def _isolated(relay: Relay, config: RunConfig, say: Say) -> dict[int, Curve]:
-    """Run every peer again without teachers; return what its control came to, by index.
+def _channel(relay: Relay, config: RunConfig, say: Say) -> dict[int, Curve]:
+    """Run every peer again with true labels for teachers, in a simulation of an exchange of logits."""
+    if not relay.post.simulated:
+        say("control channel: left out, since real peers learn no labels of the proxy set")
+        return {}
+    if config.strategy == "fedavg":
+        say("control channel: left out, since federated averaging has no rounds of distillation")
+        return {}
+    return _again(relay, "channel", say)
+
+
+def _again(relay: Relay, kind: Kind, say: Say) -> dict[int, Curve]:
+    """Run every peer's rounds again, without its teachers; return what its control came to, by index.
 
     A peer that still works on a round gets its mail when it has answered, if it does while the others are waited for.
     """
     found: dict[int, Curve] = {}
+    reasons: set[str] = set()
     problems = {m.node: "it has never started" for m in relay.members}
     problems |= dict.fromkeys(relay.post.busy(), "it still works on a round")
 
     def mails(members: Sequence[Member]) -> dict[int, Mail]:
         problems.update((m.node, "no answer") for m in members)
-        return {m.node: relay.mail("isolated", relay.last_round(m)) for m in members}
+        return {m.node: relay.mail(kind, relay.last_round(m)) for m in members}
 
-    for receipt in _answers(relay, mails, relay.ready(), "isolated", say):
+    for receipt in _answers(relay, mails, relay.ready(), kind, say):
         problem, curve = receipt.error, None
+        if receipt.answer is not None and not problem and (why := receipt.answer.facts.get("left-out")):
+            reasons.add(one_line(str(why), _LONGEST_REASON))
+            problems[receipt.node] = ""
+            continue
         if receipt.answer is not None and not problem:
             curve = _curve(receipt.answer)
             problem = "" if curve else f"expected what was measured in rounds from 0 up to {receipt.mail.round}"
         problems[receipt.node] = problem
         if curve:
             found[relay.member(receipt).index] = curve
+    for reason in sorted(reasons):
+        say(f"control {kind}: left out, since {reason}")
     for m in relay.members:
         if problem := problems[m.node]:
-            say(f"control isolated: no result from {m.name}: {problem}")
+            say(f"control {kind}: no result from {m.name}: {problem}")
     return found
 
 
@@ -216,10 +246,10 @@ def _believed(name: str, value: float) -> float:
     return value if (_possible(value) if name in _SHARES else abs(value) < _MOST) else math.nan
 
 
-def _peer_summary(own: Sequence[Row], m: Member, control: Curve) -> PeerSummary:
+def _peer_summary(own: Sequence[Row], m: Member, alone: Curve, shown: Curve) -> PeerSummary:
     measured = [row for row in own if math.isfinite(row.test_accuracy)]
     first, last = (measured[0], measured[-1]) if measured else (None, None)
-    isolated = control.at(last.round) if last else Measures()
+    isolated = alone.at(last.round) if last else Measures()
     return PeerSummary(
         peer=m.name,
         model=m.model,
@@ -232,6 +262,7 @@ def _peer_summary(own: Sequence[Row], m: Member, control: Curve) -> PeerSummary:
         own_after=last.own_accuracy if last else math.nan,
         isolated=isolated.test_accuracy,
         isolated_measures=isolated,
+        channel=shown.at(last.round).test_accuracy if last else math.nan,
         **{name: _last(own, name) for name in ("temperature", "kd_weight", "samples_seen")},
         failures=dict(Counter(row.status for row in own if row.status != "ok")),
     )

@@ -52,7 +52,7 @@ def every_kind(site, root, **settings):
     rounds = {"introduce": 0, "start": 0}
     return {
         kind: ask(site, root, kind, round=rounds.get(kind, 1), letters=crafted(), **settings)
-        for kind in ("introduce", "start", "learn", "isolated", "pooled", "merge")
+        for kind in ("introduce", "start", "learn", "isolated", "pooled", "channel", "merge")
     }
 
 
@@ -68,7 +68,8 @@ def test_no_kind_of_mail_gets_more_than_knowledge_out_of_a_peer(site, tmp_path, 
     for kind, said in answers.items():
         assert set(said.arrays) <= {"logits"}, kind
         assert all(array.shape == (60, 10) for array in said.arrays.values())
-    assert "`controls` to be left out in a deployment" in answers["pooled"].error or strategy not in SERVER_FREE
+    for control in ("pooled", "channel"):
+        assert "`controls` to be left out in a deployment" in answers[control].error or strategy not in SERVER_FREE
     assert "`strategy`" in answers["merge"].error
     learned = {kind for kind, said in answers.items() if not said.error}
     assert learned == ({"introduce", "start", "learn", "isolated"} if strategy in SERVER_FREE else set())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.state import StateError, Store
+from clients.state import StateError, Store, Taught, Trained
 
 
 def model(value):
@@ -29,6 +29,19 @@ def test_a_state_comes_back_with_its_memo(tmp_path):
 
     assert store.load(4, other) == {"temperature": 4.0}
     assert torch.equal(other.weight, model(0.5).weight)
+
+
+def test_what_it_was_trained_on_comes_back_too(tmp_path):
+    store, trained = Store(tmp_path, "run"), Trained(samples=20)
+    store.begin()
+    store.save(0, model(0.0), trained=trained)
+    trained = trained.then(1, 30).then(2, 0, Taught(2, 1.0, 0.9)).then(4, 30, Taught(4, 8.0, 0.5))
+    store.save(4, model(1.0), trained=trained)
+
+    assert store.trained(before=4) == Trained(samples=20)
+    found = store.trained(before=5)
+    assert found == trained == Trained((1, 4), 80, (Taught(2, 1.0, 0.9), Taught(4, 8.0, 0.5)))
+    assert found.taught[1].temperature == 8.0
 
 
 def test_round_0_and_the_newest_two_are_kept(tmp_path):

@@ -85,7 +85,7 @@ def test_a_control_runs_once_for_all_trials_that_share_it(tmp_path):
         '"kl", "js"', '"kl", "js"]\npartition = ["iid", "dirichlet"]\nstrategy = ["fedavg", "averaged"'
     )
 
-    carriers = [t.settings for t in plan(recipe(tmp_path, more)) if t.settings["controls"]]
+    carriers = [t.settings for t in plan(recipe(tmp_path, more)) if "pooled" in t.settings["controls"]]
 
     groups = [(s.get("partition", "dirichlet"), s["seed"]) for s in carriers]
     assert sorted(groups) == [("dirichlet", 0), ("dirichlet", 1), ("iid", 0), ("iid", 1)]
@@ -118,6 +118,21 @@ def test_every_control_runs_once_for_all_that_it_depends_on(tmp_path, axis, isol
     assert [sum(name in controls for controls in carried) for name in ("isolated", "pooled")] == [isolated, pooled]
 
 
+@pytest.mark.parametrize(
+    ("axis", "carried"),
+    [
+        ('divergence = ["kl", "js"]', 2),
+        ('codec = ["fp32", "fp16"]\nstrategy = ["averaged", "pairwise", "fedavg"]', 1),
+        ('strategy = ["fedavg"]', 0),
+        ('divergence = ["kl"]\nregime = ["tuned"]\ncodec = ["fp32", "fp16"]', 2),
+    ],
+)
+def test_a_channel_control_runs_once_for_all_that_are_taught_alike(tmp_path, axis, carried):
+    text = SMALL.replace('divergence = ["kl", "js"]\nseed = [0, 1]', f"{axis}\nseed = [0]")
+
+    assert sum("channel" in str(trial.settings["controls"]) for trial in plan(recipe(tmp_path, text))) == carried
+
+
 def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):
     before = {trial.name: str(trial.settings["controls"]) for trial in plan(recipe(tmp_path))}
     grown = recipe(tmp_path, SMALL.replace('"kl", "js"', '"td", "kl", "js"'))
@@ -125,7 +140,7 @@ def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):
     after = {trial.name: str(trial.settings["controls"]) for trial in plan(grown, begun=before)}
 
     assert {name: after[name] for name in before} == before
-    assert after["divergence=td,seed=0"] == "" and before["divergence=kl,seed=0"] == "isolated,pooled"
+    assert after["divergence=td,seed=0"] == "channel" and before["divergence=kl,seed=0"] == "isolated,pooled,channel"
 
 
 def test_paths_in_a_recipe_start_in_the_users_folder_and_hold_in_any(tmp_path, monkeypatch):

@@ -46,6 +46,37 @@ def test_proxy_is_a_function_of_the_seed():
     assert proxies[0].fingerprint == proxies[1].fingerprint != proxies[2].fingerprint
 
 
+def test_labels_are_those_of_the_inputs_and_no_part_of_the_fingerprint():
+    train = numbered(50)
+    proxy, _ = split_proxy(train, 20, seed=0)
+    other, _ = split_proxy(Dataset(train.inputs, (train.labels + 1) % 3), 20, seed=0)
+
+    assert proxy.labels.tolist() == [int(value) % 3 for value in proxy.inputs.flatten()]
+    assert other.labels.tolist() != proxy.labels.tolist() and other.fingerprint == proxy.fingerprint
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_foreign_sources_labels_are_known_where_its_classes_are_the_peers(resized):
+    source = image_source(3, 8, 8, samples=40)
+    like = torch.zeros(1, 4, 4, dtype=torch.uint8) if resized else source.train.inputs[0]
+
+    proxy = foreign_proxy(source, 20, like=like, seed=3, classes=("a", "b", "c"))
+
+    order = [
+        int(label)
+        for label in foreign_proxy(source, 20, like=source.train.inputs[0], seed=3, classes=list("abc")).labels
+    ]
+    images = foreign_proxy(source, 20, like=source.train.inputs[0], seed=3).inputs
+    where = [next(i for i in range(40) if torch.equal(source.train.inputs[i], image)) for image in images]
+    assert proxy.labels.tolist() == order == [i % 3 for i in where]
+    for others in (None, ("b", "a", "c"), ("a", "b"), ("a", "b", "c", "d")):
+        assert foreign_proxy(source, 20, like=like, seed=3, classes=others).labels is None
+    unlabelled = Source(
+        "other", Dataset(source.train.inputs, torch.zeros(40, dtype=torch.int64)), source.test, source.classes
+    )
+    assert foreign_proxy(unlabelled, 20, like=like, seed=3, classes=("a", "b", "c")).labels is None
+
+
 def test_every_sample_is_equally_likely_in_the_proxy():
     train = numbered(20)
     taken = torch.cat([split_proxy(train, 5, seed=seed)[0].inputs.flatten() for seed in range(400)])

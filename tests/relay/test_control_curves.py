@@ -113,18 +113,22 @@ def test_a_peer_stands_beside_its_control_at_the_round_in_which_it_was_last_meas
     rows.append(row(3, status="late"))
     control = _curve(answer([0, 1, 2, 3], [0.1, 0.3, 0.4, 0.9]))
 
-    found = _peer_summary(rows, MEMBER, control)
+    shown = _curve(answer([0, 1, 3], [0.1, 0.7, 0.8]))
+
+    found = _peer_summary(rows, MEMBER, control, shown)
 
     assert (found.before, found.after, found.own_before, found.own_after) == (0.2, 0.6, 0.1, 0.3)
-    assert (found.isolated, found.isolated_measures) == (0.4, control.found[2])
+    assert (found.isolated, found.isolated_measures, found.channel) == (0.4, control.found[2], 0.7)
     assert (found.temperature, found.kd_weight, found.samples_seen) == (2.0, 0.5, 7.0)
     assert (found.failures, found.samples, found.held_out, found.parameters) == ({"late": 1}, 20, 4, 10)
 
 
 def test_of_a_peer_that_was_never_measured_nothing_is_said():
-    found = _peer_summary([row(0, status="error"), row(1, status="error")], MEMBER, _curve(answer([0, 1], [0.5, 0.5])))
+    curve = _curve(answer([0, 1], [0.5, 0.5]))
+    found = _peer_summary([row(0, status="error"), row(1, status="error")], MEMBER, curve, curve)
 
-    assert all(math.isnan(getattr(found, name)) for name in ("before", "after", "own_after", "isolated", "temperature"))
+    nothing = ("before", "after", "own_after", "isolated", "channel", "temperature")
+    assert all(math.isnan(getattr(found, name)) for name in nothing)
     assert found.failures == {"error": 2}
 
 

@@ -78,6 +78,7 @@ WAYS = st.sampled_from(
         {"schedule": "alternate", "local_epochs": 2},
         {"participation": 0.5},
         {"regime": "dml", "eval_every": 2},
+        {"logit_adjustment": 1.0, "vacant_classes": 0.5},
         {"proxy_per_round": 32},
         {"regime": "tuned", "tune_temperatures": "1", "tune_weights": "0.5,1"},
         {"strategy": "gossip", "mode": "async", "updates": 14, "rounds": 2},
@@ -90,7 +91,7 @@ WAYS = st.sampled_from(
 def run(tmp_path_factory, witness, fates, *, killed_at=None, **settings):
     path = tmp_path_factory.mktemp("run")
     grid = local_grid(path, PEERS)
-    given_ = {**SMALL, "rounds": 4, "controls": "isolated", **settings}
+    given_ = {**SMALL, "rounds": 4, "controls": "isolated,channel", **settings}
     fate = Fate(grid, witness, fates, killed_at=killed_at)
     try:
         return federate(path, PEERS, grid=grid, **given_), fate
@@ -129,11 +130,17 @@ def test_a_control_sees_the_private_batches_that_its_peer_saw_under_any_schedule
         except RelayError:  # nobody answered in a round
             reject()
 
+        taught = way.get("strategy") != "fedavg"
+        late = {peer for (peer, _), what in fates.items() if what.startswith("late")}
         working = {int(message.metadata.dst_node_id - 1000) // 7 for _, message, _ in fate.held}
         for peer, entry in enumerate(finished.summary()["peers"]):
-            assert (entry["isolated"] is None) == (peer in working or entry["after"] is None)
+            missing = peer in working or entry["after"] is None
+            if missing or peer not in late:  # who was late may have answered between the two controls
+                assert (entry["isolated"] is None) == missing
+            assert (entry["channel"] is None) == (missing or not taught)
         witness.check()
-        assert set(witness.alone) >= set(range(PEERS)) - working
+        assert set(witness.alone) >= set(range(PEERS)) - working - late
+        assert set(witness.shown) >= (set(range(PEERS)) - working if taught else set())
 
 
 def others(field):
@@ -186,28 +193,31 @@ BASES = [
 def test_trials_share_a_control_only_where_it_does_the_same(tmp_path_factory, base):
     """Every setting is changed alone: where the control is said to be the same, its private batches and numbers are."""
 
-    def control(**changed):
+    def control(name, **changed):
         with pytest.MonkeyPatch.context() as monkeypatch:
             witness = Witness(monkeypatch)
-            finished, _ = run(tmp_path_factory, witness, {}, **SHORT, **base, **changed)
-        return witness.alone, [peer["isolated_measures"] for peer in finished.summary()["peers"]]
+            finished, _ = run(tmp_path_factory, witness, {}, controls=name, **SHORT, **base, **changed)
+        said = "isolated_measures" if name == "isolated" else name
+        return witness.alone, witness.shown, [peer[said] for peer in finished.summary()["peers"]]
 
-    def group(**changed):
+    def group(name, **changed):
         named = {name.replace("_", "-"): value for name, value in {**SMALL, **SHORT, **base, **changed}.items()}
         config = RunConfig.from_mapping(named)
-        return control_group({**config.effective().to_mapping(), "peers": PEERS}, "isolated")
+        return control_group({**config.effective().to_mapping(), "peers": PEERS}, name)
 
-    plain, tried = control(), 0
+    names = ("isolated",) if base.get("strategy") == "fedavg" else ("isolated", "channel")
+    plain, tried = {name: control(name) for name in names}, dict.fromkeys(names, 0)
     for field in dataclasses.fields(RunConfig):
         for value in others(field) if field.name not in base and field.name not in {**SMALL, **SHORT} else ():
-            try:
-                shared = group(**{field.name: value}) == group()
-            except SettingError:
-                continue
-            if shared:
-                tried += 1
-                assert control(**{field.name: value}) == plain, (field.name, value)
-    assert tried > 10
+            for name in names if field.name != "controls" else ():
+                try:
+                    shared = group(name, **{field.name: value}) == group(name)
+                except SettingError:
+                    continue
+                if shared:
+                    tried[name] += 1
+                    assert control(name, **{field.name: value}) == plain[name], (name, field.name, value)
+    assert tried["isolated"] > 10
 
 
 @pytest.mark.parametrize(
@@ -244,14 +254,12 @@ def test_an_isolated_control_measures_what_its_peer_does_at_the_same_time(tmp_pa
     """A peer that hears nothing of its teachers is its own control, measure by measure, when it was last measured."""
     Clock(monkeypatch)
     fates = {(0, 3): "unheard", (0, 4): "unheard", (1, 4): "late 9"}
-    finished, _ = run(
-        tmp_path_factory, Witness(monkeypatch), fates, schedule="alternate", distill_epochs=0, controls="isolated"
-    )
+    finished, _ = run(tmp_path_factory, Witness(monkeypatch), fates, schedule="alternate", distill_epochs=0)
 
     for peer in finished.summary()["peers"][::2]:
         own = [row for row in finished.rows() if row["peer"] == peer["peer"] and row["test_accuracy"] is not None]
         assert peer["isolated_measures"] == {name: own[-1][name] for name in peer["isolated_measures"]}
-        assert peer["isolated"] == peer["after"] == own[-1]["test_accuracy"]
+        assert peer["isolated"] == peer["channel"] == peer["after"] == own[-1]["test_accuracy"]
     assert finished.summary()["peers"][1]["isolated"] is None
 
 

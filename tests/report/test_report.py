@@ -296,6 +296,21 @@ def test_controls_that_differ_between_variants_are_told_for_each(tmp_path, undra
     assert "Isolated: not one level" in page and "Pooled: 95.0%." in page
 
 
+def test_the_share_of_the_channel_stands_beside_the_gain_over_isolated_by_seed(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / f"kl-{seed}", [[0.2], [end]], divergence="kl", seed=seed, isolated=0.4, channel=level)
+        for seed, end, level in ((0, 0.5, 0.8), (1, 0.7, 0.8))  # 25 % and 75 %
+    ]
+    runs.append(make_run(tmp_path / "js", [[0.2], [0.5]], divergence="js", isolated=0.4))  # it is taught otherwise
+
+    page = write_report(runs, tmp_path / "out", describe(runs, command="", target=None)).read_text()
+
+    assert "share of channel" in page and "50%" in page and "True labels: 80.0%." in page
+    table = csv.DictReader((tmp_path / "out" / "tables" / "variants.csv").open())
+    shares = {row["variant"]: float(row["share_of_channel"] or "nan") for row in table}
+    assert shares["kl"] == pytest.approx(0.5) and math.isnan(shares["js"])
+
+
 @pytest.mark.parametrize(
     ("mode", "promise"), [("sync", "alone, with the same numbers."), ("async", "not with the same")]
 )
@@ -310,7 +325,7 @@ def test_the_same_numbers_are_promised_only_where_rounds_make_them(tmp_path, und
     [
         ({}, "fedkd run rounds=1 seed=3\n"),
         ({"peers": 4, "simulated": True}, "fedkd run --peers 4 rounds=1 seed=3\n"),
-        ({"peers": 4, "simulated": False}, "fedkd deploy run DIR rounds=1 controls=isolated,pooled seed=3\n"),
+        ({"peers": 4, "simulated": False}, "fedkd deploy run DIR rounds=1 controls=isolated,pooled,channel seed=3\n"),
     ],
 )
 def test_the_command_of_a_stopped_run_says_what_is_known_of_its_peers(tmp_path, facts, command):
