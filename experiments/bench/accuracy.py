@@ -80,8 +80,8 @@ def run(*, quick: bool = False) -> dict[str, Any]:
 
     A row has the ``scenario`` and the ``way``; the peers' mean accuracy when they begin (``before``), at the end
     (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of
-    the ``worst`` peer; ``bytes``, of all peers, up and down; and the ``share`` of the way from alone to the true labels.
-    All are means over the seeds, the share that of the means. ``ratio`` is the share of ours on skewed Fashion-MNIST: the
+    the ``worst`` peer; ``bytes``, of all peers, up and down; and the ``share`` of the way from alone to the labels. All
+    are means over the seeds, the share that of the means. ``ratio`` is the share of ours on skewed Fashion-MNIST: the
     goal is 0.8.
 
     Args:

@@ -27,6 +27,7 @@ __all__ = [
     "class_counts",
     "confidence",
     "density",
+    "discrimination",
     "energy",
     "entropy",
     "kt_pfl",
@@ -116,6 +117,27 @@ def predicted_prior(teacher_logits: Tensor, *, temperature: float = 1.0, sent: T
         return probs.mean(dim=1, keepdim=True)
     told = sent.to(probs).unsqueeze(-1)
     return (probs * told).sum(dim=1, keepdim=True) / told.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def discrimination(teacher_logits: Tensor, *, temperature: float = 1.0, sent: Tensor | None = None) -> Tensor:
+    """Weigh a teacher in a class by how well it tells the class apart.  [K, N, C] -> [K, 1, C].
+
+    w_kc is the standard deviation of p_k(c|x) over the samples x (those that it ``sent``, a mask ``[K, N]``): 0 for a
+    teacher that never speaks of the class, as under :func:`predicted_prior`, and 0 for one that speaks of it always, as
+    a model does that has seen nothing else, or that boasts.
+
+    Source: [ours].
+
+    >>> z = torch.tensor([[[9.0, 0.0], [9.0, 0.0]], [[9.0, 0.0], [0.0, 9.0]]])  # always class 0; either
+    >>> discrimination(z).squeeze(1).round(decimals=2)
+    tensor([[0.0000, 0.0000],
+            [0.5000, 0.5000]])
+    """
+    probs = _probs(teacher_logits, temperature)
+    told = torch.ones_like(probs[..., :1]) if sent is None else sent.to(probs).unsqueeze(-1)
+    count = told.sum(dim=1, keepdim=True).clamp_min(1)
+    mean = (probs * told).sum(dim=1, keepdim=True) / count
+    return (((probs - mean).square() * told).sum(dim=1, keepdim=True) / count).sqrt()
 
 
 def confidence(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -277,6 +299,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "uniform": Way(lambda e: uniform(e.logits)),
         "predicted-prior": Way(lambda e: predicted_prior(e.logits, temperature=e.temperature, sent=e.sent)),
+        "discrimination": Way(lambda e: discrimination(e.logits, temperature=e.temperature, sent=e.sent)),
         "confidence": Way(lambda e: confidence(e.logits, temperature=e.temperature)),
         "entropy": Way(lambda e: entropy(e.logits, temperature=e.temperature)),
         "energy": Way(lambda e: energy(e.logits, temperature=e.temperature)),

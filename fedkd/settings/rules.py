@@ -17,8 +17,8 @@ DIVERGENCES = (
 )  # fmt: skip
 """The library's. Spelled out here, since a relay imports no torch; the tests compare them with the registry."""
 WEIGHINGS = (
-    "uniform", "predicted-prior", "confidence", "entropy", "energy", "variance", "similarity", "kt-pfl", "counts",
-    "density",
+    "uniform", "predicted-prior", "discrimination", "confidence", "entropy", "energy", "variance", "similarity",
+    "kt-pfl", "counts", "density",
 )  # fmt: skip
 """The library's; compared with :mod:`fedkd.losses.weighing` by the tests."""
 

@@ -301,6 +301,7 @@ def test_each_way_is_its_formula():
     assert WAYS["uniform"].weigh(EVIDENCE).unique().tolist() == [1.0]
     for name, expected in {
         "predicted-prior": np.stack([[P[k, EVIDENCE.certainty[k] > 0].mean(axis=0)] for k in range(K)]),
+        "discrimination": np.stack([[P[k, EVIDENCE.certainty[k] > 0].std(axis=0)] for k in range(K)]),
         "confidence": P.max(axis=-1, keepdims=True),
         "entropy": np.exp(-scipy.stats.entropy(P, axis=-1))[..., None],
         "energy": scipy.special.softmax(scipy.special.logsumexp(TEACHERS.numpy() / T, axis=-1), axis=0)[..., None],
@@ -353,6 +354,15 @@ def test_a_predicted_prior_looks_at_what_was_sent_alone():
     evidence = Evidence(TEACHERS, T, certainty=certainty)
 
     np.testing.assert_allclose(WAYS["predicted-prior"].weigh(evidence).squeeze(1), P[:, :3].mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(WAYS["discrimination"].weigh(evidence).squeeze(1), P[:, :3].std(axis=1), rtol=1e-6)
+
+
+def test_a_teacher_that_says_one_thing_of_all_tells_nothing_apart():
+    boaster = 40 * torch.nn.functional.one_hot(torch.full((1, N), 2), C).double()
+    found = weighing.discrimination(torch.cat([TEACHERS, boaster]))
+
+    assert bool((found[:-1] > 0).all()) and float(found[-1].max()) < 1e-9
+    assert weighing.predicted_prior(boaster)[0, 0, 2] > 0.99
 
 
 @pytest.mark.parametrize(("name", "what"), [("counts", "class counts"), ("density", "certainty"), ("kt-pfl", "own")])

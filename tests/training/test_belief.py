@@ -57,7 +57,7 @@ def test_uniform_weights_are_those_that_the_letters_came_with():
 
 
 @pytest.mark.parametrize(
-    "name", ["predicted-prior", "confidence", "entropy", "energy", "variance", "similarity", "kt-pfl"]
+    "name", ["predicted-prior", "discrimination", "confidence", "entropy", "energy", "variance", "similarity", "kt-pfl"]
 )
 def test_a_way_is_asked_about_whoever_is_left_and_old_knowledge_counts_less(name):
     made = belief(weighing=name)
