@@ -1,8 +1,8 @@
 """What a letter says of itself beside logits: how many samples of each class, how sure of which, which it left out.
 
-Samples that a sender leaves out do not travel: the logits' codec then encodes the rows that are sent, in their order, and
-a bit for each sample says which those are. Every claim is a peer's own word: that it has the form is checked here, that it
-is true nobody can tell.
+Samples that a sender leaves out do not travel: the logits' codec then encodes the rows that are sent, in their order,
+and a bit for each sample says which those are. Every claim is a peer's own word: that it has the form is checked here,
+that it is true nobody can tell.
 """
 
 from collections.abc import Collection, Mapping
@@ -79,8 +79,8 @@ def claims_layout(shape: tuple[int, int], told: Collection[str]) -> Layout:
 def encode_claims(claims: Claims) -> dict[str, NDArray[Any]]:
     """Name and encode claims: ``about.counts`` float32, ``about.certainty`` float16, ``about.sent`` a bit a sample.
 
-    Counts are clamped at 0, for noise may carry them below. The certainty is that of the samples sent, no others', and at
-    least 2⁻¹⁴, so that 0 means "not sent".
+    Counts are clamped at 0, for noise may carry them below. The certainty is that of the samples sent, no others', and
+    at least 2⁻¹⁴, so that 0 means "not sent".
 
     Raises:
         BadKnowledge: a value that is not finite, counts beyond 10¹², or a certainty outside [0, 1].
@@ -108,8 +108,8 @@ def decode_claims(arrays: Arrays, *, shape: tuple[int, int], told: Collection[st
         told: which claims the run's peers make, of :data:`CLAIMS`.
 
     Raises:
-        BadKnowledge: a claim is missing, or there is one too many; another dtype or shape; a number that no claim can be;
-            bits behind the last sample.
+        BadKnowledge: a claim is missing, or there is one too many; another dtype or shape; a number that no claim can
+            be; bits behind the last sample.
     """
     samples = shape[0]
     layout = claims_layout(shape, told)
