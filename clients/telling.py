@@ -32,6 +32,9 @@ _SET_ASIDE = 0.2  # of the private samples, to find a threshold by, where nothin
 _MOST_ROWS = 2000  # private and public ones that a kernel compares: its matrix is solved
 _MOST_REGRESSED = 20_000
 _FOR_WIDTH = 1000
+_WIDTH = 0.2
+"""A kernel's, over the median distance of private samples [ours]: at 1, the published rule of thumb, it is so wide that
+the ratio hardly tells known classes from others; on the digits AUC 0.68 at 1, 0.82 at 0.5, 0.90 from 0.25 to 0.15."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ class Telling:
         else:
             private = self._drawn(private, _MOST_ROWS, "kernel")
             others = self._drawn(public, _MOST_ROWS, "kernel")
-            some = [self._drawn(rows, _FOR_WIDTH, "width") for rows in (private, others)]
-            width, penalty = selection.median_distance(torch.cat(some)), len(others) ** -0.5
+            width = _WIDTH * selection.median_distance(self._drawn(private, _FOR_WIDTH, "width"))
+            penalty = len(others) ** -0.5
             ratios = selection.kulsif(private, others, torch.cat([held, public]), width=width, penalty=penalty)
             scores = [ratios[: len(held)], ratios[len(held) :]]
         return selection.at_least_quantile(scores[0], scores[1], self.config.selector_quantile)

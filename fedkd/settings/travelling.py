@@ -63,9 +63,9 @@ class Travelling:
         costs=FREE,
     )
     density_penalty: float = setting(
-        0.01,
+        1e-5,
         above(0),
-        "`weighing=density`: λ of the regression that tells private samples from public ones",
+        "`weighing=density`: λ of the regression that tells private samples from public ones; noise takes a larger one",
         decides=EXCHANGE,
         takes=_DENSITY,
         costs=FREE,

@@ -137,4 +137,4 @@ def test_the_median_distance_is_scipys():
     from scipy.spatial.distance import pdist
 
     assert selection.median_distance(rows(31)) == pytest.approx(np.median(pdist(rows(31).numpy())))
-    assert selection.median_distance(torch.zeros(4, 2)) == 1.0
+    assert selection.median_distance(torch.zeros(4, 2)) == selection.median_distance(torch.zeros(1, 2)) == 1.0
