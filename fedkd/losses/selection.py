@@ -215,7 +215,7 @@ def roc_threshold(positives: Tensor, negatives: Tensor) -> float:
     """
     positives, negatives = positives.double().sort().values, negatives.double().sort().values
     everyone = torch.cat([positives, negatives])
-    candidates = torch.unique(everyone).flip(0)  # type: ignore[no-untyped-call]
+    candidates = torch.unique(everyone).flip(0)
     tpr = 1 - torch.searchsorted(positives, candidates).double() / len(positives)
     fpr = 1 - torch.searchsorted(negatives, candidates).double() / len(negatives)
     return float(candidates[(tpr - fpr).argmax()])
