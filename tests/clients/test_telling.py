@@ -31,6 +31,12 @@ SKEWED = {"partition": "dirichlet", "partition_alpha": 0.3}
 SAMPLES, CLASSES = 60, 10
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Where sites that are opened without a federation leave their parts of the data."""
+    monkeypatch.chdir(tmp_path)
+
+
 def knowledge(run):
     """Return by peer and round what every answer held."""
     answers = [unpack_answer(reply.content) for reply in run.grid.replies]
