@@ -88,10 +88,11 @@ class PeerConfig:
         root = Path(str(own.get("state-dir", root)))
         given = {"allowed-strategies": "strategies", "require-sealed": "sealed", "max-epochs": "epochs"}
         given |= {"max-payload": "payload", "max-seconds": "seconds", "max-epsilon": "epsilon", "max-delta": "delta"}
+        given |= {"tell": "tell"}
         limits = {field_: own[key] for key, field_ in given.items() if key in own}
         limits.setdefault("sealed", bool(own.get("trusted-keys")))
-        if "strategies" in limits:
-            limits["strategies"] = split_list(str(limits["strategies"]))  # type: ignore[assignment]
+        for listed in {"strategies", "tell"} & limits.keys():
+            limits[listed] = split_list(str(limits[listed]))  # type: ignore[assignment]
         bounds = Bounds(**{key.replace("-", "_"): int(own[key]) for key in NAMES if key in own})
         texts = {key.replace("-", "_"): str(own.get(key, "")) for key in _TEXTS}
         return cls(

@@ -7,6 +7,7 @@ from clients.bounds import Bounds
 from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
 from fedkd.settings.declare import declared
+from fedkd.wire.claims import MASK
 from fedkd.wire.messages import Kind
 
 _SEALED = "true: start the run with `sealed=true` (this peer's `require-sealed`, or its `trusted-keys`)"
@@ -20,6 +21,7 @@ class Limits:
     Attributes:
         strategies: the strategies it takes part in; by default those in which no server reads what it knows.
         sealed: whether it takes part only where mail is sealed.
+        tell: what it tells beside its logits where a run asks for it, of :data:`fedkd.wire.claims.CLAIMS`.
         epochs: the most epochs that one mail may cost, all phases together.
         payload: the most bytes of arrays in one mail.
         seconds: the longest time that one mail may take.
@@ -31,6 +33,7 @@ class Limits:
 
     strategies: tuple[str, ...] = ("averaged", "pairwise", "gossip")
     sealed: bool = False
+    tell: tuple[str, ...] = ()
     epochs: int = 200
     payload: int = 256 * 2**20
     seconds: float = 24 * 3600.0
@@ -65,11 +68,21 @@ class Limits:
             raise SettingError("strategy", config.strategy, allowed)
         if self.sealed and not config.sealed:
             raise SettingError("sealed", config.sealed, _SEALED)
+        self._check_told(config)
         _check_kind(config, kind)
         self._check_privacy(config, kind)
         for asked in _will_be_asked(config) if kind == "introduce" else (kind,):
             self._check_epochs(_epochs(config, asked, round))
         self.bounds.check(config)
+
+    def _check_told(self, config: RunConfig) -> None:
+        for what in config.told:
+            if what not in self.tell:
+                setting = "selector" if what == MASK else "weighing"
+                value = str(config.to_mapping()[setting])
+                cure = f'`tell = "{",".join((*self.tell, what))}"` in its own settings'
+                allowed = f"one for which this peer tells nothing but {', '.join(self.tell) or 'its logits'}"
+                raise SettingError(setting, value, f"{allowed} (unless its owner allows {what}: {cure})")
 
     def _check_epochs(self, epochs: Mapping[str, int]) -> None:
         if (total := sum(epochs.values())) > self.epochs:

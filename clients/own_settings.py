@@ -13,7 +13,8 @@ from pathlib import Path
 from clients.bounds import NAMES
 from fedkd.errors import SettingError
 from fedkd.settings.declare import Scalar
-from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, split_list
+from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, some_of, split_list
+from fedkd.wire.claims import CLAIMS
 
 Own = Mapping[str, Scalar]
 
@@ -34,6 +35,7 @@ _KEYS: dict[str, type] = {
     "idle-seconds": float,
     "allowed-strategies": str,
     "require-sealed": bool,
+    "tell": str,
     "max-epochs": int,
     "max-payload": int,
     "max-seconds": float,
@@ -49,6 +51,7 @@ _RULES = {
         f"a comma-separated choice of {', '.join(STRATEGIES)} or `package.module:Class`",
         lambda v: all(map(STRATEGY.accepts, split_list(v))),
     ),
+    "tell": some_of(*CLAIMS),
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }

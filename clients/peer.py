@@ -31,6 +31,7 @@ from clients.rehearsal import check_start, rehearse
 from clients.releases import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
 from clients.state import Store, Taught, Trained
+from clients.telling import Telling, with_claims
 from fedkd import metrics, models
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
@@ -38,6 +39,7 @@ from fedkd.settings.rules import split_list
 from fedkd.source import source_hash, source_root
 from fedkd.training.loops import Diverged, predict
 from fedkd.training.memory import keep_freed_memory
+from fedkd.wire.claims import Claims, decode_claims, decode_rows, encode_claims, encode_rows, without_claims
 from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.wire.features import decode_features, without_features
 from fedkd.wire.messages import Answer, Arrays, Letter, Mail
@@ -99,6 +101,7 @@ class Peer:
         self.secrets = _secrets(peer_config, self.store) if config.sealed else None
         self.final = Final(peer_config, config, self.site.commons)
         self.private = Private.of(config, peer_config, run)
+        self.telling = self._telling() if config.told else None
         self.flow = Flow.from_config(config, self.models.bare()) if config.method == "infoflow" else None
 
     def answer(self, mail: Mail) -> Answer:
@@ -335,6 +338,10 @@ class Peer:
     def _learner(self) -> Learner:
         return Learner(self.config, self.site, self.peer_config.index, auxiliary=self.models.widened, watch=self.watch)
 
+    def _telling(self) -> Telling:
+        config, index = self.config, self.peer_config.index
+        return Telling(config, self.site, index, self.store.folder, self.private, self.peer_config.simulated)
+
     def _given(self, mail: Mail) -> nn.Module:
         """Return the common model with the weights that the server sent."""
         model = self.models.common()
@@ -398,42 +405,64 @@ class Peer:
 
     def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
         """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""
-        inputs = self.site.commons.proxy_inputs[proxy_subset(self.config, mail.round + 1, self.device)]
+        subset = proxy_subset(self.config, mail.round + 1, self.device)
+        inputs, claims = self.site.commons.proxy_inputs[subset], Claims()
         with self.watch.phase("predict"):
             logits = self._logits(model, inputs, mail.round)
+            if self.telling:
+                claims = self.telling.claims(lambda: self._began(mail, model)).on(subset.cpu().numpy())
         if self.peer_config.simulated and is_attacker(self.config, self.peer_config.index, self.peer_config.of):
             logits = poison(logits, self.config, index=self.peer_config.index, round=mail.round)
         published = logits.cpu().numpy()
         if self.private:
             published = self.private.publish(published, round=mail.round)
-        arrays: Arrays = self.codec.encode(published)
+        arrays: Arrays = {**encode_rows(self.codec, published, claims), **encode_claims(claims)}
         if self.flow:
             arrays = {**arrays, **self.flow.encode(model, inputs)}
         return self.secrets.seal(arrays, round=mail.round) if self.secrets else arrays
 
+    def _began(self, mail: Mail, model: nn.Module) -> nn.Module:
+        """Return the model with which this peer started, given the one that it has now."""
+        if mail.kind == "start":
+            return model
+        began = self.models.bare()
+        self.store.load(0, began)
+        return began
+
     def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
         """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
-        letters, refused = [], []
+        letters, claims, refused = [], [], []
         if not self.peer_config.simulated:
             features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
             bounds = self.peer_config.limits.bounds
-            bounds.check_decoded(len(mail.letters), self.config.travelling, self.classes + features)
+            bounds.check_decoded(
+                len(mail.letters), self.config.travelling, self.classes + features + len(self.config.told)
+            )
         for letter in mail.letters:
             try:
-                letters.append(self._decode(self._unsealed(letter, mail, memo), letter.weight))
+                knowledge, said = self._decode(self._unsealed(letter, mail, memo), letter.weight)
             except BadKnowledge as error:
                 refused.append(f"{letter.sender}: {error}")
-        return stack(letters), refused
+                continue
+            if said.rows(self.config.travelling):  # who knows nothing of any sample is no teacher in this round
+                letters.append(knowledge)
+                claims.append(said)
+        if heard := stack(letters):
+            heard = with_claims(heard, claims)
+        return heard, refused
 
-    def _decode(self, arrays: Arrays, weight: float) -> tuple[Tensor, float, list[Tensor]]:
-        count = self.config.travelling
-        logits = self.codec.decode(without_features(arrays), shape=(count, self.classes))
+    def _decode(self, arrays: Arrays, weight: float) -> tuple[tuple[Tensor, float, list[Tensor]], Claims]:
+        count, rest = self.config.travelling, without_features(arrays)
+        shape = (count, self.classes)
+        said = decode_claims(rest, shape=shape, told=self.config.told)
+        logits = decode_rows(self.codec, without_claims(rest), said, shape=shape)
         found = decode_features(arrays, count=count, dimensions=self.config.flow_dimensions)
         if len(found) != (len(self.flow.layers) if self.flow else 0):
             raise BadKnowledge(
                 f"expected features of {len(self.flow.layers) if self.flow else 0} layers, not {len(found)}"
             )
-        return torch.from_numpy(logits).to(self.device), weight, [torch.from_numpy(f).to(self.device) for f in found]
+        features = [torch.from_numpy(layer).to(self.device) for layer in found]
+        return (torch.from_numpy(logits).to(self.device), weight, features), said
 
     def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
         if self.secrets is None:

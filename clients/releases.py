@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,14 @@ from clients.configuration import PeerConfig
 from clients.runs import run_folder
 from clients.state import make_private, write_whole
 from fedkd.errors import FedkdError, SettingError
-from fedkd.privacy import Logits, Mechanism, reproducible_normal, secret_normal, spent
+from fedkd.privacy import CountsMechanism, Logits, Mechanism, reproducible_normal, secret_normal, spent
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.wire.codecs import BadKnowledge
 
 _BUDGET, _LOCK, _RELEASES, _MEASURED = "privacy.json", "privacy.lock", "releases", "measured.jsonl"
+_COUNTS = "counts.npy"
+_OF_COUNTS = -1  # stands for the release of class counts among the rounds' in a ledger
 _KEEP = 2  # releases, as many as rounds whose states are kept: of those alone can one be asked for again
 _ROUNDING = 1e-6  # of ε: the accountant finds a z for an ε, and an ε for a z, by search
 
@@ -36,7 +38,7 @@ class _Ledger:
 
     Attributes:
         spent: Σ 1/z² over all releases of all runs.
-        runs: the rounds whose releases are among them, by the name of the run's folder.
+        runs: the rounds whose releases are among them, by the name of the run's folder; −1 are its class counts.
     """
 
     spent: float = 0.0
@@ -47,10 +49,14 @@ class Private:
     """Makes one peer's knowledge private in one run, and knows what that has cost.
 
     Args:
-        mechanism: the run's.
+        mechanism: of the run's logits; None: they are published as they are.
+        counts: of the class counts; None: they are not told, or as they are.
         config: the run's settings.
         peer_config: the peer.
         run: the run's token.
+
+    Attributes:
+        epsilon: what the peer has spent, after the last release.
 
     A deployed peer draws its noise from the operating system, and before a release is sent it keeps it in ``releases``
     of the run's folder and writes its cost into ``privacy.json`` of its own: runs add up, those side by side too, until
@@ -59,8 +65,16 @@ class Private:
     seed, so that a run can be repeated; it hides nothing from whoever knows the seed.
     """
 
-    def __init__(self, mechanism: Mechanism, config: RunConfig, peer_config: PeerConfig, run: str) -> None:
-        self._mechanism, self._seed, self._peer_config = mechanism, config.seed, peer_config
+    def __init__(
+        self,
+        mechanism: Mechanism | None,
+        counts: CountsMechanism | None,
+        config: RunConfig,
+        peer_config: PeerConfig,
+        run: str,
+    ) -> None:
+        self._mechanism, self._counts = mechanism, counts
+        self._config, self._seed, self._peer_config = config, config.seed, peer_config
         self._folder = run_folder(peer_config.state_dir, run)
         self._path = peer_config.state_dir / _BUDGET
         self.epsilon = 0.0
@@ -68,8 +82,8 @@ class Private:
     @classmethod
     def of(cls, config: RunConfig, peer_config: PeerConfig, run: str) -> "Private | None":
         """Return what the settings ask for, or None."""
-        mechanism = Mechanism.from_config(config)
-        return cls(mechanism, config, peer_config, run) if mechanism else None
+        mechanism, counts = Mechanism.from_config(config), CountsMechanism.from_config(config)
+        return cls(mechanism, counts, config, peer_config, run) if mechanism or counts else None
 
     def check_budget(self) -> None:
         """Refuse a run whose releases, together with those already made, are more than the peer allows.
@@ -80,12 +94,11 @@ class Private:
         if self._peer_config.simulated or self._peer_config.limits.epsilon is None:
             return
         ledger = _read(self._path)
-        planned = self._mechanism.releases - len(self._made(ledger))
-        if self._over(ledger.spent + planned * self._mechanism.cost):
+        if self._over(ledger.spent + self._planned(ledger)):
             used = spent(ledger.spent, self._peer_config.limits.delta)
             raise SettingError(
                 "privacy-epsilon",
-                self._mechanism.epsilon,
+                self._config.privacy_epsilon,
                 f"such that it and the {used:.3g} that are spent already are together within {self._allowed()}",
             )
 
@@ -97,41 +110,73 @@ class Private:
             BudgetError: the round is not one of the run's, nothing is left of the peer's budget, or the release cannot
                 be written down.
         """
+        if self._mechanism is None:
+            return logits
         if not 0 <= round < self._mechanism.releases:
             raise BudgetError(f"round {round} is not among the {self._mechanism.releases} that the promise counts")
         if not np.isfinite(logits).all():
             raise BadKnowledge("expected finite logits to publish")
+        mechanism = self._mechanism
         if self._peer_config.simulated:
-            self.epsilon = spent((round + 1) * self._mechanism.cost, self._mechanism.delta)
+            self.epsilon = spent((round + 1) * mechanism.cost + mechanism.beside, mechanism.delta)
             seed = derive(self._seed, "privacy", self._peer_config.index, round)
-            return self._mechanism.publish(logits, reproducible_normal(_shape(logits), seed))
+            return mechanism.publish(logits, reproducible_normal(_shape(logits), seed))
+        return self._released(round, mechanism.cost, lambda: mechanism.publish(logits, secret_normal(_shape(logits))))
+
+    def publish_counts(self, counts: Logits) -> Logits:
+        """Return class counts ``[C]`` that may leave the peer: noised once in a run, the same ones whenever asked for.
+
+        Raises:
+            BudgetError: nothing is left of the peer's budget, or the release cannot be written down.
+        """
+        if self._counts is None:
+            return counts
+        mechanism, shape = self._counts, (1, len(counts))
+        if self._peer_config.simulated:
+            self.epsilon = spent(mechanism.cost, mechanism.delta)
+            seed = derive(self._seed, "privacy of counts", self._peer_config.index)
+            return mechanism.publish(counts, reproducible_normal(shape, seed)[0])
+        return self._released(_OF_COUNTS, mechanism.cost, lambda: mechanism.publish(counts, secret_normal(shape)[0]))
+
+    def _released(self, round: int, cost: float, make: Callable[[], Logits]) -> Logits:
+        """Return a deployed peer's release of a round: the one that it made before, or a new one, kept and charged."""
         try:
             with _locked(self._peer_config.state_dir):
                 ledger = _read(self._path)
                 if round not in self._made(ledger):
-                    ledger = self._release(logits, round, ledger)
+                    ledger = self._release(make, round, cost, ledger)
                 release: Logits = np.load(self._kept(round), allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise BudgetError(f"cannot write the budget to {self._path}, or read a release: {error}") from error
-        self.epsilon = spent(ledger.spent, self._mechanism.delta)
+        self.epsilon = spent(ledger.spent, self._config.privacy_delta)
         return release
 
-    def _release(self, logits: Logits, round: int, ledger: _Ledger) -> _Ledger:
+    def _release(self, make: Callable[[], Logits], round: int, cost: float, ledger: _Ledger) -> _Ledger:
         """Keep a new release and charge it, in this order: what is charged can be sent again after a crash."""
-        total = ledger.spent + self._mechanism.cost
+        total = ledger.spent + cost
         if self._over(total):
             raise BudgetError(f"the budget is spent: another release would exceed {self._allowed()}")
         path = self._kept(round)
         make_private(path.parent)
-        release = self._mechanism.publish(logits, secret_normal(_shape(logits)))
+        release = make()
         write_whole(path, lambda partial: _save(partial, release))
         made = (*self._made(ledger), round)
         others = {run: rounds for run, rounds in ledger.runs.items() if (self._folder.parent / run).is_dir()}
         charged = _Ledger(total, {**others, self._folder.name: made})
         _write(self._path, charged)
-        for old in set(path.parent.iterdir()) - {self._kept(one) for one in made[-_KEEP:]}:
-            old.unlink(missing_ok=True)
+        if round != _OF_COUNTS:
+            kept = {self._kept(one) for one in [one for one in made if one != _OF_COUNTS][-_KEEP:]}
+            for old in set(path.parent.iterdir()) - kept:
+                old.unlink(missing_ok=True)
         return charged
+
+    def _planned(self, ledger: _Ledger) -> float:
+        """Return what the run's releases cost that have not been made."""
+        made = self._made(ledger)
+        left = self._counts.cost if self._counts and _OF_COUNTS not in made else 0.0
+        if self._mechanism:
+            left += (self._mechanism.releases - len(set(made) - {_OF_COUNTS})) * self._mechanism.cost
+        return left
 
     def _made(self, ledger: _Ledger) -> tuple[int, ...]:
         """Return the rounds whose releases this run has made."""
@@ -139,6 +184,8 @@ class Private:
 
     def _kept(self, round: int) -> Path:
         """Return the file of a release."""
+        if round == _OF_COUNTS:
+            return self._folder / _COUNTS
         return self._folder / _RELEASES / f"{round:06d}.npy"
 
     def _over(self, cost: float) -> bool:

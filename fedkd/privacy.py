@@ -9,6 +9,10 @@ deviation z·2·clip·√P on every logit makes that one release of noise multip
 Releases may depend on one another: n Gaussian releases of multiplier z are together one of multiplier z/√n, adaptively
 chosen or not (Dong, Roth and Su, "Gaussian differential privacy", 2019). Its (ε, δ) is exact (Balle and Wang, ICML
 2018) and comes from the package ``dp-accounting``.
+
+Class counts that a peer tells are one more release, made once in a run: among the same neighbours, a record that
+changes its label moves two counts by one, √2 in L2, and Gaussian noise of deviation z·√2 on every count has noise
+multiplier z.
 """
 
 import hashlib
@@ -20,13 +24,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
+from fedkd.wire.claims import COUNTS
 
 Logits = NDArray[np.float32]
 
 _GRID_BITS = 16
 _MOST_EPSILON = 1e5
+_NEIGHBOURS = "one private record of one peer replaced"
+
+COUNTS_SENSITIVITY = math.sqrt(2)
+"""How far one record, replaced, can move class counts, in L2."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Mechanism:
         clip: norm to which centred rows of logits are clipped.
         releases: how often a peer publishes: after the start and after every round.
         noise_multiplier: z, of one release; the noise's deviation over the sensitivity.
+        beside: what is spent of (ε, δ) on other releases of the run, in the unit of :attr:`cost`.
     """
 
     epsilon: float
@@ -46,19 +56,34 @@ class Mechanism:
     clip: float
     releases: int
     noise_multiplier: float
+    beside: float = 0.0
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Mechanism | None":
         """Return the mechanism that a run's settings ask for, or None.
 
+        What class counts cost is taken off first: all that a peer publishes is together (ε, δ)-private.
+
         Raises:
             FedkdError: the package dp-accounting is missing.
+            SettingError: the class counts alone would cost more than the promise allows.
         """
         if not config.privacy_epsilon:
             return None
         releases = config.rounds + 1
         z = noise_multiplier(config.privacy_epsilon, config.privacy_delta, releases)
-        return cls(config.privacy_epsilon, config.privacy_delta, config.privacy_clip, releases, z)
+        counts = CountsMechanism.from_config(config)
+        if counts is None:
+            return cls(config.privacy_epsilon, config.privacy_delta, config.privacy_clip, releases, z)
+        left = releases / z**2 - counts.cost
+        if left <= 0:
+            least = (releases / z**2) ** -0.5
+            allowed = (
+                f"above {least:.4g} with `privacy-epsilon` {config.privacy_epsilon:g}, all of which it would spend"
+            )
+            raise SettingError("counts-noise", config.counts_noise, allowed)
+        z = math.sqrt(releases / left)
+        return cls(config.privacy_epsilon, config.privacy_delta, config.privacy_clip, releases, z, counts.cost)
 
     @property
     def cost(self) -> float:
@@ -82,8 +107,7 @@ class Mechanism:
         """
         classes = logits.shape[1]
         deviation = self.deviation(len(logits))
-        step = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
-        noisy = np.rint((clipped(logits, self.clip) + deviation * normal) / step) * step
+        noisy = _on_grid(clipped(logits, self.clip) + deviation * normal, deviation)
         noisy -= noisy.mean(axis=1, keepdims=True)
         shrink = self.clip**2 / (self.clip**2 + (classes - 1) * deviation**2)
         return np.asarray(shrink * noisy, np.float32)
@@ -97,7 +121,7 @@ class Mechanism:
             "releases": self.releases,
             "noise_multiplier": self.noise_multiplier,
             "clip": self.clip,
-            "neighbours": "one private record of one peer replaced",
+            "neighbours": _NEIGHBOURS,
             "covers": "published knowledge; not the metrics that peers report",
         }
 
@@ -105,8 +129,87 @@ class Mechanism:
         """Return what is promised, in one line."""
         return (
             f"privacy: a peer's knowledge of the whole run is ({self.epsilon:g}, {self.delta:g})-private for each of "
-            f"its records, {self.releases} releases of ε {spent(self.cost, self.delta):.3g}; reported metrics are not"
+            f"its records, {self.releases} releases of ε {spent(self.cost, self.delta):.3g}"
+            + (f" and class counts of ε {spent(self.beside, self.delta):.3g}" if self.beside else "")
+            + "; reported metrics are not"
         )
+
+
+@dataclass(frozen=True)
+class CountsMechanism:
+    """How the class counts that a peer tells are made private; one release in a run.
+
+    Attributes:
+        delta: beside the ε that is told of it.
+        noise_multiplier: z; the noise's deviation over the sensitivity √2.
+    """
+
+    delta: float
+    noise_multiplier: float
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "CountsMechanism | None":
+        """Return the mechanism that a run's settings ask for; None where counts are not told, or as they are."""
+        if COUNTS not in config.told or not config.counts_noise:
+            return None
+        return cls(config.privacy_delta, config.counts_noise)
+
+    @property
+    def cost(self) -> float:
+        """What the release spends of a budget: 1/z², which adds up over releases."""
+        return self.noise_multiplier**-2
+
+    @property
+    def deviation(self) -> float:
+        """The noise's standard deviation on every count, in samples."""
+        return self.noise_multiplier * COUNTS_SENSITIVITY
+
+    def publish(self, counts: NDArray[np.float32], normal: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return counts ``[C]`` that may leave a peer, >= 0; rounded to a grid of the noise, as logits are.
+
+        Args:
+            counts: of each class.
+            normal: independent standard normal numbers ``[C]`` that nobody else knows.
+        """
+        noisy = _on_grid(counts.astype(np.float64) + self.deviation * normal, self.deviation)
+        return np.asarray(np.maximum(noisy, 0), np.float32)
+
+    def statement(self) -> dict[str, Any]:
+        """Return what is promised where nothing but the counts is private, for the run's results."""
+        return {
+            "epsilon": spent(self.cost, self.delta),
+            "delta": self.delta,
+            "counts_noise_multiplier": self.noise_multiplier,
+            "neighbours": _NEIGHBOURS,
+            "covers": "class counts that peers tell; not their logits, nor the metrics that they report",
+        }
+
+    def line(self) -> str:
+        """Return what is promised where nothing but the counts is private, in one line."""
+        return (
+            f"privacy: the class counts that a peer tells are ({spent(self.cost, self.delta):.3g}, {self.delta:g})-"
+            "private for each of its records; its logits and reported metrics are not"
+        )
+
+
+def promise(config: RunConfig) -> dict[str, Any]:
+    """Return what a run promises, for its results; nothing where it promises nothing.
+
+    Raises:
+        FedkdError: the package dp-accounting is missing.
+        SettingError: the promise cannot be kept.
+    """
+    counts, mechanism = CountsMechanism.from_config(config), Mechanism.from_config(config)
+    if mechanism is None:
+        return counts.statement() if counts else {}
+    told = {"epsilon_of_counts": spent(counts.cost, counts.delta)} if counts else {}
+    return {**mechanism.statement(), **told}
+
+
+def promise_line(config: RunConfig) -> str:
+    """Return what a run promises, in one line; empty where it promises nothing. Raises as :func:`promise`."""
+    mechanism = Mechanism.from_config(config) or CountsMechanism.from_config(config)
+    return mechanism.line() if mechanism else ""
 
 
 def sensitivity(rows: int, clip: float) -> float:
@@ -130,6 +233,12 @@ def clipped(logits: Logits, clip: float) -> NDArray[np.float64]:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     # A hair within the ball: the sensitivity holds in spite of rounding.
     return np.asarray(rows * ((1 - 1e-9) * clip / np.maximum(norms, clip)))
+
+
+def _on_grid(noisy: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
+    """Round to 2⁻¹⁶ of the noise's deviation: the last bits of floating-point numbers can tell what was hidden."""
+    step = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
+    return np.asarray(np.rint(noisy / step) * step)
 
 
 def secret_normal(shape: tuple[int, int]) -> NDArray[np.float64]:
@@ -193,6 +302,7 @@ def _accounting() -> tuple[Any, Any]:
         from dp_accounting.pld import common, privacy_loss_mechanism
     except ImportError as error:
         raise FedkdError(
-            'Setting `privacy-epsilon` needs the package dp-accounting, which is missing: pip install "fedkd[privacy]".'
+            "Setting `counts-noise` or `privacy-epsilon` needs the package dp-accounting, which is missing: "
+            'pip install "fedkd[privacy]".'
         ) from error
     return privacy_loss_mechanism, common

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.errors import FedkdError
-from fedkd.privacy import Mechanism
+from fedkd.privacy import promise_line
 from fedkd.results.claim import MODELS, held, new_folder, refuse_taken
 from fedkd.results.folder import RunFolder, Summary
 from fedkd.results.picture import accuracy_png, profile_png, topology_png
@@ -25,7 +25,7 @@ from fedkd.source import source_hash
 from fedkd.workdir import STARTED_IN
 from strategies.registry import strategy_class
 from strategies.relay.asynchronous import Asynchronous
-from strategies.relay.console import MOST_SHOWN, closing_line, summary_table, topology_line
+from strategies.relay.console import MOST_SHOWN, closing_line, summary_table, telling_line, topology_line
 from strategies.relay.controls import conclude
 from strategies.relay.failures import never_trained
 from strategies.relay.introductions import introduce
@@ -63,8 +63,8 @@ def _run(grid: Grid, run_id: int, config: RunConfig, folder: RunFolder, *, say: 
         say(line)
     if config.resume and (changed := changed_since(folder.read_config())):
         say(changed)
-    if mechanism := Mechanism.from_config(config):
-        say(mechanism.line())
+    for line in filter(None, (telling_line(config), promise_line(config))):
+        say(line)
     post = Post(grid, time_to_live=2 * config.round_timeout)
     say("peers introduce themselves ...")
     members = introduce(post, config, run=run, state_dir=str(folder.path / "peers"))

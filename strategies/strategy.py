@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
+from fedkd.wire.claims import claims_layout, decode_claims, decode_rows, without_claims
 from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.wire.features import decode_features, without_features
 from fedkd.wire.messages import Answer, Kind, Letter
@@ -57,13 +58,15 @@ class Strategy(ABC):
         chosen = len(split_list(self.config.flow_layers)) or self.config.flow_depth
         layers = chosen if self.config.method == "infoflow" else 0
         if self.config.sealed:
-            most = most_sealed(self._codec, shape, layers=layers, dimensions=dimensions)
+            claims = claims_layout(shape, self.config.told)
+            most = most_sealed(self._codec, shape, layers=layers, dimensions=dimensions, claims=claims)
             check_sealed(answer.arrays, receivers=self.peers, most=most)
             return
-        logits = without_features(answer.arrays)
-        if (found := len(answer.arrays) - len(logits)) > layers:
+        rest = without_features(answer.arrays)
+        if (found := len(answer.arrays) - len(rest)) > layers:
             raise BadKnowledge(f"expected features of at most {layers} layers, but got {found}")
-        self._codec.decode(logits, shape=shape)
+        said = decode_claims(rest, shape=shape, told=self.config.told)
+        decode_rows(self._codec, without_claims(rest), said, shape=shape)
         decode_features(answer.arrays, count=shape[0], dimensions=dimensions)
 
     def letters(self, peer: int, round: int, mailbox: Mailbox) -> tuple[Letter, ...]:

@@ -101,7 +101,8 @@ trusted-keys = "trusted-keys"   # a line NAME TYPE BASE64 a peer, as in the peer
 
 # What the server may ask for. A run that asks for more is refused with the limit's name.
 allowed-strategies = "averaged,pairwise,gossip"
-{sealed}max-epochs = 200            # in one message, of all it asks for together
+{sealed}tell = ""                   # beside logits: any of counts, density, mask (docs/security.md: what it tells)
+max-epochs = 200            # in one message, of all it asks for together
 max-payload = {256 * 2**20}     # bytes in one message
 max-batch-size = 1024       # samples in a training step; less where the model or the images are large
 max-seconds = 86400.0       # for one message; to be taken out with `worker = false`, where nothing could hold it

@@ -30,8 +30,9 @@ class Row:
     ``status`` is ``ok``, ``error`` (the peer or Flower said so), ``late`` (no answer in time; what was measured is
     there if the answer came afterwards), ``refused`` (its knowledge could not be used) or ``absent`` (not drawn for
     this round); ``error`` has the reason. ``epsilon`` is what the peer's published knowledge amounts to so far, with
-    the run's ``privacy-delta``; ``samples_seen`` counts the private samples that the peer was trained on so far, each
-    as often as it was drawn; ``run`` is the token of the run, which the folder adds.
+    the run's ``privacy-delta``, or what its class counts do where they alone are noised; ``samples_seen`` counts the
+    private samples that the peer was trained on so far, each as often as it was drawn; ``run`` is the token of the run,
+    which the folder adds.
     """
 
     round: int

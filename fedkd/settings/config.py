@@ -26,6 +26,7 @@ from fedkd.settings.rules import STRATEGIES, TEMPERATURES, numbers, split_list
 from fedkd.settings.running import Running
 from fedkd.settings.training import Training
 from fedkd.settings.travelling import Travelling
+from fedkd.wire.claims import COUNTS, DENSITY, MASK
 from fedkd.wire.codecs import codec
 
 PEER = "{peer}"
@@ -119,6 +120,7 @@ class RunConfig(
         yield "privacy-epsilon", "0 under mode async: releases are not counted there", private and asynchronous
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
         yield "privacy-epsilon", "0 under infoflow, whose features are not noised", private and infoflow
+        yield from self._contradictions_of_claims()
         tuned = self.regime == "tuned"
         beyond = max(numbers(self.tune_weights)) > 1 and self.joint
         yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
@@ -133,6 +135,28 @@ class RunConfig(
         yield "t2-scaling", f"false {needs}", blind and self.t2_scaling
         yield "kd-warm-up", f"0 {needs}", blind and self.kd_warm_up > 0
         yield "regime", f"vanilla, dml or partitioned {needs}", blind and tuned and len(numbers(self.tune_weights)) > 1
+
+    def _contradictions_of_claims(self) -> Iterator[tuple[str, str, bool]]:
+        server = self.strategy in ("consensus", "fedavg")
+        private, selects = self.privacy_epsilon > 0, self.selector != "none"
+        counts, density = self.weighing == COUNTS, self.weighing == DENSITY
+        told = f"one for which peers tell nothing more, under {self.strategy}: its server combines what they know"
+        yield "weighing", told, server and (counts or density)
+        yield "selector", f"none under {self.strategy}, whose server averages over all peers", server and selects
+        infoflow = self.method == "infoflow"
+        yield "selector", "none under infoflow, whose features travel for every sample", infoflow and selects
+        yield (
+            "selector",
+            "none with a `robust` mean, which compares all teachers on a sample",
+            selects and (self.robust != "none"),
+        )
+        inside = density or self.selector in ("kulsif", "k-means")
+        yield "compiled", "false where density or a selector looks into the models", self.compiled and inside
+        noised = "above 0 with a `privacy-epsilon`: class counts are published too"
+        yield "counts-noise", noised, private and counts and self.counts_noise == 0
+        never = "with a `privacy-epsilon`: what is told of samples comes of private data, and no noise bounds it"
+        yield "weighing", f"another one {never}", private and density
+        yield "selector", f"none {never}", private and selects
 
     def effective(self) -> "RunConfig":
         """Return the settings that a run really uses.
@@ -209,6 +233,14 @@ class RunConfig(
     def travelling(self) -> int:
         """How many proxy samples' logits travel in a round."""
         return self.proxy_per_round or self.proxy_size
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What peers tell beside their logits, of :data:`fedkd.wire.claims.CLAIMS`."""
+        if not self.peers_combine:
+            return ()
+        weighed = (self.weighing,) if self.weighing in (COUNTS, DENSITY) else ()
+        return (*weighed, MASK) if self.selector != "none" else weighed
 
     def to_mapping(self) -> dict[str, Scalar]:
         """Return the settings as Flower's flat mapping."""

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedkd.settings.declare import AGAIN, CHANNEL, EXCHANGE, FREE, KNOWLEDGE, Condition, setting
-from fedkd.settings.rules import ANY, EPSILON, NON_EMPTY, above, at_least, between
+from fedkd.settings.rules import ANY, EPSILON, NON_EMPTY, above, at_least, between, one_of
 
 _PRIVATE = Condition("privacy-epsilon above 0", lambda c: c.privacy_epsilon > 0)
+_NOISED = Condition("privacy-epsilon or counts-noise above 0", lambda c: c.privacy_epsilon > 0 or c.counts_noise > 0)
+_COUNTS = Condition("weighing counts", lambda c: c.own_strategy or c.weighing == "counts")
+_DENSITY = Condition("weighing density", lambda c: c.own_strategy or c.weighing == "density")
+_QUANTILE = Condition("selector kulsif or k-means", lambda c: c.selector in ("kulsif", "k-means"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Travelling:
         costs=FREE,
     )
     privacy_delta: float = setting(
-        1e-5, between(1e-12, 0.1), "`privacy-epsilon`: its δ", decides=EXCHANGE, takes=_PRIVATE, costs=FREE
+        1e-5, between(1e-12, 0.1), "δ beside every ε", decides=EXCHANGE, takes=_NOISED, costs=FREE
     )
     privacy_clip: float = setting(
         5.0,
@@ -48,5 +52,44 @@ class Travelling:
         "`privacy-epsilon`: norm to which a sample's logits are clipped",
         decides=EXCHANGE,
         takes=_PRIVATE,
+        costs=FREE,
+    )
+    counts_noise: float = setting(
+        0.0,
+        at_least(0),
+        "`weighing=counts`: noise on the class counts that are told, in multiples of what one record moves; 0: none",
+        decides=EXCHANGE,
+        takes=_COUNTS,
+        costs=FREE,
+    )
+    density_penalty: float = setting(
+        1e-5,
+        above(0),
+        "`weighing=density`: λ of the regression that tells private samples from public ones; noise takes a larger one",
+        decides=EXCHANGE,
+        takes=_DENSITY,
+        costs=FREE,
+    )
+    density_noise: float = setting(
+        0.0,
+        at_least(0),
+        "`weighing=density`: noise on its coefficients, as a multiple of 2/(nλ); 0: none",
+        decides=EXCHANGE,
+        takes=_DENSITY,
+        costs=FREE,
+    )
+    selector: str = setting(
+        "none",
+        one_of("none", "kulsif", "k-means", "roc"),
+        "which proxy samples a peer answers on: all, or those like its private ones; the others do not travel",
+        decides=EXCHANGE,
+        takes=Condition("peers that combine their teachers themselves", lambda c: c.peers_combine),
+    )
+    selector_quantile: float = setting(
+        0.25,
+        between(0, 1),
+        "`kulsif`, `k-means`: quantile of held-out private samples that a proxy sample has to reach",
+        decides=EXCHANGE,
+        takes=_QUANTILE,
         costs=FREE,
     )

@@ -106,7 +106,7 @@ class Letter:
     Attributes:
         sender: the peer's name.
         round: the round at whose end the sender predicted it.
-        arrays: its logits as the codec encoded them.
+        arrays: its logits as the codec encoded them, and what travels beside them.
         weight: how much it counts among the receiver's teachers, >= 0.
     """
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 from fedkd.results.folder import Row, Summary
+from fedkd.settings.config import RunConfig
+from fedkd.wire.claims import COUNTS, DENSITY, MASK
 from fedkd.wire.messages import one_line
 from strategies.topology import Topology
 
@@ -114,6 +116,21 @@ def channel_line(share: float) -> str:
     if not math.isfinite(share):
         return ""
     return f"channel: the exchange brought {100 * share:.0f} % of what the true labels of the proxy set would have"
+
+
+def telling_line(config: RunConfig) -> str:
+    """Return what a run's peers tell beside their logits; empty where it is nothing.
+
+    >>> telling_line(RunConfig(weighing="density", selector="roc"))
+    'peers tell beside their logits: how sure they are of each sample; which samples they leave out (roc)'
+    """
+    noise = f" with noise of {config.counts_noise:g} times what one record moves" if config.counts_noise else ""
+    words = {
+        COUNTS: f"how many samples of each class they have{noise}",
+        DENSITY: "how sure they are of each sample",
+        MASK: f"which samples they leave out ({config.selector})",
+    }
+    return f"peers tell beside their logits: {'; '.join(words[what] for what in config.told)}" if config.told else ""
 
 
 def topology_line(topology: Topology) -> str:

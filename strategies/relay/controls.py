@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 
-from fedkd.privacy import Mechanism
+from fedkd.privacy import promise
 from fedkd.results.folder import Measures, PeerSummary, Row, Summary, mean
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
@@ -87,7 +87,7 @@ def conclude(relay: Relay, config: RunConfig, *, say: Say = print) -> Summary:
         classes=relay.members[0].classes,
         topology={"name": topology.name, **asdict(topology.stats())} if topology else {},
         caveats=[caveat for m in relay.members if (caveat := m.caveat())],
-        privacy=mechanism.statement() if (mechanism := Mechanism.from_config(config)) else {},
+        privacy=promise(config),
     )
 
 

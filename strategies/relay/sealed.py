@@ -6,7 +6,7 @@ receiver alone (see ``fedkd.wire.sealing``).
 
 import math
 
-from fedkd.wire.codecs import BadKnowledge, Codec, Zstd
+from fedkd.wire.codecs import BadKnowledge, Codec, Layout, Zstd
 from fedkd.wire.messages import Arrays, Packed
 
 _ENVELOPE = 1024  # bytes: nonce, tag, and the lengths that named arrays begin with
@@ -35,7 +35,9 @@ def check_sealed(arrays: Arrays, *, receivers: int, most: int) -> None:
         )
 
 
-def most_sealed(codec: Codec, shape: tuple[int, int], *, layers: int, dimensions: int) -> int:
+def most_sealed(
+    codec: Codec, shape: tuple[int, int], *, layers: int, dimensions: int, claims: Layout | None = None
+) -> int:
     """Return the bytes of the largest payload in which knowledge is sealed.
 
     Args:
@@ -43,13 +45,18 @@ def most_sealed(codec: Codec, shape: tuple[int, int], *, layers: int, dimensions
         shape: theirs, ``[P, C]``.
         layers: whose features, float16 ``[P, dimensions]``, travel beside.
         dimensions: of these features, at most.
+        claims: that travel beside, at most; None: none does.
     """
     layout = codec.inner.layout(shape) if isinstance(codec, Zstd) else codec.layout(shape)
-    size = sum(dtype.itemsize * math.prod(dims) for dtype, dims in layout.values())
+    size, claims = _bytes(layout), claims or {}
     if isinstance(codec, Zstd):
         size += size // 128  # what zstd can add to bytes that do not compress
     size += layers * shape[0] * dimensions * 2
-    return size + _ENVELOPE + (len(layout) + layers) * _PER_ARRAY
+    return size + _bytes(claims) + _ENVELOPE + (len(layout) + layers + len(claims)) * _PER_ARRAY
+
+
+def _bytes(layout: Layout) -> int:
+    return sum(dtype.itemsize * math.prod(dims) for dtype, dims in layout.values())
 
 
 def address(arrays: Arrays, receiver: int) -> Arrays:

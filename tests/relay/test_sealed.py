@@ -5,6 +5,7 @@ import pytest
 from federation import federate, local_grid
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
+from fedkd.wire.claims import CLAIMS, Claims, claims_layout, encode_claims
 from fedkd.wire.codecs import BadKnowledge, codec
 from fedkd.wire.features import encode_features
 from fedkd.wire.messages import Packed
@@ -156,7 +157,8 @@ def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
 
 @pytest.mark.parametrize("spec", ["fp32", "fp16", "int8", "topk:2", "fp32+zstd", "int8+zstd", "topk:2+zstd"])
 @pytest.mark.parametrize(("layers", "dimensions"), [(0, 8), (1, 8), (3, 64)])
-def test_the_largest_sealed_letter_fits_its_bound_and_no_much_larger_one_does(spec, layers, dimensions):
+@pytest.mark.parametrize("told", [(), CLAIMS])
+def test_the_largest_sealed_letter_fits_its_bound_and_no_much_larger_one_does(spec, layers, dimensions, told):
     shape, names = (300, 10), ("a", "b", "c")
     made = codec(spec)
     stream = np.random.default_rng(0)  # of numbers that nothing compresses
@@ -164,6 +166,9 @@ def test_the_largest_sealed_letter_fits_its_bound_and_no_much_larger_one_does(sp
     logits = bits.clip(-1e30, 1e30) if spec.startswith("fp32") else stream.random(shape, np.float32)
     arrays = dict(made.encode(logits))
     arrays |= encode_features([np.ones((shape[0], dimensions), np.float32)] * layers)
+    if told:
+        every = np.ones(shape[0], np.float32)
+        arrays |= encode_claims(Claims(np.ones(shape[1], np.float32), every, every.astype(bool)))
     keys = {name: Keys.generate() for name in names}
     sealer = Sealer(keys["a"], "a", "run")
     payload, wraps = sealer.seal_for(pack(arrays), to={name: keys[name].public_bytes for name in names}, round=1)
@@ -172,7 +177,7 @@ def test_the_largest_sealed_letter_fits_its_bound_and_no_much_larger_one_does(sp
         "wraps": np.stack([np.frombuffer(w, np.uint8) for w in wraps]),
     }
 
-    most = most_sealed(made, shape, layers=layers, dimensions=dimensions)
+    most = most_sealed(made, shape, layers=layers, dimensions=dimensions, claims=claims_layout(shape, told))
 
     check_sealed(letter, receivers=3, most=most)
     # What the bound leaves beyond that are the names and the frame, not another letter.
