@@ -155,6 +155,22 @@ def test_every_module_is_on_one_page_of_the_api():
     assert Counter(shown) == Counter(set(modules) - {"fedkd", "strategies", "clients", former})
 
 
+def test_the_bytes_on_the_page_are_those_of_their_file() -> None:
+    found = json.loads(read("docs/performance/bytes.json"))
+    page = read("docs/performance.md")
+    rows = {row["way"]: row for row in found["rows"]}
+    logits = {way: row for way, row in rows.items() if not way.startswith("fedavg")}
+    for row in rows.values():
+        assert (
+            f"| {row['best']:.1%}".replace("%", " %") + f" | {row['rounds']:.1f} | {row['bytes'] / 1000:,.0f} kB |"
+            in page
+        )
+    for row in logits.values():
+        for averaged in ("pretrained, 2", "cold, 2", "cold, 5"):
+            assert f"{rows[f'fedavg, {averaged} epochs']['bytes'] / row['bytes']:.0f} ×" in page
+    assert ", ".join(f"{100 * target:.1f}" for target in list(found["targets"].values())[:2]) in page
+
+
 def test_the_figures_of_a_gpu_on_the_page_are_those_of_their_file() -> None:
     found = json.loads(read("docs/performance/gpu.json"))
     page = read("docs/performance.md")

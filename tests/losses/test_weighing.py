@@ -242,7 +242,7 @@ def test_any_weights_give_finite_losses_that_stay_within_the_bound(seed, zeros, 
     for name, bound in (("kl", math.inf), ("js", math.log(2)), ("td", 1.0), ("sed", 1.0), ("msed", 1.0)):
         for combine in ("averaged", "pairwise"):
             goal = objective(name, combine=combine)
-            student = STUDENT.to(dtype).requires_grad_()
+            student = STUDENT.to(dtype).clone().requires_grad_()
             loss = goal(student, goal.prepare(teachers, weights=weights))
             (gradient,) = torch.autograd.grad(loss.sum(), student)
             assert bool(gradient.isfinite().all()) and bool((loss >= 0).all()) and bool((loss <= bound + 1e-6).all())
