@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 MEAN = "mean"
 WAYS: Mapping[str, Settings] = {
     MEAN: {"weighing": "uniform", "teacher-temperature": 1.0},
-    "ours": {"weighing": "predicted-prior", "teacher-temperature": 0.5},
+    "ours": {"weighing": "discrimination", "teacher-temperature": 0.5},
     "counts": {"weighing": "counts", "teacher-temperature": 0.25},
 }
 _FLEET = ",".join(
@@ -72,7 +72,10 @@ SCENARIOS: Mapping[str, Settings] = {
         "pretrain-epochs": 20, "distill-epochs": 2,
     },
 }  # fmt: skip
-QUICK: Settings = {"peers": 3, "proxy-size": 60, "pretrain-epochs": 1, "rounds": 1, "eval-every": 1}
+QUICK: Settings = {
+    "peers": 3, "models": "mlp", "proxy-size": 300, "pretrain-epochs": 5, "rounds": 2, "distill-epochs": 4,
+    "eval-every": 1,
+}  # fmt: skip
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
@@ -102,18 +105,20 @@ def run(*, quick: bool = False) -> dict[str, Any]:
             for way in WAYS.values()
         )
         settings = {**COMMON, "data-dir": str(folder)}
-        recipe = Recipe("accuracy", "Ways to weigh teachers", "", (), None, settings, grids, "", folder, quick)
+        recipe = Recipe(
+            "accuracy", "Ways to weigh teachers", "", (), None, settings, grids, text="", cwd=folder, quick=quick
+        )
         compared = compare(
             recipe, Federation(peers=1), folder / "trials", command="fedkd bench accuracy", out=lambda _: None
         )
         if compared.failed:
             raise FedkdError(f"the benchmark's trials failed: {', '.join(compared.failed)}")
         runs = [read_run(path) for path in comparison_runs(compared.folder)]
-    rows = [
-        _row(scenario, way, _of(runs, {**COMMON, **scenarios[scenario], **WAYS[way]}))
-        for scenario in scenarios
-        for way in WAYS
-    ]
+    rows = []
+    for name, scenario in scenarios.items():
+        members = {way: _of(runs, {**COMMON, **scenario, **settings}) for way, settings in WAYS.items()}
+        controls = _controls([run for found in members.values() for run in found])
+        rows += [_row(name, way, found, controls) for way, found in members.items()]
     return {"ratio": rows[1]["share"], "settings": {**COMMON}, "rows": rows}
 
 
@@ -136,19 +141,31 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
 
 
 def _of(runs: Sequence[Run], settings: Settings) -> list[Run]:
+    """Return the runs under some settings; which of them ran the controls does not matter."""
+    dataset = str(settings["dataset"]).removeprefix("npz:")
+    others = {key: value for key, value in settings.items() if key not in ("dataset", "controls")}
     return [
         run
         for run in runs
-        if all(run.settings[key] == value for key, value in settings.items() if key != "dataset")
-        and str(run.settings["dataset"]).endswith(str(settings["dataset"]).removeprefix("npz:"))
+        if str(run.settings["dataset"]).endswith(dataset) and others.items() <= dict(run.settings).items()
     ]
 
 
-def _row(scenario: str, way: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _controls(runs: Sequence[Run]) -> dict[str, float]:
+    """Return what the controls of a scenario came to, over the seeds; one of its trials has run them for all."""
+    found: dict[str, dict[int, float]] = {"isolated": {}, "channel": {}}
+    for run in runs:
+        for name, by_seed in found.items():
+            if run.summary.get(name) is not None:
+                by_seed.setdefault(run.seed, run.summary[name])
+    return {name: fmean(by_seed.values()) for name, by_seed in found.items()}
+
+
+def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, float]) -> dict[str, Any]:
     def mean(name: str) -> float:
         return fmean(fmean(peer[name] for peer in run.summary["peers"]) for run in runs)
 
-    isolated, accuracy, channel = mean("isolated"), mean("after"), mean("channel")
+    isolated, channel, accuracy = controls["isolated"], controls["channel"], mean("after")
     return {
         "scenario": scenario,
         "way": way,
@@ -166,8 +183,8 @@ def _row(scenario: str, way: str, runs: Sequence[Run]) -> dict[str, Any]:
 def _write_slices(folder: Path) -> None:
     data = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
     try:
-        np.savez(folder / "fashion-mnist.npz", **fashion_mnist(data))
-        np.savez(folder / "cifar10.npz", **cifar10(data / "cifar10.npz"))
+        for name, arrays in (("fashion-mnist", fashion_mnist(data)), ("cifar10", cifar10(data / "cifar10.npz"))):
+            np.savez(folder / f"{name}.npz", **dict(arrays))
     except (OSError, RuntimeError) as error:
         raise FedkdError(
             f"{error} (FEDKD_DATA names the folder with FashionMNIST/raw, unpacked, and cifar10.npz)"

@@ -1,7 +1,8 @@
-"""What poisoned knowledge costs honest peers, with and without a defence.
+"""What poisoned knowledge costs honest peers, by how they weigh their teachers, with and without a defence.
 
 Ten peers on the digits, the last two or four of which attack; all trials share one run, data and partition. The figure
-is the mean test accuracy of the honest peers after the last round.
+is the mean test accuracy of the honest peers after the last round. Ways to weigh teachers that need more than logits
+are left out: a liar would lie there too.
 """
 
 import itertools
@@ -15,11 +16,16 @@ from experiments.bench.measuring import leave
 from experiments.launch.project import OWN_FOLDER
 from experiments.launch.runner import Federation, launch
 from fedkd.errors import FedkdError
+from fedkd.settings.rules import WEIGHINGS
 
 PEERS = 10
-ATTACKS = ("flip", "collude", "constant", "noise")
+ATTACKS = ("flip", "collude", "constant", "noise", "boast", "boast-all")
 SHARES = (0.2, 0.4)
 DEFENCES = ("none", "median", "trimmed", "agreement")
+WAYS = tuple(name for name in WEIGHINGS if name not in ("counts", "density"))
+PLAIN = "uniform"
+TEACHER_TEMPERATURE = 0.5
+"""Of the ways that are no plain mean."""
 BASE = {
     "partition-alpha": 1.0,
     "models": "mlp,cnn-small",
@@ -33,21 +39,26 @@ Trial = dict[str, Any]
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
-    """Run all trials; return ``{"ratio", "rows": [{"attack", "attackers", "robust", "accuracy"}]}``, shares of 1.
+    """Run all trials; return ``{"ratio", "rows": [{"attack", "attackers", "weighing", "robust", "accuracy"}]}``.
 
-    ``ratio`` is the accuracy under the worst attack with the best defence against it, over that when nobody attacks.
+    Shares are of 1. ``ratio`` is the accuracy of plain means under the worst attack with the best defence against it,
+    over that when nobody attacks. ``median`` and ``trimmed`` are tried on plain means alone, of the others every way to
+    weigh by itself and with ``agreement``.
 
     Args:
-        quick: one attack and two defences.
+        quick: one attack, two defences and two ways.
 
     Raises:
         FedkdError: the run failed.
     """
-    attacks, defences = (("flip",), ("none", "agreement")) if quick else (ATTACKS, DEFENCES)
-    plans: list[Trial] = [{"attack": "none", "attackers": 0.0, "robust": "none"}]
-    plans += [
-        {"attack": attack, "attackers": share, "robust": robust}
-        for attack, share, robust in itertools.product(attacks, SHARES, defences)
+    attacks = ATTACKS[:1] if quick else ATTACKS
+    defences, ways = (("none", "agreement"), (PLAIN, "discrimination")) if quick else (DEFENCES, WAYS)
+    scenes = [("none", 0.0), *itertools.product(attacks, SHARES)]
+    plans: list[Trial] = [
+        {"attack": attack, "attackers": share, **_weighed(way), "robust": robust}
+        for attack, share in scenes
+        for way, robust in itertools.product(ways, defences)
+        if way == PLAIN or robust in ("none", "agreement")
     ]
     with tempfile.TemporaryDirectory(prefix="fedkd-robust-") as name:
         folder = Path(name)
@@ -72,24 +83,32 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
 
     result = run(quick=quick)
     rows = result["rows"]
-    defences = list(dict.fromkeys(row["robust"] for row in rows))
-    table = Table(title=f"Honest peers' accuracy, {PEERS} peers; nobody attacks: {rows[0]['accuracy']:.1%}", box=None)
-    for column in ("attack", "attackers", *defences):
-        table.add_column(column, justify="right")
-    for (attack, share), group in itertools.groupby(rows[1:], key=lambda row: (row["attack"], row["attackers"])):
-        found = {row["robust"]: f"{row['accuracy']:.1%}" for row in group}
-        table.add_row(attack, f"{share:.0%}", *(found.get(defence, "") for defence in defences))
-    Console().print(table)
+    for robust in dict.fromkeys(row["robust"] for row in rows):
+        chosen = [row for row in rows if row["robust"] == robust]
+        ways = list(dict.fromkeys(row["weighing"] for row in chosen))
+        table = Table(title=f"Honest peers' accuracy, {PEERS} peers, robust = {robust}", box=None)
+        for column in ("attack", "attackers", *ways):
+            table.add_column(column, justify="right")
+        for (attack, share), group in itertools.groupby(chosen, key=lambda row: (row["attack"], row["attackers"])):
+            found = {row["weighing"]: f"{row['accuracy']:.1%}" for row in group}
+            table.add_row(attack, f"{share:.0%}", *(found[way] for way in ways))
+        Console().print(table)
     leave(result, json_path)
 
 
+def _weighed(way: str) -> Trial:
+    return {"weighing": way, "teacher-temperature": 1.0 if way == PLAIN else TEACHER_TEMPERATURE}
+
+
 def _kept(rows: list[Trial]) -> float:
+    plain = [row for row in rows if row["weighing"] == PLAIN]
+    (unharmed,) = (row["accuracy"] for row in plain if row["attack"] == row["robust"] == "none")
     best: dict[tuple[str, float], float] = {}
-    for row in rows[1:]:
-        if row["robust"] != "none":
+    for row in plain:
+        if row["robust"] != "none" and row["attack"] != "none":
             attack = row["attack"], row["attackers"]
             best[attack] = max(best.get(attack, 0.0), row["accuracy"])
-    return float(min(best.values()) / rows[0]["accuracy"])
+    return float(min(best.values()) / unharmed)
 
 
 def _honest(folder: Path, plan: Trial) -> float:

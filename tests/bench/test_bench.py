@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from experiments.bench import accuracy as bench_accuracy
 from experiments.bench import bytes as bench_bytes
 from experiments.bench import losses as bench_losses
 from experiments.bench import measuring
@@ -50,8 +51,8 @@ def test_losses_leave_the_facts_and_how_the_slowest_stands_beside_plain_pytorch(
     assert "bdkd" in capsys.readouterr().out
 
 
-def trial(attack, attackers, robust, accuracy):
-    return {"attack": attack, "attackers": attackers, "robust": robust, "accuracy": accuracy}
+def trial(attack, attackers, robust, accuracy, weighing="uniform"):
+    return {"attack": attack, "attackers": attackers, "weighing": weighing, "robust": robust, "accuracy": accuracy}
 
 
 def test_the_ratio_of_defences_is_that_of_the_attack_against_which_they_help_least():
@@ -101,6 +102,27 @@ def test_bytes_compares_codecs_with_federated_averaging(tmp_path):
     assert found["targets"] == {0: pytest.approx(rows["fp32"]["best"] - bench_bytes.MARGIN)}
     assert rows["fp32"]["lost"] == 0 and rows["fp32"]["bytes"] > 0
     assert all(0 < row["best"] <= 1 for row in rows.values())
+
+
+@pytest.mark.flower
+def test_accuracy_tells_which_share_of_the_way_to_true_labels_each_way_to_weigh_goes(tmp_path):
+    found = figures("accuracy", tmp_path)
+
+    assert [row["way"] for row in found["rows"]] == list(bench_accuracy.WAYS)
+    for row in found["rows"]:
+        assert row["seeds"] == [0] and 0 <= row["worst"] <= row["accuracy"] <= 1
+        share = (row["accuracy"] - row["isolated"]) / (row["channel"] - row["isolated"])
+        assert row["share"] is None if row["channel"] <= row["isolated"] else row["share"] == pytest.approx(share)
+    mean, ours, counts = found["rows"]
+    assert mean["before"] == ours["before"] == counts["before"] and mean["channel"] == ours["channel"]
+    assert mean["bytes"] == ours["bytes"] < counts["bytes"]  # logits alone; and ten numbers a letter
+
+
+def test_without_the_images_the_benchmark_of_accuracy_says_where_they_should_lie(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_DATA", str(tmp_path))
+
+    with pytest.raises(FedkdError, match=r"FEDKD_DATA names the folder with FashionMNIST/raw"):
+        bench_accuracy.run()
 
 
 def row(way, *, bytes, lost=0.0):
