@@ -327,6 +327,6 @@ def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Pro
         settings.proxy_size,
         like=source.train.inputs[0],
         seed=derive(settings.seed, "proxy"),
-        classes=source.classes,
+        classes=source.classes if settings.proxy == settings.dataset or (source.named and other.named) else None,
     )
     return proxy, np.arange(len(source.train))

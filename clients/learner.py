@@ -22,7 +22,7 @@ from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import numbers
 from fedkd.training.belief import Belief
-from fedkd.training.distillation import Distillation, label_logits, teacher_or_self, toward_labels
+from fedkd.training.distillation import Distillation, label_logits, more_confident, teacher_or_self, toward_labels
 from fedkd.training.loops import (
     Beside,
     Diverged,
@@ -206,6 +206,8 @@ class Learner:
         evidence = Evidence(logits, self.belief.temperature, own, heard.counts, heard.certainty)
         placed = self.belief.by_place(weights, evidence)
         if own is not None and self.config.regime == "partitioned":
+            if placed is not None:  # what it says itself it does not weigh by the classes that a teacher knows
+                placed = torch.where(more_confident(logits, own), placed, placed.mean(dim=-1, keepdim=True))
             logits = teacher_or_self(logits, own)
         return replace(heard, logits=logits, weights=weights, placed=placed)
 

@@ -51,6 +51,9 @@ NO_ROUND = -1
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
 
+_PLACED = 3
+"""What letters take that are weighed by sample or class, over what they take whole, measured at 100 classes."""
+
 _UNLABELLED = "the labels of the proxy set are not known, or its classes are not the peers'"
 
 Series = dict[str, list[float]]
@@ -268,9 +271,7 @@ class Peer:
         used then; in its other rounds it trains as the isolated control does.
         """
         commons, memo = self.site.commons, Memo()
-        averages = self.config.strategy == "fedavg"
-        if averages or commons.proxy_labels is None:
-            why = "federated averaging has no rounds of distillation" if averages else _UNLABELLED
+        if why := self.config.without_channel or ("" if commons.proxy_labels is not None else _UNLABELLED):
             return self._reply(mail, facts={"left-out": why})
         trained = self.store.trained(before=mail.round + 1)
         taught = {one.round: one for one in trained.taught}
@@ -435,10 +436,12 @@ class Peer:
         if not self.peer_config.simulated:
             features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
             bounds = self.peer_config.limits.bounds
-            bounds.check_decoded(
-                len(mail.letters), self.config.travelling, self.classes + features + len(self.config.told)
-            )
+            numbers = self.classes + features + len(self.config.told)
+            placed = self.config.weighing != "uniform" or self.config.selector != "none"
+            bounds.check_decoded(len(mail.letters), self.config.travelling, numbers * (_PLACED if placed else 1))
         for letter in mail.letters:
+            if letter.weight == 0:
+                continue
             try:
                 knowledge, said = self._decode(self._unsealed(letter, mail, memo), letter.weight)
             except BadKnowledge as error:

@@ -5,6 +5,7 @@ Selective-FD do [code]; each letter repeats it for the samples that it is about.
 told after a crash is what was told before.
 """
 
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ class Telling:
                 write_whole(path, lambda partial: _save(partial, found))
             with np.load(path, allow_pickle=False) as file:
                 kept = dict(file)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise StateError(f"cannot keep what is told of samples in {path}, or read it: {error}") from error
         return Claims(counts, kept.get(DENSITY), kept.get(MASK))
 

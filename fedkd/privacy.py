@@ -149,9 +149,18 @@ class CountsMechanism:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "CountsMechanism | None":
-        """Return the mechanism that a run's settings ask for; None where counts are not told, or as they are."""
+        """Return the mechanism that a run's settings ask for; None where counts are not told, or as they are.
+
+        Raises:
+            FedkdError: the package dp-accounting is missing.
+            SettingError: noise that hides nothing.
+        """
         if COUNTS not in config.told or not config.counts_noise:
             return None
+        if not math.isfinite(spent(config.counts_noise**-2, config.privacy_delta)):
+            raise SettingError(
+                "counts-noise", config.counts_noise, "0, or as much as hides anything: its ε is infinite"
+            )
         return cls(config.privacy_delta, config.counts_noise)
 
     @property

@@ -157,6 +157,11 @@ class Run:
         """Return, by peer and round, on how many private samples a peer had been trained, where it told."""
         return {(row.peer, row.round): row.samples_seen for row in self.rows if math.isfinite(row.samples_seen)}
 
+    @property
+    def taught(self) -> frozenset[tuple[str, int]]:
+        """Return the peers and rounds in which a peer says that it had a teacher."""
+        return frozenset((row.peer, row.round) for row in self.rows if math.isfinite(row.kd_loss))
+
 
 def counts_from(settings: Mapping[str, Scalar]) -> int:
     """Return the round from which on a run's accuracy is that of what it is about.

@@ -27,6 +27,8 @@ class Variant:
         channel: mean final accuracy of the same peers with true labels in their teachers' place, by seed.
         pooled: final accuracy of one model on all private data, by seed.
         isolated_by_peer: final accuracy of each peer without exchange, averaged over seeds.
+        share_of_channel: of the way from isolated peers to those with true labels for teachers; of the means over the
+            peers that have both controls and the seeds that have such peers.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Variant:
     channel: Mapping[int, float] = field(default_factory=dict)
     pooled: Mapping[int, float] = field(default_factory=dict)
     isolated_by_peer: Mapping[str, float] = field(default_factory=dict)
+    share_of_channel: float = math.nan
 
     def finals(self, what: str = "accuracy") -> dict[int, float]:
         """Return a number of the last point of every run's curve, by seed."""
@@ -46,15 +49,6 @@ class Variant:
         """Return final accuracy less that of a control (``isolated``, ``channel``, ``pooled``), by seed."""
         finals, levels = self.finals(), getattr(self, control)
         return {seed: final - levels[seed] for seed, final in finals.items() if seed in levels}
-
-    def shares_of_channel(self) -> dict[int, float]:
-        """Return by seed the :func:`~fedkd.results.folder.share_of_channel`, where both controls are there."""
-        missing = math.nan
-        found = {
-            seed: share_of_channel(final, self.isolated.get(seed, missing), self.channel.get(seed, missing))
-            for seed, final in self.finals().items()
-        }
-        return {seed: share for seed, share in found.items() if math.isfinite(share)}
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,22 @@ def _scenario(runs: Sequence[Run], scenic: Sequence[str], varied: Sequence[str])
                 channel={seed: run.control("channel") for seed, run in shown.items()},
                 pooled={seed: run.control("pooled") for seed, run in together.items()},
                 isolated_by_peer=_isolated_by_peer(alone.values()),
+                share_of_channel=_share_of_channel(good, alone, shown),
             )
         )  # fmt: skip
     return Scenario(_data_label(runs[0], scenic), tuple(variants))
+
+
+def _share_of_channel(runs: Mapping[int, Run], alone: Mapping[int, Run], shown: Mapping[int, Run]) -> float:
+    means = []
+    for seed in runs.keys() & alone.keys() & shown.keys():
+        found = [
+            {peer["peer"]: peer[what] for peer in run.summary["peers"] if peer.get(what) is not None}
+            for run, what in ((runs[seed], "after"), (alone[seed], "isolated"), (shown[seed], "channel"))
+        ]
+        if both := found[0].keys() & found[1].keys() & found[2].keys():
+            means.append([fmean(numbers[peer] for peer in sorted(both)) for numbers in found])
+    return share_of_channel(*map(fmean, zip(*means, strict=True))) if means else math.nan
 
 
 def _data_label(run: Run, scenic: Sequence[str]) -> str:
@@ -264,7 +271,7 @@ def _serving(runs: Mapping[int, Run], name: str, carriers: Mapping[tuple[Scalar 
             found[seed] = run
             continue
         carrier = carrier_of(run.settings, name, carriers)
-        if carrier and (averages or name == "pooled" or _alike(run, carrier)):
+        if carrier and (averages or name == "pooled" or _alike(run, carrier, name)):
             found[seed] = carrier
     return found
 
@@ -276,23 +283,28 @@ def carrier_of(
     return next((carriers[of] for of in control_groups(settings, name) if of in carriers), None)
 
 
-def _alike(run: Run, other: Run) -> bool:
-    """Tell whether the peers of two runs were trained on private data in the same rounds, as far as they tell."""
-    return not run.schedule or not other.schedule or run.schedule == other.schedule
+def _alike(run: Run, other: Run, name: str) -> bool:
+    """Tell whether the peers of two runs were trained on private data in the same rounds, as far as they tell.
+
+    For the channel control they have to have had teachers in the same rounds, too.
+    """
+    trained = not run.schedule or not other.schedule or run.schedule == other.schedule
+    return trained and (name != "channel" or run.taught == other.taught)
 
 
 def _uncontrolled(scenarios: Iterable[Scenario]) -> Iterable[str]:
     for scenario in scenarios:
         runs = [run for variant in scenario.variants for run in variant.runs.values()]
-        held = carriers(runs, "isolated")
-        for variant in scenario.variants:
-            for seed in variant.runs.keys() - variant.isolated.keys():
-                run = variant.runs[seed]
-                if carrier := held.get(control_group(run.settings, "isolated")):
-                    yield (
-                        f"{run.path}: not held against isolated peers, since its own trained in other rounds than "
-                        f"those of {carrier.path}, whose control it was to share"
-                    )
+        for name, did in (("isolated", "trained"), ("channel", "had teachers")):
+            held = carriers(runs, name)
+            for variant in scenario.variants:
+                for seed in variant.runs.keys() - getattr(variant, name).keys():
+                    run = variant.runs[seed]
+                    if carrier := held.get(control_group(run.settings, name)):
+                        yield (
+                            f"{run.path}: not held against the control {name}, since its own peers {did} in other "
+                            f"rounds than those of {carrier.path}, whose control it was to share"
+                        )
 
 
 def _isolated_by_peer(runs: Iterable[Run]) -> dict[str, float]:

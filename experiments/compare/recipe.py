@@ -287,7 +287,7 @@ def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[
     for control in split_list(wanted):
         carried = {control_group(trials[name], control) for name in order if control in chosen[name]}
         for name in order:
-            if control == "channel" and trials[name]["strategy"] == "fedavg":  # nothing is distilled there
+            if name in begun or (control == "channel" and RunConfig.from_mapping(trials[name]).without_channel):
                 continue
             if carried.isdisjoint(control_groups(trials[name], control)):
                 chosen[name].append(control)

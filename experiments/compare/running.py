@@ -145,9 +145,13 @@ def compare(
 
 
 def _measured(folder: Path) -> dict[str, dict[str, Scalar]]:
-    """Return the settings of the trials in a folder that have measured something, by name."""
+    """Return the settings of the trials in a folder that have measured something, by name.
+
+    Settings that are younger than a trial have their defaults.
+    """
+    defaults = RunConfig().to_mapping()
     return {
-        path.name: RunFolder(path).read_config()["settings"]
+        path.name: {**defaults, **RunFolder(path).read_config()["settings"]}
         for path in sorted((folder / "trials").glob("*"))
         if (path / "rounds.jsonl").exists()
     }

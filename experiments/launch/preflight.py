@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.errors import SettingError
+from fedkd.privacy import promise_line
 from fedkd.results.claim import refuse_held, refuse_taken
 from fedkd.settings.config import PEER, RunConfig
 from fedkd.settings.declare import FILES, declared
@@ -37,6 +38,7 @@ def check(config: RunConfig, peers: int, *, app: Path, cwd: Path, files: bool = 
     """
     if config.resume:
         config = resumed(config, Path(config.resume))
+    promise_line(config)
     if files:
         _check_files(config, peers)
         _check_device(config)

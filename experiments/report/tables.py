@@ -63,7 +63,7 @@ def numbers(variant: Variant, prices: Sequence[Price]) -> dict[str, Any]:
         "high": accuracy.high,
         "gain": math.nan if from_scratch(variant.settings) else accuracy.value - start("accuracy"),
         **{f"over_{name}": mean(list(variant.over(name).values())).value for name in CONTROLS},
-        "share_of_channel": mean(list(variant.shares_of_channel().values())).value,
+        "share_of_channel": variant.share_of_channel,
         "worst": end("worst"),
         "spread": math.nan if one_model else end("spread"),
         "spread_before": start("spread"),

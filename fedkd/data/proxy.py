@@ -56,8 +56,8 @@ def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int, classes
         size: number of proxy inputs P.
         like: one input of the peers, [C, H, W] for images.
         seed: of the run.
-        classes: the peers'. The labels are known where the source's are called the same, in the same order; and not
-            where all that are drawn are one class, as of data that came without labels.
+        classes: the peers', if their names mean something. The labels are known where the source's are called the same,
+            in the same order; and not where all that are drawn are one class, as of data that came without labels.
 
     Raises:
         SettingError: on `proxy-size` unless 1 ≤ size ≤ number of samples; on `proxy` if the forms cannot be matched.

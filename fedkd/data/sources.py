@@ -44,12 +44,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A training set and a test set over the same classes; label c means `classes[c]`."""
+    """A training set and a test set over the same classes; label c means `classes[c]`.
+
+    Where nobody has named the classes, they are called by their numbers, and are not `named`.
+    """
 
     name: str
     train: Dataset
     test: Dataset
     classes: tuple[str, ...]
+    named: bool = True
 
 
 def load_source(spec: str, *, data_dir: Path, download: bool = False, key: str = "dataset") -> Source:
@@ -119,10 +123,11 @@ def from_arrays(
     """
     train = Dataset(_inputs(name, "x_train", x_train, key=key), _labels(name, "y_train", y_train, key=key))
     test = Dataset(_inputs(name, "x_test", x_test, key=key), _labels(name, "y_test", y_test, key=key))
+    named = classes is not None
     if classes is None:
         largest = max((int(part.labels.max()) for part in (train, test) if len(part)), default=-1)
         classes = [str(label) for label in range(largest + 1)]
-    return _checked(Source(name, train, test, tuple(str(c) for c in classes)), key=key)
+    return _checked(Source(name, train, test, tuple(str(c) for c in classes), named), key=key)
 
 
 def _inputs(name: str, array_name: str, values: Any, *, key: str) -> Tensor:
@@ -202,7 +207,8 @@ def _digits(*, key: str) -> Source:
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         test[members[: round(_DIGITS_TEST_SHARE * len(members))]] = True
-    return from_arrays("digits", images[~test], labels[~test], images[test], labels[test], key=key)
+    digits = [str(digit) for digit in range(10)]
+    return from_arrays("digits", images[~test], labels[~test], images[test], labels[test], digits, key=key)
 
 
 def _digits_table(*, key: str) -> npt.NDArray[np.int64]:

@@ -43,20 +43,23 @@ _MANY_CLASSES = 1000
 class Prepared:
     """The teachers' side of an objective over N samples; ``prepared[index]`` is that of a batch.
 
-    ``terms`` are ``[K, N, *]`` and ``scale``, ``[K, N]`` or ``[K, 1]``, weighs the teachers' divergences; a sample that
-    no teacher counts for has 0. Without ``compare`` the only term is the teachers' logits.
+    ``terms`` are ``[K, N, *]`` and ``scale``, ``[K, N]`` or ``[K, 1]``, weighs the teachers' divergences, None that of
+    the only one by 1; a sample that no teacher counts for has 0. Without ``compare`` the only term is the teachers'
+    logits.
     """
 
     compare: Compare | None
     terms: tuple[Tensor, ...]
-    scale: Tensor
+    scale: Tensor | None
 
     def __len__(self) -> int:
         return self.terms[0].shape[1]
 
     def __getitem__(self, index: Tensor) -> "Prepared":
         """Select the samples of an integer ``index`` ``[B]``."""
-        scale = self.scale if self.scale.shape[1] == 1 else self.scale.index_select(1, index)
+        scale = self.scale
+        if scale is not None and scale.shape[1] == len(self):
+            scale = scale.index_select(1, index)
         return Prepared(self.compare, tuple([term.index_select(1, index) for term in self.terms]), scale)
 
 
@@ -101,24 +104,25 @@ class Objective:
                 f"but got {list(labels.shape)}."
             )
         teacher_logits, spread = _spread(teacher_logits, weights)
-        one_by_one = self.divergence.multiway or self.pairwise
-        logits, shares, taught = teacher_logits, spread, None
-        if spread.dim() == 3:
-            logits, shares, taught = _tilted(teacher_logits, spread, self.temperature)
-        options = dict(self.options)
-        scale = shares.new_ones(1, 1)
-        if one_by_one:
+        taught = None if spread.dim() == 1 else (spread > 0).any(dim=0).any(dim=-1)
+        options, scale = dict(self.options), spread.new_ones(1, 1)
+        if self.divergence.multiway or self.pairwise:
+            shares = spread
+            if taught is not None:
+                teacher_logits, shares = _tilted(teacher_logits, spread, self.temperature)
             if self.divergence.multiway:
                 options["weights"] = shares
             else:
-                scale = shares * len(shares) if self.reduction == "sum" else shares
-                scale = scale.reshape(len(shares), -1)
-            teacher_logits = logits if self.teacher_temperature == 1 else logits / self.teacher_temperature
+                scale = (shares * len(shares) if self.reduction == "sum" else shares).reshape(len(shares), -1)
+            if self.teacher_temperature != 1:
+                teacher_logits = teacher_logits / self.teacher_temperature
         else:
             teacher_logits = self._combine(teacher_logits, spread, self.temperature).unsqueeze(0)
-        if taught is not None and not bool(taught.all()):
-            scale = scale * taught
-        scale = scale.to(compute_dtype(teacher_logits))
+        return self._prepared(teacher_logits, labels, options, _scale(scale, taught, teacher_logits))
+
+    def _prepared(
+        self, teacher_logits: Tensor, labels: Tensor | None, options: Mapping[str, Any], scale: Tensor | None
+    ) -> Prepared:
         if self.divergence.prepare is None:
             # A copy, as autograd could not save tensors that were made in inference mode.
             return Prepared(None, (teacher_logits.detach().clone(),), scale)
@@ -135,10 +139,11 @@ class Objective:
             )
         if prepared.compare is None:
             if self.divergence.multiway:
-                return self._plain(student_logits, prepared.terms[0])
-            losses = [self._plain(student_logits, teacher) for teacher in prepared.terms[0]]
-            return torch.stack([loss * scale for loss, scale in zip(losses, prepared.scale, strict=True)]).sum(dim=0)
-        if prepared.scale.shape == (1, 1):
+                losses = self._plain(student_logits, prepared.terms[0]).unsqueeze(0)
+            else:
+                losses = torch.stack([self._plain(student_logits, teacher) for teacher in prepared.terms[0]])
+            return (losses if prepared.scale is None else losses * prepared.scale).sum(dim=0)
+        if prepared.scale is None:
             one_teacher = tuple([term.squeeze(0) for term in prepared.terms])
             return differentiable(prepared.compare, student_logits, one_teacher, self.temperature)
         student_logits = student_logits.to(compute_dtype(student_logits))
@@ -342,7 +347,14 @@ def _spread(teacher_logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
     return teacher_logits[counts], weights[counts] / torch.where(total > 0, total, 1)
 
 
-def _tilted(teacher_logits: Tensor, shares: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scale(scale: Tensor, taught: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return what weighs the teachers' divergences, of a sample that none counts for by 0; None where that is 1."""
+    if taught is not None and not bool(taught.all()):
+        return (scale * taught.expand(like.shape[1])).to(compute_dtype(like))
+    return None if len(scale) == 1 else scale.to(compute_dtype(like))
+
+
+def _tilted(teacher_logits: Tensor, shares: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Split a weighted sum of teachers into one distribution of each and its share of a sample.
 
     Args:
@@ -351,8 +363,8 @@ def _tilted(teacher_logits: Tensor, shares: Tensor, temperature: float) -> tuple
         temperature: T.
 
     Returns:
-        Logits whose softmax at T is ∝ w_k·p_k, or p_k where that is nothing; the shares s_k ∝ Σ_c w_k·p_k, ``[K, N]``,
-        all alike where no teacher counts; and where one does, ``[N]``.
+        Logits whose softmax at T is ∝ w_k·p_k, or p_k where that is nothing; and the shares s_k ∝ Σ_c w_k·p_k,
+        ``[K, N]``, all alike where no teacher counts.
     """
     if shares.shape[2] == 1:
         log_mass = shares.log().expand(-1, teacher_logits.shape[1], 1).squeeze(-1)
@@ -365,7 +377,7 @@ def _tilted(teacher_logits: Tensor, shares: Tensor, temperature: float) -> tuple
         teacher_logits = (temperature * tilted).to(teacher_logits)
         log_mass = log_mass.masked_fill(~speaks.squeeze(-1), -math.inf)
     taught = log_mass.amax(dim=0) > -math.inf
-    return teacher_logits, torch.softmax(torch.where(taught, log_mass, 0), dim=0), taught
+    return teacher_logits, torch.softmax(torch.where(taught, log_mass, 0), dim=0)
 
 
 def _mean(values: Tensor, shares: Tensor) -> Tensor:

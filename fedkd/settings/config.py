@@ -150,6 +150,8 @@ class RunConfig(
             "none with a `robust` mean, which compares all teachers on a sample",
             selects and (self.robust != "none"),
         )
+        whole = "none under a `weighing` that compares all that teachers say with what the peer itself does"
+        yield "selector", whole, selects and self.weighing in ("similarity", "kt-pfl")
         inside = density or self.selector in ("kulsif", "k-means")
         yield "compiled", "false where density or a selector looks into the models", self.compiled and inside
         noised = "above 0 with a `privacy-epsilon`: class counts are published too"
@@ -165,6 +167,8 @@ class RunConfig(
         ``kd-weight`` that is left out gets its value.
         """
         used = dataclasses.replace(self, kd_weight=self.distillation_weight)
+        if not self.peers_combine:
+            used = dataclasses.replace(used, weighing="uniform", teacher_temperature=1.0)
         if self.strategy == "fedavg" and self.fedavg_start != "distilled":
             return dataclasses.replace(used, codec="fp32")
         if self.strategy != "consensus":
@@ -191,6 +195,15 @@ class RunConfig(
     def merges(self) -> bool:
         """Whether a server averages a model into which the peers' own were distilled."""
         return self.strategy == "fedavg" and self.fedavg_start == "distilled"
+
+    @property
+    def without_channel(self) -> str:
+        """Why there can be no channel control; empty where there can."""
+        if self.strategy == "fedavg":
+            return "federated averaging has no rounds of distillation"
+        if self.combination == "pairwise" and self.reduction == "sum":
+            return "a sum of divergences weighs by the number of teachers, and true labels are one"
+        return ""
 
     @property
     def holds_out(self) -> bool:

@@ -84,6 +84,7 @@ class Travelling:
         "which proxy samples a peer answers on: all, or those like its private ones; the others do not travel",
         decides=EXCHANGE,
         takes=Condition("peers that combine their teachers themselves", lambda c: c.peers_combine),
+        controls=lambda c: CHANNEL if c.selector != "none" else (),  # who sends nothing at all teaches nobody
     )
     selector_quantile: float = setting(
         0.25,

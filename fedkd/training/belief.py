@@ -11,7 +11,7 @@ from fedkd.losses.weighing import WAYS, Evidence, Way
 from fedkd.plugins import load_callable
 from fedkd.settings.learning import Learning
 
-_EXPECTED = "a function (Evidence) -> weights, finite and >= 0, that broadcast to [K, N, C]"
+_EXPECTED = "a function (Evidence) -> weights >= 0 that broadcast to [K, N, C]"
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ class Belief:
     def by_place(self, weights: Tensor, evidence: Evidence) -> Tensor | None:
         """Return weights ``[K, N or 1, C or 1]`` by sample and class; None where whole teachers' weights are all.
 
-        Where no teacher that is left counts for anything, whole teachers do.
+        Where a way lets no teacher count for one class of a sample, and some for others, and where it lets none count
+        for anything at all, whole teachers count for it: those that sent the sample. A teacher whose weights are no
+        numbers, as its logits may be of any size, counts for nothing.
 
         Args:
-            weights: of whole teachers, ``[K]``.
+            weights: of whole teachers, ``[K]``, one of which is > 0.
             evidence: of the same teachers.
 
         Raises:
@@ -72,15 +74,25 @@ class Belief:
         if self.name == "uniform" and evidence.certainty is None:
             return None
         left = weights > 0
-        found = self.way.weigh(evidence.of(left))
-        if problem := _wrong(found, evidence.of(left)):
+        believed = evidence.of(left)
+        found = self.way.weigh(believed)
+        if problem := _wrong(found, believed):
             raise FedkdError(f"weighing = {self.name}: expected {_EXPECTED}, but {problem}")
-        found = weights[left].reshape(-1, 1, 1) * found.to(weights.device)
-        if evidence.certainty is not None:  # what a teacher has not sent counts for nothing
-            found = found * (evidence.certainty[left] > 0).unsqueeze(-1)
+        whole = weights[left].reshape(-1, 1, 1).to(found)
+        if believed.sent is not None:  # what a teacher has not sent counts for nothing
+            whole = whole * believed.sent.unsqueeze(-1)
+        found = whole * torch.where(torch.isfinite(found).flatten(1).all(dim=1).reshape(-1, 1, 1), found, 0)
+        if not bool((found > 0).any()):
+            if believed.sent is None or not bool(believed.sent.any()):
+                return None
+            found = whole
+        total = found.sum(dim=0)
+        forgotten = (total == 0) & (total > 0).any(dim=-1, keepdim=True)
+        if bool(forgotten.any()):
+            found = torch.where(forgotten, whole, found)
         placed = found.new_zeros(len(weights), *found.shape[1:])
         placed[left] = found
-        return placed if bool((placed > 0).any()) else None
+        return placed
 
 
 def _own(spec: str) -> Way:
@@ -110,4 +122,4 @@ def _wrong(found: object, evidence: Evidence) -> str:
     )
     if not fits or len(found) != len(evidence.logits):
         return f"it returned {list(found.shape)}"
-    return "" if bool(torch.isfinite(found).all() and (found >= 0).all()) else "it returned numbers that are no weights"
+    return "it returned numbers that are no weights" if bool((found < 0).any()) else ""

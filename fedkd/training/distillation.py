@@ -234,5 +234,14 @@ def teacher_or_self(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
     tensor([[[3., 0.],
              [0., 2.]]])
     """
-    trusted = teacher_logits.softmax(dim=-1).amax(dim=-1) > own_logits.softmax(dim=-1).amax(dim=-1)
-    return torch.where(trusted.unsqueeze(-1), teacher_logits, own_logits)
+    return torch.where(more_confident(teacher_logits, own_logits), teacher_logits, own_logits)
+
+
+def more_confident(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
+    """Tell where a teacher is the more confident, by its largest probability.  [K, N, C], [N, C] -> [K, N, 1].
+
+    >>> more_confident(torch.tensor([[[3.0, 0.0], [1.0, 0.0]]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).flatten()
+    tensor([ True, False])
+    """
+    confidence = (logits.softmax(dim=-1).amax(dim=-1, keepdim=True) for logits in (teacher_logits, own_logits))
+    return next(confidence) > next(confidence)

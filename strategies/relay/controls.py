@@ -96,8 +96,8 @@ def _channel(relay: Relay, config: RunConfig, say: Say) -> dict[int, Curve]:
     if not relay.post.simulated:
         say("control channel: left out, since real peers learn no labels of the proxy set")
         return {}
-    if config.strategy == "fedavg":
-        say("control channel: left out, since federated averaging has no rounds of distillation")
+    if config.without_channel:
+        say(f"control channel: left out, since {config.without_channel}")
         return {}
     return _again(relay, "channel", say)
 

@@ -297,11 +297,31 @@ def test_every_divergence_and_regime_takes_weights_by_class(divergence, regime):
     assert math.isfinite(found["kd_loss"]) and all(bool(v.isfinite().all()) for v in student.state_dict().values())
 
 
-def test_a_uniform_weighing_at_teacher_temperature_1_is_the_plain_mean():
-    plain, _ = after(learner(), TAUGHT)
-    told, _ = after(learner(weighing="uniform", teacher_temperature=1.0), TAUGHT)
+def test_by_default_the_teacher_is_the_plain_mean_of_the_probabilities():
+    mean = TAUGHT.logits.softmax(-1).mean(0)
+    sharper = (mean**2 / (mean**2).sum(-1, keepdim=True)).log()
 
-    assert same(plain, told)
+    by_default, at_once = (after(learner(), teachers)[0] for teachers in (TAUGHT, heard(mean.log())))
+    sharpened, then = (
+        after(learner(**settings), teachers)[0]
+        for settings, teachers in (({"teacher_temperature": 0.5}, TAUGHT), ({}, heard(sharper)))
+    )
+
+    for one, other in ((by_default, at_once), (sharpened, then)):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not same(by_default, sharpened)
+
+
+def test_what_a_peer_says_itself_is_not_weighed_by_the_classes_that_a_teacher_knows():
+    """``partitioned``: the student's own rows have one weight for all classes."""
+    made = learner(regime="partitioned", weighing="discrimination")
+    judged = made._judge(model(), heard(*experts()), 1)
+
+    own = (judged.logits != torch.stack(experts())).any(-1)
+    rows = judged.placed.expand_as(judged.logits)
+    assert bool(own.any()) and bool((~own).any())
+    assert bool((rows[own] == rows[own][:, :1]).all()) and bool((rows[~own] != rows[~own][:, :1]).any())
 
 
 def test_teachers_are_weighed_before_the_student_takes_the_place_of_one():

@@ -187,6 +187,8 @@ def test_a_sample_that_no_teacher_counts_for_teaches_nothing(combine, name):
     assert loss[3] == 0 and bool((gradient[3] == 0).all())
     assert bool((loss[torch.arange(N) != 3] > 0).all()) and bool((gradient.abs().sum(-1) > 0).sum() == N - 1)
     torch.testing.assert_close(goal(STUDENT[[3, 0]], batch), loss[[3, 0]])
+    alone = goal.prepare(TEACHERS, weights=weights)[torch.tensor([3])]
+    assert goal(STUDENT[[3]], alone).item() == 0
 
 
 @pytest.mark.parametrize("combine", ["averaged", "pairwise"])

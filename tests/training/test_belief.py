@@ -7,6 +7,7 @@ from fedkd.errors import FedkdError, SettingError
 from fedkd.losses.robust import agreement_weights
 from fedkd.losses.weighing import WAYS, Evidence
 from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import WEIGHINGS
 from fedkd.training.belief import Belief
 
 K, N, C = 4, 9, 3
@@ -92,8 +93,62 @@ def test_what_was_not_sent_counts_for_nothing(name):
     assert bool((found[0, :4] == 0).all()) and bool((found[0, 4:] > 0).all()) and bool((found[1] > 0).all())
 
 
-def test_where_nothing_counts_whole_teachers_do():
-    assert belief(weighing="density").by_place(WEIGHTS, Evidence(TEACHERS, certainty=torch.zeros(K, N))) is None
+def test_where_nothing_counts_whole_teachers_do_for_what_they_sent():
+    silent, partly = torch.zeros(K, N), torch.zeros(K, N)
+    partly[1, 2] = 0.5  # one sample has no deviation
+    made = belief(weighing="discrimination")
+
+    assert made.by_place(WEIGHTS, Evidence(TEACHERS, certainty=silent)) is None
+    found = made.by_place(WEIGHTS, Evidence(TEACHERS, certainty=partly))
+    assert found[1, 2].tolist() == [0.5] and found.sum() == 0.5
+    boasters = torch.zeros(2, N, C)
+    boasters[:, :, 0] = 40
+    assert made.by_place(torch.ones(2), Evidence(boasters)) is None
+
+
+def test_a_class_that_no_sender_of_a_sample_has_is_left_to_all_of_its_senders():
+    certainty = torch.ones(2, N)
+    certainty[1, 0] = 0  # only the first, which has class 0 alone, sends sample 0
+    counts = torch.tensor([[10.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
+
+    found = belief(weighing="counts").by_place(
+        torch.ones(2), Evidence(TEACHERS[:2], counts=counts, certainty=certainty)
+    )
+
+    assert found[0, 0].tolist() == [10.0, 1.0, 1.0] and found[1, 0].tolist() == [0.0, 0.0, 0.0]
+    assert found[:, 1].tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("size", [1e20, 1.9e30])
+@pytest.mark.parametrize("name", [name for name in WEIGHINGS if name not in ("counts", "density")])
+def test_one_letter_of_huge_logits_spoils_no_other(name, size):
+    teachers = TEACHERS.clone()
+    teachers[2, 0] = size * torch.tensor([1.0, -1.0, 0.5])
+
+    found = belief(weighing=name).by_place(torch.ones(K), Evidence(teachers, own_logits=HONEST))
+
+    if found is not None:
+        assert bool(found.isfinite().all()) and bool((found[:2].flatten(1).sum(1) > 0).all())
+
+
+def infinite(evidence):
+    weights = torch.ones(len(evidence.logits), 1, 1)
+    weights[0] = float("nan")
+    return weights
+
+
+def test_a_teacher_whose_weight_is_no_number_counts_for_nothing():
+    found = belief(weighing=f"{__name__}:infinite").by_place(torch.ones(K), Evidence(TEACHERS, own_logits=HONEST))
+
+    assert found.flatten().tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "consensus"}, {"strategy": "fedavg", "fedavg_start": "distilled"}])
+def test_where_a_server_combines_nothing_is_weighed(settings):
+    told = {key.replace("_", "-"): value for key, value in settings.items()}
+    config = RunConfig.from_mapping({**told, "weighing": "discrimination", "teacher-temperature": 0.5}).effective()
+
+    assert (config.weighing, config.teacher_temperature) == ("uniform", 1.0)
 
 
 def test_ones_own_function_weighs():
