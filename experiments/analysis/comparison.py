@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.analysis.runs import Run
@@ -28,6 +28,7 @@ class Comparison:
         recipe: the recipe's text.
         trials: by name, the command that runs the trial alone.
         quick: whether it is a recipe's quick size.
+        presets: by name, the preset of the trial; of those that have one.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Comparison:
     recipe: str
     trials: Mapping[str, str]
     quick: bool = False
+    presets: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``comparison.json``."""
