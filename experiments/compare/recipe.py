@@ -18,8 +18,8 @@
     rounds = 3
     seed = [0, 1]
 
-`preset` (:mod:`experiments.launch.presets`) may be a setting or an axis: its settings stand in the place of the defaults,
-and what the recipe says wins over them. A trial is called after its preset.
+`preset` (:mod:`experiments.launch.presets`) may be a setting or an axis: its settings stand in the place of the
+defaults, and what the recipe says wins over them. A trial is called after its preset.
 """
 
 import hashlib
@@ -225,7 +225,9 @@ def plan(recipe: Recipe, *, begun: Mapping[str, str] | None = None) -> list[Plan
     kept = ("peers", "seed", "controls")
     return [
         Planned(
-            name, _absolute({key: v for key, v in trial.items() if v != defaults[key] or key in kept}, recipe.cwd), called
+            name,
+            _absolute({key: v for key, v in trial.items() if v != defaults[key] or key in kept}, recipe.cwd),
+            called,
         )
         for name, trial, called in zip(names, trials, presets, strict=True)
     ]

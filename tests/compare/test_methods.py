@@ -23,7 +23,9 @@ TEACHERS = 2 * RNG.standard_normal((K, N, C)).astype(np.float32)
 TEACHERS[0, :, 1] -= 6  # who hardly ever speaks of a class
 OWN = 2 * RNG.standard_normal((N, C)).astype(np.float32)
 STUDENT = 2 * RNG.standard_normal((N, C)).astype(np.float32)
-COUNTS = np.array([[9, 0, 3, 1, 0], [0, 0, 5, 5, 2], [4, 0, 0, 1, 7], [1, 0, 2, 0, 0]], np.float32)  # nobody has class 1
+COUNTS = np.array(
+    [[9, 0, 3, 1, 0], [0, 0, 5, 5, 2], [4, 0, 0, 1, 7], [1, 0, 2, 0, 0]], np.float32
+)  # nobody has class 1
 SENT = RNG.random((K, N)) < 0.6
 SENT[0] |= ~SENT.any(axis=0)
 SCORES = RNG.uniform(0.05, 0.95, (K, N)).astype(np.float32)
