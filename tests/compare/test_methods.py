@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from federation import federate
 
 from experiments.launch.presets import names, preset
 from fedkd.losses.weighing import Evidence
@@ -235,3 +236,20 @@ def test_a_sample_that_nobody_answers_on_teaches_nothing(name, monkeypatch):
     distillation(student, distillation.prepare(logits, weights)).backward()
 
     assert bool((student.grad[3] == 0).all()) and bool((student.grad[4] != 0).any())
+
+
+TRAINED_ALIKE = {
+    "rounds": 1, "optimizer": "adam", "learning_rate": 0.002, "batch_size": 32, "weight_decay": 0.0, "local_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_peers_learn_by_every_preset(tmp_path, name):
+    settings = {key.replace("-", "_"): value for key, value in preset(name).settings.items()}
+
+    run = federate(tmp_path, 3, **{**settings, **TRAINED_ALIKE})
+
+    learned = [row for row in run.rows() if row["round"] == 1]
+    assert [row["status"] for row in learned] == ["ok"] * 3
+    assert all(math.isfinite(row["kd_loss"]) and row["test_accuracy"] > 0.15 for row in learned)  # chance: 0.1
+    assert all(row["teachers"] for row in learned)
