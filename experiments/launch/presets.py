@@ -21,9 +21,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedkd.errors import SettingError
-from fedkd.settings.declare import Scalar
+
+if TYPE_CHECKING:  # the command line lists the presets in its help, and needs NumPy for none of that
+    from fedkd.settings.declare import Scalar
 
 PRESET = "preset"
 """The word, and the key of a recipe."""
@@ -48,7 +51,7 @@ class Preset:
     teacher: str
     source: str
     differs: tuple[str, ...]
-    settings: Mapping[str, Scalar]
+    settings: "Mapping[str, Scalar]"
 
 
 def names() -> tuple[str, ...]:
@@ -91,5 +94,5 @@ def _row(method: Preset) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _word(value: Scalar) -> str:
+def _word(value: "Scalar") -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
