@@ -11,6 +11,7 @@ import typer.core
 from experiments.bench.benchmarks import BENCHES
 from experiments.command import WithSettings
 from experiments.deploy.cli import app as deploy
+from experiments.launch import presets
 from fedkd import __version__
 from fedkd.errors import FedkdError, SettingError
 
@@ -81,7 +82,11 @@ def _common(
 _OFTEN = "peers, models, dataset, partition-alpha, strategy, divergence, rounds, kd-weight, temperature, proxy-size"
 
 
-@app.command(cls=WithSettings, epilog=f"Settings that people change first: {_OFTEN}. All: `fedkd settings`.")
+@app.command(
+    cls=WithSettings,
+    epilog=f"Settings that people change first: {_OFTEN}. All: `fedkd settings`. Methods, preset=NAME: "
+    f"{', '.join(presets.names())}.",
+)
 def run(
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the defaults.")
@@ -222,7 +227,7 @@ def compare(
     from experiments.compare.running import compare_recipe
     from experiments.launch.project import Project
 
-    given = Project.read().settings(pairs or [], cwd=Path.cwd())
+    given = Project.read().settings(pairs or [], cwd=Path.cwd(), expand=False)
     changes = {key: value for key, value in given.items() if any(p.startswith(f"{key}=") for p in pairs or [])}
     done = compare_recipe(
         read(find(recipe), quick=quick, changes=changes),

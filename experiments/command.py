@@ -21,10 +21,11 @@ class WithSettings(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            from experiments.launch.presets import PRESET
             from fedkd.settings.config import RunConfig
 
             key = error.option_name.lstrip("-")
-            if key not in RunConfig().to_mapping():
+            if key not in (*RunConfig().to_mapping(), PRESET):
                 raise
             values = [after for word, after in pairwise(words) if word == f"--{key}"]
             values += [word.partition("=")[2] for word in words if word.startswith(f"--{key}=")]

@@ -173,7 +173,8 @@ def _values(name: str, value: Any) -> Values:
 
 
 def _typed(name: str, value: Any) -> str | int | float | bool:
-    return Project.read().settings([f"{_key(name)}={_text(name, value)}"], cwd=Path.cwd())[_key(name)]
+    pair = f"{_key(name)}={_text(name, value)}"
+    return Project.read().settings([pair], cwd=Path.cwd(), expand=False)[_key(name)]
 
 
 def _text(name: str, value: Any) -> str:

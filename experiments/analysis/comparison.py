@@ -3,10 +3,11 @@
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.analysis.runs import Run
+from experiments.launch.presets import PRESET, preset
 from experiments.launch.runner import Federation
 from fedkd.errors import FedkdError
 from fedkd.settings.config import RunConfig
@@ -28,6 +29,7 @@ class Comparison:
         recipe: the recipe's text.
         trials: by name, the command that runs the trial alone.
         quick: whether it is a recipe's quick size.
+        presets: by name, the preset of the trial; of those that have one.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Comparison:
     recipe: str
     trials: Mapping[str, str]
     quick: bool = False
+    presets: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``comparison.json``."""
@@ -63,12 +66,13 @@ def comparison_runs(folder: Path) -> list[Path]:
     return [path for name in names if ((path := folder / "trials" / name) / "config.json").exists()]
 
 
-def alone(settings: Mapping[str, Scalar], federation: Federation | None = None) -> str:
+def alone(settings: Mapping[str, Scalar], federation: Federation | None = None, *, called: str = "") -> str:
     """Return the command that runs a trial by itself; outside of ``mode=async`` it gives the same numbers.
 
     Args:
         settings: of the trial; ``peers`` says how many, 0: not known. Defaults are left out.
         federation: the machine's share of a peer.
+        called: the preset that it began with, which says in one word what it brings; empty: none.
 
     >>> print(alone({"peers": 3, "seed": 1, "divergence": "sed"}, Federation(peers=6, gpus_per_peer=1)))
     fedkd run --peers 3 --gpus-per-peer 1 seed=1 divergence=sed
@@ -80,7 +84,12 @@ def alone(settings: Mapping[str, Scalar], federation: Federation | None = None) 
         value = getattr(federation, option)
         if value != getattr(defaults, option):
             words += ["--" + option.replace("_", "-"), f"{value:g}"]
-    return shlex.join([*words, *_pairs(settings, RunConfig().to_mapping())])
+    usual = RunConfig().to_mapping()
+    if called:
+        brought = {**usual, **preset(called).settings}
+        words.append(f"{PRESET}={called}")
+        return shlex.join([*words, *_pairs({**usual, **settings}, brought)])
+    return shlex.join([*words, *_pairs(settings, usual)])
 
 
 def again(run: Run) -> str:

@@ -17,6 +17,9 @@
     [quick]                           # what `--quick` puts in their place
     rounds = 3
     seed = [0, 1]
+
+`preset` (:mod:`experiments.launch.presets`) may be a setting or an axis: its settings stand in the place of the
+defaults, and what the recipe says wins over them. A trial is called after its preset.
 """
 
 import hashlib
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.settings import control_group, control_groups, effective, has_effect, leaves_own_models
+from experiments.launch.presets import PRESET, preset
 from experiments.launch.project import with_absolute_paths
 from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
@@ -87,10 +91,12 @@ class Planned:
     Attributes:
         name: unique in the comparison, fit for a folder.
         settings: those that differ from the defaults.
+        preset: the one that they began with; empty: none.
     """
 
     name: str
     settings: Settings
+    preset: str = ""
 
     @property
     def peers(self) -> int:
@@ -194,29 +200,36 @@ def plan(recipe: Recipe, *, begun: Mapping[str, str] | None = None) -> list[Plan
         begun: the controls of trials that were begun before, by name: they keep them, whatever else is compared now.
 
     Raises:
-        SettingError: settings that do not exist or do not go together.
+        SettingError: settings that do not exist or do not go together, or an unknown preset.
     """
     wanted = _wanted(recipe.settings)
-    found: dict[tuple[Scalar | None, ...], Settings] = {}
+    found: dict[tuple[Scalar | None, ...], tuple[str, Settings]] = {}
     for axes in recipe.grids:
         for values in itertools.product(*axes.values()):
             given = {**recipe.settings, **dict(zip(axes, values, strict=True))}
+            if called := str(given.pop(PRESET, "")):
+                given = {**preset(called).settings, **given}
             config = RunConfig.from_mapping({"peers": _DEFAULT_PEERS, "keep-models": False, **given, "controls": ""})
             settings = config.to_mapping()
             if config.peers == 0:
                 raise SettingError("peers", 0, "a whole number >= 1 in a comparison")
-            found.setdefault(effective(settings, settings), settings)
-    trials = list(found.values())
-    seeds = list(dict.fromkeys(trial["seed"] for trial in trials))
-    trials.sort(key=lambda trial: seeds.index(trial["seed"]))
+            found.setdefault(effective(settings, settings), (called, settings))
+    seeds = list(dict.fromkeys(trial["seed"] for _, trial in found.values()))
+    ordered = sorted(found.values(), key=lambda each: seeds.index(each[1]["seed"]))
+    presets, trials = [called for called, _ in ordered], [trial for _, trial in ordered]
     defaults = RunConfig().to_mapping()
-    varied = [key for key in defaults if len({trial[key] for trial in trials}) > 1]
-    names = _names(trials, varied)
+    alike = [[trial for called, trial in ordered if called == one] for one in dict.fromkeys(presets)]
+    varied = [key for key in defaults if any(len({trial[key] for trial in of}) > 1 for of in alike)]
+    names = _names(trials, varied, presets)
     _share_controls(dict(zip(names, trials, strict=True)), wanted, begun or {})
     kept = ("peers", "seed", "controls")
     return [
-        Planned(name, _absolute({key: v for key, v in trial.items() if v != defaults[key] or key in kept}, recipe.cwd))
-        for name, trial in zip(names, trials, strict=True)
+        Planned(
+            name,
+            _absolute({key: v for key, v in trial.items() if v != defaults[key] or key in kept}, recipe.cwd),
+            called,
+        )
+        for name, trial, called in zip(names, trials, presets, strict=True)
     ]
 
 
@@ -296,11 +309,19 @@ def _share_controls(trials: Mapping[str, Settings], wanted: str, begun: Mapping[
         trial["controls"] = ",".join(chosen[name])
 
 
-def _names(trials: Sequence[Settings], varied: Sequence[str]) -> list[str]:
-    """Return names that are fit for folders and do not depend on what else is compared."""
+def _names(trials: Sequence[Settings], varied: Sequence[str], presets: Sequence[str]) -> list[str]:
+    """Return names that are fit for folders and do not depend on what else is compared.
+
+    Args:
+        trials: their settings.
+        varied: the keys in which trials of one preset differ.
+        presets: of each trial; empty: none.
+    """
     names = []
-    for trial in trials:
-        name = ",".join(f"{key}={_plain(trial[key])}" for key in varied if has_effect(trial, key)) or "only"
+    for trial, called in zip(trials, presets, strict=True):
+        words = [f"{PRESET}={called}"] * bool(called)
+        words += [f"{key}={_plain(trial[key])}" for key in varied if has_effect(trial, key)]
+        name = ",".join(words) or "only"
         slug = re.sub(r"[^A-Za-z0-9._=,+-]", "-", name)
         if slug != name or len(slug) > _LONGEST_NAME or slug in names:
             everything = repr(sorted(trial.items())).encode()

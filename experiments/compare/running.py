@@ -126,10 +126,11 @@ def compare(
         if not trial.finished():
             trial.refuse_taken()
             preflight.check(trial.config, trial.config.peers, app=OWN_FOLDER, cwd=recipe.cwd)
-    commands = {trial.name: alone(trial.settings, federation) for trial in planned}
+    commands = {trial.name: alone(trial.settings, federation, called=trial.preset) for trial in planned}
     about = Comparison(
-        recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands, quick=recipe.quick
-    )
+        recipe.title, recipe.paper, recipe.claims, recipe.target, command, recipe.text, commands,
+        quick=recipe.quick, presets={trial.name: trial.preset for trial in planned if trial.preset},
+    )  # fmt: skip
     peers = replace(federation, peers=max(trial.peers for trial in planned)).sharing()
     with held(folder):
         about.write(folder)

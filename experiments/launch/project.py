@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.launch.presets import PRESET, preset
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import new_folder
 
@@ -49,15 +50,22 @@ class Project:
             raise FedkdError(f"Expected --app to be the folder of a Flower app, but found {problem}.") from error
         return cls(root, content["project"]["name"], app.get("config", {}))
 
-    def settings(self, pairs: Iterable[str], *, cwd: Path) -> dict[str, Setting]:
+    def settings(self, pairs: Iterable[str], *, cwd: Path, expand: bool = True) -> dict[str, Setting]:
         """Return the settings that a user's KEY=VALUE pairs stand for, ready to leave the user's folder.
 
         Paths become absolute.
 
+        Args:
+            pairs: the user's words; whatever they say wins over a preset, wherever that stands among them.
+            cwd: where relative paths start.
+            expand: put a preset's settings in the place of its name.
+
         Raises:
-            SettingError: a pair without "=", an unknown key, or a value of another type than the default's.
+            SettingError: a pair without "=", an unknown key or preset, or a value of another type than the default's.
         """
         given = dict(self._parse(pair) for pair in pairs)
+        if expand and PRESET in given and PRESET not in self.defaults:
+            given = {**preset(str(given.pop(PRESET))).settings, **given}
         usual = {key: self.defaults[key] for key in _PATH_KEYS if self.defaults.get(key) and not given.get(key)}
         return with_absolute_paths({**given, **usual}, cwd=cwd)
 
@@ -82,8 +90,10 @@ class Project:
         key, equals, text = pair.partition("=")
         if not equals:
             raise SettingError(key, pair, "written as KEY=VALUE")
+        if key == PRESET and key not in self.defaults:
+            return key, preset(text).name
         if key not in self.defaults:
-            near = difflib.get_close_matches(key, self.defaults) or sorted(self.defaults)
+            near = difflib.get_close_matches(key, [*self.defaults, PRESET]) or sorted(self.defaults)
             raise SettingError(key, text, "a known key (nearest: " + ", ".join(near) + ")")
         return key, _typed(key, text, like=self.defaults[key])
 

@@ -1,4 +1,4 @@
-"""``python -m experiments.studies slices|run|gather|tables``: from the data to `docs/results.md`."""
+"""``python -m experiments.studies slices|run|gather|tables|leaderboard|presets``: from data to pages of `docs/`."""
 
 import re
 import shlex
@@ -11,10 +11,13 @@ import typer
 from experiments import slices as data
 from experiments.compare.recipe import read
 from experiments.compare.running import compare
+from experiments.launch.presets import table
 from experiments.launch.runner import Federation
 from experiments.outputs import is_csv_with, is_json_with, refuse_existing, refuse_foreign_file
 from experiments.studies.gather import gather as gathered
 from experiments.studies.gather import write
+from experiments.studies.leaderboard import TITLE
+from experiments.studies.leaderboard import page as leaderboard_page
 from experiments.studies.record import contradictions, read_trials
 from experiments.studies.tables import render
 from fedkd.errors import FedkdError, SettingError
@@ -23,6 +26,7 @@ from fedkd.results.folder import git_commit
 RECIPES = Path(__file__).parent
 PAGE = Path("docs/results.md")
 _BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_PRESETS = re.compile(r"(<!-- presets -->\n).*?(<!-- /presets -->)", re.DOTALL)
 _AsTheyAre = Annotated[
     bool, typer.Option("--as-they-are", help="Take trials of several commits, or of changed files, and record that.")
 ]
@@ -114,6 +118,32 @@ def tables(page: Path) -> None:
     """Put the tables, made from the CSV files in the folder of the page's name, between their markers in a page."""
     _refuse_missing(page, key="PAGE")
     page.write_text(fill(page.read_text(), page.with_suffix("")))
+
+
+@app.command()
+def leaderboard(
+    folder: Path,
+    page: Annotated[Path, typer.Option(help="The page, which is made anew.")] = Path("docs/leaderboard.md"),
+    as_they_are: _AsTheyAre = False,
+) -> None:
+    """Write the leaderboard's page from the folder of a comparison of presets, as `compare leaderboard` leaves it."""
+    refuse_foreign_file(page, key="--page", ours=page.is_file() and page.read_text().startswith(TITLE))
+    text = leaderboard_page(folder, as_they_are=as_they_are)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+    print(f"written to {page}")
+
+
+@app.command()
+def presets(page: Path) -> None:
+    """Put the table of presets, made from their files, between its markers in a page."""
+    _refuse_missing(page, key="PAGE")
+    page.write_text(with_presets(page.read_text()))
+
+
+def with_presets(text: str) -> str:
+    """Return a page whose table of presets is up to date."""
+    return _PRESETS.sub(lambda block: f"{block[1]}\n{table()}\n\n{block[2]}", text)
 
 
 def _refuse_missing(page: Path, *, key: str) -> None:

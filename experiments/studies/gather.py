@@ -85,13 +85,22 @@ def _record(runs: Sequence[Run], folder: Path, *, as_they_are: bool) -> Record:
         "versions": next(iter(versions.values())) if len(versions) == 1 else list(versions.values()),
         "dates": [dates[0], dates[-1]] if dates else [],
         "platform": sorted({str(run.environment.get("platform", "")) for run in runs}),
-        "command": shlex.join(str(_portable(word)) for word in shlex.split(_command(folder))),
+        "command": portable(_command(folder)),
         "trials": len(runs),
     }
 
 
 def _command(folder: Path) -> str:
     return Comparison.read(folder).command if (folder / "comparison.json").exists() else ""
+
+
+def portable(command: str) -> str:
+    """Leave the folders of this machine out of a command.
+
+    >>> portable("fedkd run dataset=npz:/home/me/a.npz seed=0")
+    'fedkd run dataset=npz:a.npz seed=0'
+    """
+    return shlex.join(str(_portable(word)) for word in shlex.split(command))
 
 
 def _portable(value: Scalar) -> Scalar:

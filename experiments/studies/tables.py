@@ -33,8 +33,8 @@ def _measures(trials: Trials, partition: str) -> str:
         parts = {name: _where(found, divergence=name, match_gradients=matched) for name in present}
         head += [f"accuracy, {word}", "less `kl`", "worst peer", "spread"]
         columns += _beside("kl", parts)
-        columns += [[_spelled(_ends(part, what)) for part in parts.values()] for what in ("worst", "spread")]
-    return _markdown(head, columns) + _levels(found)
+        columns += [[spelled(_ends(part, what)) for part in parts.values()] for what in ("worst", "spread")]
+    return markdown(head, columns) + _levels(found)
 
 
 def _combining(trials: Trials) -> str:
@@ -42,12 +42,12 @@ def _combining(trials: Trials) -> str:
     found = _where(trials, partition="dirichlet", match_gradients=False)
     names = ("kl", "js", "td", "sed")
     averaged = [_ends(_where(found, divergence=name, strategy="averaged")) for name in names]
-    head, columns = ["measure", "averaged"], [[f"`{name}`" for name in names], list(map(_spelled, averaged))]
+    head, columns = ["measure", "averaged"], [[f"`{name}`" for name in names], list(map(spelled, averaged))]
     for reduction in ("sum", "mean"):
         others = [_ends(_where(found, divergence=name, strategy="pairwise", reduction=reduction)) for name in names]
         head += [f"pairwise, {reduction}", f"averaged less {reduction}"]
-        columns += [list(map(_spelled, others)), _differences(averaged, others)]
-    return _markdown(head, columns)
+        columns += [list(map(spelled, others)), _differences(averaged, others)]
+    return markdown(head, columns)
 
 
 def _rounds(trials: Trials, partition: str) -> str:
@@ -59,13 +59,13 @@ def _rounds(trials: Trials, partition: str) -> str:
     columns = [list(ways), *_beside("FedAvg, cold", ways)]
     head += ["epochs before round 1", "images of a peer a round, private + public", "bytes in all"]
     columns += [[_before(part[0]) for part in ways.values()], [_images(part) for part in ways.values()]]
-    columns += [[_megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
+    columns += [[megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
     for target in targets:
         head += [f"rounds to {100 * target:.1f} %", "bytes"]
         prices = [[statistics.price(trial, target) for trial in part] for part in ways.values()]
-        columns += [[_count(statistics.median([price.rounds for price in paid])) for paid in prices]]
-        columns += [[_megabytes(statistics.median([price.bytes for price in paid])) for paid in prices]]
-    return _markdown(head, columns) + _levels(_where(found, strategy="averaged"))
+        columns += [[counted(statistics.median([price.rounds for price in paid])) for paid in prices]]
+        columns += [[megabytes(statistics.median([price.bytes for price in paid])) for paid in prices]]
+    return markdown(head, columns) + _levels(_where(found, strategy="averaged"))
 
 
 def _saved(trials: Trials) -> str:
@@ -79,13 +79,13 @@ def _saved(trials: Trials) -> str:
             start: {trial.seed: statistics.price(trial, target).rounds for trial in _fedavg(found, start)}
             for start in starts
         }
-        by_seed = [" → ".join(_count(needed[start][seed]) for start in starts) for seed in sorted(needed["cold"])]
+        by_seed = [" → ".join(counted(needed[start][seed]) for start in starts) for seed in sorted(needed["cold"])]
         cuts = [_cut(needed["cold"], needed[start]) for start in starts[1:]]
         cuts += [_cut(needed["cold"], needed["distilled"], free=1)]
         rows.append([partition, f"{100 * target:.1f} %", ", ".join(by_seed), *cuts])
     cut = {"pretrained": "mean cut, pretrained", "distilled": "mean cut, distilled, the exchange counted as a round"}
     head = ["partition", "target", f"rounds, {' → '.join(starts)}, by seed", *(cut[start] for start in starts[1:])]
-    return _markdown([*head, "distilled, the exchange not counted"], list(zip(*rows, strict=True)))
+    return markdown([*head, "distilled, the exchange not counted"], list(zip(*rows, strict=True)))
 
 
 def _cut(cold: Values, other: Values, *, free: int = 0) -> str:
@@ -115,14 +115,14 @@ def _regimes(trials: Trials) -> str:
         relative = f"{100 * (gains['tuned'] / gains[best] - 1):+.0f} %" if gains[best] > 0 else "—"
         pairs.append((ends["tuned"], ends[best]))
         bests.append(best)
-        before = [_spelled(starts[regime]) for regime in ("vanilla", "tuned")]
-        alone = [_spelled(_ends(parts[regime], "isolated")) for regime in ("vanilla", "tuned")]
-        rows.append([partition, *before, *alone, *(_spelled(ends[regime]) for regime in regimes), "", relative])
+        before = [spelled(starts[regime]) for regime in ("vanilla", "tuned")]
+        alone = [spelled(_ends(parts[regime], "isolated")) for regime in ("vanilla", "tuned")]
+        rows.append([partition, *before, *alone, *(spelled(ends[regime]) for regime in regimes), "", relative])
     differences = _differences(*zip(*pairs, strict=True))
     for row, difference, best in zip(rows, differences, bests, strict=True):
         row[-2] = f"{difference} (`{best}`)"
     head = ["partition", "before", "before, tuned", "isolated", "isolated, tuned", *regimes]
-    return _markdown([*head, "tuned less the best untuned", "gain, relative"], list(zip(*rows, strict=True)))
+    return markdown([*head, "tuned less the best untuned", "gain, relative"], list(zip(*rows, strict=True)))
 
 
 def _balance(trials: Trials) -> str:
@@ -147,9 +147,9 @@ def _balance(trials: Trials) -> str:
     columns = [labels]
     for what in ("accuracy", "ece"):
         differences = statistics.against("`kl`", {k: v for k, v in values[what].items() if k != "before"})
-        columns += [[_spelled(of) for of in values[what].values()], [_points(differences.get(k)) for k in labels]]
+        columns += [[spelled(of) for of in values[what].values()], [_points(differences.get(k)) for k in labels]]
     columns += [[f"{fmean(of.values()):.3f}" for of in values[what].values()] for what in ("nll", "brier")]
-    return _markdown(["", "accuracy", "less `kl`", "ECE", "less `kl`", "NLL", "Brier"], columns)
+    return markdown(["", "accuracy", "less `kl`", "ECE", "less `kl`", "NLL", "Brier"], columns)
 
 
 def _map(trials: Trials) -> str:
@@ -164,11 +164,11 @@ def _map(trials: Trials) -> str:
     }
     differences = statistics.against("kl", {str(key): _ends(part) for key, part in parts.items()})
     rows = [
-        [name, *(f"{_spelled(_ends(parts[key, beta]))}<br>{_points(differences[str((key, beta))])}" for beta in betas)]
+        [name, *(f"{spelled(_ends(parts[key, beta]))}<br>{_points(differences[str((key, beta))])}" for beta in betas)]
         for key, name in [*((alpha, f"α = {alpha:g}") for alpha in alphas), ("dkd", "`dkd`")]
     ]
     head = ["accuracy, and less `kl`", *(f"β = {beta:g}" for beta in betas)]
-    return _markdown(head, list(zip(*rows, strict=True))) + f"\n`kl`: {_spelled(_ends(kl))}.\n" + _levels(kl)
+    return markdown(head, list(zip(*rows, strict=True))) + f"\n`kl`: {spelled(_ends(kl))}.\n" + _levels(kl)
 
 
 def _flow(trials: Trials) -> str:
@@ -181,10 +181,10 @@ def _flow(trials: Trials) -> str:
             trials, method="infoflow", flow_auxiliary=auxiliary, flow_decay=decay
         )
     columns = [list(ways), *_beside("logits alone", ways)]
-    columns += [[_spelled(_ends(part, "worst")) for part in ways.values()]]
-    columns += [[_megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
+    columns += [[spelled(_ends(part, "worst")) for part in ways.values()]]
+    columns += [[megabytes(fmean(_ends(part, "bytes").values())) for part in ways.values()]]
     head = ["", "accuracy", "less logits alone", "worst peer", "bytes"]
-    return _markdown(head, columns) + _levels(ways["logits alone"])
+    return markdown(head, columns) + _levels(ways["logits alone"])
 
 
 def _turns(sharing: Trials, turns: Trials) -> str:
@@ -199,9 +199,9 @@ def _turns(sharing: Trials, turns: Trials) -> str:
     for kind, trials in kinds.items():
         parts = [_where(trials, partition=partition, divergence=name) for partition, name in cases]
         ends[kind] = [_ends(part) for part in parts]
-        of[kind] = list(map(_spelled, ends[kind]))
-        of[f"isolated, {kind}"] = [_spelled(_ends(part, "isolated")) for part in parts]
-        of[f"worst peer, {kind}"] = [_spelled(_ends(part, "worst")) for part in parts]
+        of[kind] = list(map(spelled, ends[kind]))
+        of[f"isolated, {kind}"] = [spelled(_ends(part, "isolated")) for part in parts]
+        of[f"worst peer, {kind}"] = [spelled(_ends(part, "worst")) for part in parts]
     of["gain"] = _differences(ends["sharing steps"], ends["taking turns"])
     head = [
         "partition",
@@ -210,7 +210,7 @@ def _turns(sharing: Trials, turns: Trials) -> str:
         "gain",
         *(f"{w}, {k}" for w in ("isolated", "worst peer") for k in kinds),
     ]
-    return _markdown(head, [of[name] for name in head])
+    return markdown(head, [of[name] for name in head])
 
 
 TABLES: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
@@ -293,7 +293,7 @@ def _beside(reference: str, parts: Mapping[str, Trials]) -> list[list[str]]:
     """Return a column of accuracies, and one of what they differ from a reference by."""
     values = {label: _ends(part) for label, part in parts.items()}
     differences = statistics.against(reference, values)
-    return [list(map(_spelled, values.values())), [_points(differences.get(label)) for label in values]]
+    return [list(map(spelled, values.values())), [_points(differences.get(label)) for label in values]]
 
 
 def _differences(ours: Sequence[Values], theirs: Sequence[Values]) -> list[str]:
@@ -322,7 +322,7 @@ def _unique(trials: Trials, number: Callable[[Recorded], float]) -> list[float]:
     return list(found.values())
 
 
-def _spelled(values: Values) -> str:
+def spelled(values: Values) -> str:
     """Return the mean and the standard deviation over seeds, in percent."""
     numbers = [100 * value for value in values.values()]
     if any(map(math.isnan, numbers)):
@@ -342,14 +342,17 @@ def _points(found: Comparison | None) -> str:
     return f"**{words}**" if found.larger_than_noise else words
 
 
-def _count(rounds: float) -> str:
+def counted(rounds: float) -> str:
+    """Return a number of rounds, or that a target was not reached."""
     return f"{rounds:g}" if math.isfinite(rounds) else "not reached"
 
 
-def _megabytes(value: float) -> str:
+def megabytes(value: float) -> str:
+    """Return bytes as megabytes, or that a target was not reached."""
     return f"{value / 1e6:.2f} MB" if math.isfinite(value) else "not reached"
 
 
-def _markdown(head: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table from its columns."""
     lines = [head, ["---"] * len(head), *zip(*columns, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -16,6 +16,7 @@ from experiments.compare.recipe import FOLDER, plan, read
 from experiments.compare.running import compare
 from experiments.launch.project import Project
 from experiments.launch.runner import COMPLETED, Federation, Outcome
+from experiments.studies.leaderboard import page as leaderboard
 from fedkd.errors import FedkdError
 from fedkd.results.folder import RunFolder
 from fedkd.settings.config import RunConfig
@@ -233,6 +234,64 @@ def test_the_command_of_a_trial_gives_its_settings(tmp_path):
     assert {key: parsed[key] for key in changed} == changed
 
 
+METHODS = """
+[settings]
+peers = 2
+proxy-size = 60
+rounds = 1
+weight-decay = 0.0
+
+[[grid]]
+preset = ["idkd", "ours"]
+seed = [0, 1]
+
+[[grid]]
+preset = ["ours"]
+teacher-temperature = [0.25]
+seed = [0]
+"""
+
+
+def test_an_axis_of_presets_brings_their_settings_and_names_the_trials(tmp_path):
+    found = {trial.name: trial for trial in plan(recipe(tmp_path, METHODS))}
+
+    assert list(found) == [
+        "preset=idkd,teacher-temperature=1.0,seed=0", "preset=ours,teacher-temperature=0.5,seed=0",
+        "preset=ours,teacher-temperature=0.25,seed=0",
+        "preset=idkd,teacher-temperature=1.0,seed=1", "preset=ours,teacher-temperature=0.5,seed=1",
+    ]  # fmt: skip
+    idkd = next(trial for trial in found.values() if trial.preset == "idkd")
+    assert idkd.settings["selector"] == "roc" and idkd.settings["optimizer"] == "sgd"
+
+
+def test_what_a_recipe_says_wins_over_its_presets(tmp_path):
+    trials = plan(recipe(tmp_path, METHODS))
+
+    decays = {RunConfig.from_mapping(trial.settings).weight_decay for trial in trials}
+    assert decays == {0.0}  # not idkd's
+    sharpened = [trial.settings["teacher-temperature"] for trial in trials if trial.preset == "ours"]
+    assert sorted(sharpened) == [0.25, 0.5, 0.5]
+
+
+def test_the_command_line_chooses_among_presets(tmp_path):
+    one = plan(recipe(tmp_path, METHODS, changes={"preset": "fedmd", "teacher-temperature": 1.0}))
+    none = plan(recipe(tmp_path, changes={"preset": ["ours", "fedmd"]}))
+
+    assert {trial.preset for trial in one} == {"fedmd"}
+    assert {trial.preset for trial in none} == {"ours", "fedmd"} and len(none) > 4
+
+
+def test_an_unknown_preset_in_a_recipe_is_refused_with_those_near_it(tmp_path):
+    with pytest.raises(FedkdError, match=r"`preset`.*nearest: .*idkd"):
+        plan(recipe(tmp_path, METHODS.replace('"idkd"', '"idk"')))
+
+
+def test_presets_with_equal_settings_are_one_trial_called_after_the_first(tmp_path):
+    text = METHODS.replace("teacher-temperature = [0.25]", "teacher-temperature = [0.5]")
+
+    assert [trial.preset for trial in plan(recipe(tmp_path, text))] == ["idkd", "ours", "idkd", "ours"]
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """Replace `flwr run`: every trial that is not finished is run, by name."""
@@ -340,3 +399,13 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tmp_path, monkey
     assert second.exit_code == 0 and "1 of 2 trials are finished already" in second.output
     assert (finished / "rounds.jsonl").read_text() == rows
     assert second.output.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+
+
+def test_a_comparison_of_presets_keeps_their_names_and_becomes_a_leaderboard(tmp_path, ran):
+    done = compared(tmp_path, METHODS)
+
+    kept = Comparison.read(done.folder)
+    assert set(kept.presets) == set(ran) and set(kept.presets.values()) == {"idkd", "ours"}
+    assert all(f" preset={kept.presets[name]} " in command for name, command in kept.trials.items())
+    text = leaderboard(done.folder, as_they_are=True)
+    assert text.count("preset=ours") == 2 and "5 of 5 trials have a result" in text
