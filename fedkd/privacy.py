@@ -268,6 +268,7 @@ def _normal(randomness: bytes, shape: tuple[int, int]) -> NDArray[np.float64]:
     from scipy.special import ndtri
 
     uniform = ((np.frombuffer(randomness, np.uint64) >> np.uint64(11)) + 0.5) * 2.0**-53
+    uniform = np.minimum(uniform, 1 - 2.0**-53)  # the greatest is rounded to 1, whose normal number is infinite
     return np.asarray(ndtri(uniform), np.float64).reshape(shape)
 
 

@@ -397,9 +397,9 @@ def test_a_variant_whose_peers_trained_in_other_rounds_is_held_against_no_contro
     found = study(runs)
 
     assert [variant.isolated for variant in found.scenarios[0].variants] == [{0: 0.45}, {0: 0.45} if shares else {}]
-    assert [f"{tmp_path / 'other'}: not held against isolated peers" in problem for problem in found.problems] == [
-        True
-    ] * (not shares)
+    assert [
+        f"{tmp_path / 'other'}: not held against the control isolated" in problem for problem in found.problems
+    ] == [True] * (not shares)
 
 
 def test_averaging_from_scratch_is_held_against_the_peers_own_models_if_they_ran_alone(tmp_path):

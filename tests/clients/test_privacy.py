@@ -113,6 +113,24 @@ def test_the_last_bits_of_what_is_published_do_not_tell_what_was_hidden():
     np.testing.assert_allclose(differences, np.rint(differences), atol=0.05)
 
 
+def test_noise_of_the_least_and_the_most_randomness_is_finite_and_far_out_on_either_side():
+    from fedkd.privacy import _normal
+
+    least, most = _normal(bytes(8), (1, 1)), _normal(b"\xff" * 8, (1, 1))
+
+    assert -8.5 < least[0, 0] < -8 < 8 < most[0, 0] < 8.5
+
+
+@pytest.mark.parametrize("deviation", [1.0, 1.9, 3.0, 0.3])
+def test_the_grid_is_a_65536th_of_the_noise_to_the_power_of_two_below(deviation):
+    from fedkd.privacy import _on_grid
+
+    step = 2.0 ** np.floor(np.log2(deviation)) / 65536
+    found = _on_grid(np.linspace(0, 10 * step, 1001), deviation)
+
+    assert np.unique(found).tolist() == [step * k for k in range(11)]
+
+
 def test_secret_noise_never_repeats_and_a_seeds_noise_always_does():
     assert not (secret_normal((4, 4)) == secret_normal((4, 4))).any()
     assert (reproducible_normal((4, 4), 7) == reproducible_normal((4, 4), 7)).all()

@@ -13,7 +13,7 @@ from experiments.analysis.comparison import Comparison, alone
 from experiments.cli import app
 from experiments.compare import recipe as recipes
 from experiments.compare.recipe import FOLDER, plan, read
-from experiments.compare.running import compare
+from experiments.compare.running import _measured, compare
 from experiments.launch.project import Project
 from experiments.launch.runner import COMPLETED, Federation, Outcome
 from experiments.studies.leaderboard import page as leaderboard
@@ -132,6 +132,20 @@ def test_a_channel_control_runs_once_for_all_that_are_taught_alike(tmp_path, axi
     text = SMALL.replace('divergence = ["kl", "js"]\nseed = [0, 1]', f"{axis}\nseed = [0]")
 
     assert sum("channel" in str(trial.settings["controls"]) for trial in plan(recipe(tmp_path, text))) == carried
+
+
+def test_a_comparison_from_before_a_control_or_a_setting_was_there_goes_on(tmp_path):
+    """Its trials lack a key that has come since, and a control that is there by default now."""
+    begun = {trial.name: "isolated,pooled" for trial in plan(recipe(tmp_path))[:1]}
+    (kept,) = (trial for trial in plan(recipe(tmp_path), begun=begun) if trial.name in begun)
+    assert kept.settings["controls"] == "isolated,pooled"
+
+    folder = tmp_path / "out" / "trials" / "one"
+    make_run(folder, [[0.1], [0.5]])
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"].pop("weighing")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert _measured(tmp_path / "out")["one"]["weighing"] == RunConfig().weighing
 
 
 def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):

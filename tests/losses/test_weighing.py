@@ -367,6 +367,12 @@ def test_a_teacher_that_says_one_thing_of_all_tells_nothing_apart():
     assert weighing.predicted_prior(boaster)[0, 0, 2] > 0.99
 
 
+@pytest.mark.parametrize("counts", [torch.tensor([[1.0, -0.5]]), torch.tensor([1.0, 2.0])])
+def test_wrong_counts_are_named(counts):
+    with pytest.raises(ValueError, match="`counts`"):
+        weighing.class_counts(counts)
+
+
 @pytest.mark.parametrize(("name", "what"), [("counts", "class counts"), ("density", "certainty"), ("kt-pfl", "own")])
 def test_what_was_not_told_cannot_be_weighed_by(name, what):
     with pytest.raises(ValueError, match=what):

@@ -1,6 +1,7 @@
 """The channel control: what peers would be whose teachers were the proxy set's true labels."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,32 @@ def test_it_is_left_out_with_a_line_where_the_labels_are_not_known(tmp_path, cap
     assert known.timeless_rows() == finished.timeless_rows()
 
 
+def unnamed():
+    """The digits' images and labels as arrays, of which nobody says what the labels mean."""
+    found = same_classes()
+    return tuple(
+        part for half in (found.train, found.test) for part in (half.inputs[:, 0].numpy(), half.labels.numpy())
+    )
+
+
+def test_numbers_that_nobody_has_named_are_no_labels_of_another_source(tmp_path, capsys):
+    finished = federate(tmp_path / "a", 2, proxy="test_channel:unnamed", rounds=1, controls="channel")
+    (line,) = lines(capsys.readouterr().out)
+    assert "are not known" in line and finished.summary()["channel"] is None
+
+    both = {"dataset": "test_channel:unnamed", "proxy": "test_channel:unnamed"}
+    assert federate(tmp_path / "b", 2, **both, rounds=1, controls="channel").summary()["channel"] > 0.1
+
+
+def test_it_is_left_out_with_a_line_where_teachers_add_up(tmp_path, capsys):
+    summed = {"strategy": "pairwise", "reduction": "sum", "rounds": 1}
+    finished = federate(tmp_path, 2, controls="isolated,channel", **summed)
+
+    why = "a sum of divergences weighs by the number of teachers, and true labels are one"
+    assert lines(capsys.readouterr().out) == [f"control channel: left out, since {why}"]
+    assert finished.summary()["channel"] is None and finished.summary()["isolated"] > 0.1
+
+
 def test_it_is_left_out_with_a_line_among_real_peers(tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(LocalGrid, "state")
     grid = local_grid(tmp_path, 2)
@@ -185,14 +212,17 @@ def test_a_peer_without_a_result_is_named(tmp_path, capsys):
             raise RuntimeError("out of order")
 
     grid.fault = broken
-    finished = federate(tmp_path, 2, grid=grid, rounds=1, controls="isolated,channel")
+    skewed = {"partition": "dirichlet", "partition_alpha": 0.2}
+    finished = federate(tmp_path, 2, grid=grid, rounds=1, controls="isolated,channel", **skewed)
 
     (line,) = lines(capsys.readouterr().out)
     assert line.startswith("control channel: no result from peer-1: ") and "out of order" in line
     said = finished.summary()
     one, other = said["peers"]
     assert one["channel"] == said["channel"] and other["channel"] is None
-    assert said["share_of_channel"] in (None, share_of_channel(one["after"], one["isolated"], one["channel"]))
+    expected = share_of_channel(one["after"], one["isolated"], one["channel"])
+    assert said["share_of_channel"] == (expected if math.isfinite(expected) else None)
+    assert one["channel"] > one["isolated"]  # else there were nothing to tell
 
 
 def test_a_share_needs_all_three_numbers_and_a_channel_that_carries_something():

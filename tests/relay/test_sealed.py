@@ -206,3 +206,17 @@ def test_each_receiver_gets_the_one_wrap_that_is_for_it():
         assert set(mine) == {"sealed", "wrap"}
         np.testing.assert_array_equal(mine["wrap"], arrays["wraps"][receiver])
         np.testing.assert_array_equal(mine["sealed"], arrays["sealed"])
+
+
+@pytest.mark.parametrize("dimensions", [1, 16])
+def test_the_bound_grows_with_every_layer_by_at_least_what_it_adds(dimensions):
+    shape, made = (50, 10), codec("fp16")
+    arrays = dict(made.encode(np.zeros(shape, np.float32)))
+
+    def both(layers):
+        features = encode_features([np.ones((shape[0], dimensions), np.float32)] * layers)
+        return most_sealed(made, shape, layers=layers, dimensions=dimensions), len(pack({**arrays, **features}))
+
+    for layers in range(40):
+        (bound, real), (next_bound, next_real) = both(layers), both(layers + 1)
+        assert next_bound - bound >= next_real - real > 0 and bound >= real

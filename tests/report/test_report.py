@@ -10,6 +10,8 @@ import pytest
 from runs_on_disk import make_run
 from typer.testing import CliRunner
 
+from experiments.analysis.runs import read_run
+from experiments.analysis.variants import study
 from experiments.cli import app, main
 from experiments.report.page import describe, find_runs, write_report
 from experiments.report.tensorboard import Board
@@ -309,6 +311,21 @@ def test_the_share_of_the_channel_stands_beside_the_gain_over_isolated_by_seed(t
     table = csv.DictReader((tmp_path / "out" / "tables" / "variants.csv").open())
     shares = {row["variant"]: float(row["share_of_channel"] or "nan") for row in table}
     assert shares["kl"] == pytest.approx(0.5) and math.isnan(shares["js"])
+
+
+def test_the_share_of_the_channel_is_that_of_the_peers_that_have_both_controls_and_of_the_means_over_seeds(tmp_path):
+    paths = [
+        make_run(tmp_path / str(seed), [[0.2, 0.2], ends], seed=seed, isolated=alone, channel=level)
+        for seed, ends, alone, level in ((0, [0.6, 0.9], 0.5, 0.7), (1, [0.6, 0.6], 0.59, 0.6))
+    ]
+    summary = json.loads((paths[0] / "summary.json").read_text())
+    summary["peers"][1]["channel"] = None  # peer-1's control did not come
+    (paths[0] / "summary.json").write_text(json.dumps(summary))
+
+    (scenario,) = study([read_run(path) for path in paths]).scenarios
+
+    after, alone, shown = (0.6 + 0.6) / 2, (0.5 + 0.59) / 2, (0.7 + 0.6) / 2
+    assert scenario.variants[0].share_of_channel == pytest.approx((after - alone) / (shown - alone))
 
 
 @pytest.mark.parametrize(

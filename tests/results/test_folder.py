@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from federation import federate
 
-from fedkd.results.folder import RunFolder
+from fedkd.errors import SettingError
+from fedkd.results.folder import RunFolder, environment
 
 SECRET = "eyJhbGciOiJIUzI1NiJ9"
 
@@ -29,3 +30,18 @@ def test_a_run_tells_when_it_began(tmp_path):
 
     date = datetime.fromisoformat(RunFolder(tmp_path).read_config()["environment"]["date"])
     assert timedelta(0) <= datetime.now(UTC) - date < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"settings": {}}', '{"run": "a"}', '{"settings": 3, "run": "a"}'])
+def test_a_config_that_cannot_be_read_is_named_by_its_folder(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(SettingError, match=r"the folder of a run with a config\.json"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_a_runs_environment_names_what_its_numbers_depend_on():
+    versions = environment()["versions"]
+
+    assert {"fedkd", "python", "torch", "numpy", "flwr", "ray"} <= versions.keys()
+    assert all(versions.values())
