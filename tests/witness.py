@@ -13,6 +13,7 @@ import strategies.relay.controls
 import strategies.relay.introductions
 import strategies.relay.post
 import strategies.relay.rounds
+import strategies.relay.trials
 
 
 class Clock:
@@ -27,6 +28,7 @@ class Clock:
             strategies.relay.rounds,
             strategies.relay.asynchronous,
             strategies.relay.controls,
+            strategies.relay.trials,
         )
         for module in at_work:
             monkeypatch.setattr(module, "time", clock, raising=False)

@@ -160,3 +160,28 @@ def test_introductions_are_waited_for_as_long_as_a_round(monkeypatch):
         introductions._introductions(post, CONFIG, [4], Mail("introduce", 0, {}), known=())
 
     assert deadlines == [pytest.approx(CONFIG.round_timeout, abs=0.01)]
+
+
+def test_what_is_left_of_trials_goes_by_those_of_this_run(monkeypatch):
+    """Two of five are finished already; after the first of the others, of ten seconds, two are to come."""
+    from witness import Clock
+
+    from strategies.relay import trials
+
+    clock, said = Clock(monkeypatch), []
+
+    def attempt(trial, run):
+        clock.now += 10
+        return ""
+
+    monkeypatch.setattr(trials, "_attempt", attempt)
+    monkeypatch.setattr(trials, "_result", lambda trial: "well")
+    five = [types.SimpleNamespace(name=f"t{i}", finished=lambda i=i: i < 2) for i in range(5)]
+    trials.run_trials(five, lambda trial: None, say=said.append)
+
+    assert said[0] == "2 of 5 trials are finished already"
+    assert said[1:] == [
+        "trial 3/5  t2  well  10.0 s  ~20 s left",
+        "trial 4/5  t3  well  10.0 s  ~10 s left",
+        "trial 5/5  t4  well  10.0 s",
+    ]
