@@ -337,3 +337,10 @@ def test_teachers_are_weighed_before_the_student_takes_the_place_of_one():
     after(made, TAUGHT)
 
     assert torch.equal(seen[0], TAUGHT.logits)
+
+
+def test_what_vacant_classes_are_kept_from_there_is_nothing_of_before_round_1():
+    made = learner(vacant_classes=1.0)
+
+    assert made._labelling(model(), 0) is None
+    assert made._labelling(model(), 1) is not None

@@ -155,3 +155,15 @@ def test_a_start_makes_folders_for_their_owner_alone_and_removes_states_and_halv
     assert store.rounds() == [7] and store.latest(before=8) == 7
     with pytest.raises(StateError):
         store.latest(before=7)
+
+
+def test_what_a_damaged_state_was_trained_on_is_an_error_that_names_its_round(tmp_path):
+    store = Store(tmp_path, "run")
+    store.begin()
+    for round in range(2):
+        store.save(round, model(1.0), trained=Trained())
+    path = tmp_path / "round-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:5])
+
+    with pytest.raises(StateError, match="cannot read the state of round 1 in"):
+        store.trained(before=2)
