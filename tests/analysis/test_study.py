@@ -205,6 +205,11 @@ def test_what_rounding_alone_tells_apart_is_identical():
     assert result.identical and not result.larger_than_noise
 
 
+def test_holm_multiplies_the_smallest_by_their_number_the_next_by_one_less_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.02, 0.001, 0.5, 0.012]) == pytest.approx([0.04, 0.004, 0.5, 0.036])
+
+
 def test_holm_never_claims_more_than_the_single_tests():
     p_values = [0.004, 0.03, math.nan, 0.2, 0.01]
 
