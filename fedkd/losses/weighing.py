@@ -185,7 +185,7 @@ def variance(teacher_logits: Tensor) -> Tensor:
 
     Source: Fed-ET, Cho et al., IJCAI 2022, arXiv 2204.12703 [paper].
 
-    >>> variance(torch.tensor([[[1.0, -1.0]], [[2.0, -2.0]]])).flatten()
+    >>> variance(torch.tensor([[[1.0, -1.0]], [[2.0, -2.0]]])).flatten().float()
     tensor([1., 4.])
     """
     check_logits(teacher_logits=teacher_logits)

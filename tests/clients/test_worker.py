@@ -231,7 +231,7 @@ def test_a_deployed_peer_opens_nothing_that_the_server_names(tmp_path, sites, mi
     assert list(tmp_path.rglob(LOCK)) == []
 
 
-OURS = {"fedavg_model": "mlp", "divergence": "js"}
+OURS = {"fedavg_model": "mlp", "divergence": "js", "weighing": "entropy"}
 
 
 def accepts(field, value):
