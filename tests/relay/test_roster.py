@@ -92,6 +92,13 @@ def test_peers_that_do_not_fit_one_another_are_named(spoil, complaint):
     assert len(str(refused.value).split(";")) == 1
 
 
+def test_of_two_names_that_come_twice_the_first_and_its_peers_are_named():
+    """Sorted by name, whatever the order in which they came."""
+    one, two, three, four = peers(4)
+    with pytest.raises(RosterError, match=r"^two peers share the index 0: peer-0, peer-2$"):
+        roster([replace(two, index=1), one, replace(three, index=0), replace(four, index=1)])
+
+
 def test_every_peer_that_differs_is_named_and_nobody_else():
     odd = [
         replace(m, fingerprint="g" * (m.index == 1) or "f", classes=("z",) if m.index == 4 else m.classes)
