@@ -116,7 +116,7 @@ class Distillation:
 
         Args:
             teacher_logits: ``[K, N, C]``.
-            weights: ``[K]``, or by sample and class, as :meth:`Objective.prepare` takes them.
+            weights: ``[K]``, or by sample and class, as :meth:`~fedkd.losses.teachers.Objective.prepare` takes them.
         """
         labels = None
         if self.objective.divergence.name in ("cakd", "dkd"):
