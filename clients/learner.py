@@ -333,6 +333,6 @@ def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | 
     """Return what was heard from (logits, weight, features) of each teacher, or None if there was none."""
     if not letters:
         return None
-    logits, counts, found = zip(*letters, strict=True)
-    weights = torch.tensor(counts, device=logits[0].device)
+    logits, told, found = zip(*letters, strict=True)
+    weights = torch.tensor(told, device=logits[0].device)
     return Heard(torch.stack(logits), weights, features=found if any(found) else ())

@@ -25,13 +25,14 @@ from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
 from clients.device import pick_device
 from clients.final_model import Final
 from clients.flow import Flow
-from clients.learner import Heard, Learner, Memo, stack
+from clients.hearing import Hearing
+from clients.learner import Learner, Memo
 from clients.pretrained import pretrain
 from clients.rehearsal import check_start, rehearse
 from clients.releases import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
 from clients.state import Store, Taught, Trained
-from clients.telling import Telling, with_claims
+from clients.telling import Telling
 from fedkd import metrics, models
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
@@ -39,10 +40,9 @@ from fedkd.settings.rules import split_list
 from fedkd.source import source_hash, source_root
 from fedkd.training.loops import Diverged, predict
 from fedkd.training.memory import keep_freed_memory
-from fedkd.wire.claims import Claims, decode_claims, decode_rows, encode_claims, encode_rows, without_claims
+from fedkd.wire.claims import Claims, encode_claims, encode_rows
 from fedkd.wire.codecs import BadKnowledge, codec
-from fedkd.wire.features import decode_features, without_features
-from fedkd.wire.messages import Answer, Arrays, Letter, Mail
+from fedkd.wire.messages import Answer, Arrays, Mail
 
 if TYPE_CHECKING:
     from clients.keys import Secrets
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
 NO_ROUND = -1
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
-
-_PLACED = 3
-"""What letters take that are weighed by sample or class, over what they take whole, measured at 100 classes."""
 
 _UNLABELLED = "the labels of the proxy set are not known, or its classes are not the peers'"
 
@@ -106,6 +103,9 @@ class Peer:
         self.private = Private.of(config, peer_config, run)
         self.telling = self._telling() if config.told else None
         self.flow = Flow.from_config(config, self.models.bare()) if config.method == "infoflow" else None
+        self.hearing = Hearing(
+            config, peer_config, classes=self.classes, device=self.device, flow=self.flow, secrets=self.secrets
+        )
 
     def answer(self, mail: Mail) -> Answer:
         """Do what a mail asks for."""
@@ -214,7 +214,7 @@ class Peer:
             return self._average(mail, self._given(mail))
         model, memo = self._recall(mail.round)
         with self.watch.phase("decode"):
-            heard, refused = self._hear(mail, memo)
+            heard, refused = self.hearing.hear(mail, memo)
         trained, seen = self.store.trained(before=mail.round), self.learner.seen
         found = self.learner.learn(model, heard, round=mail.round, memo=memo)
         taught = Taught(mail.round, found["temperature"], found["kd_weight"]) if heard is not None else None
@@ -249,7 +249,7 @@ class Peer:
     def _merge(self, mail: Mail) -> Answer:
         """Distil all peers' knowledge into the common model that federated averaging starts from."""
         model = self.models.common()
-        heard, refused = self._hear(mail, {})
+        heard, refused = self.hearing.hear(mail, {})
         if heard is None:
             raise BadKnowledge(f"no peer's knowledge can be used: {'; '.join(refused)}")
         self.learner.merge(model, heard)
@@ -429,51 +429,6 @@ class Peer:
         began = self.models.bare()
         self.store.load(0, began)
         return began
-
-    def _hear(self, mail: Mail, memo: Memo) -> tuple[Heard | None, list[str]]:
-        """Decode what can be used; a bad letter is refused by its sender's name and costs nothing else."""
-        letters, claims, refused = [], [], []
-        if not self.peer_config.simulated:
-            features = self.config.flow_dimensions * len(self.flow.layers) if self.flow else 0
-            bounds = self.peer_config.limits.bounds
-            numbers = self.classes + features + len(self.config.told)
-            placed = self.config.weighing != "uniform" or self.config.selector != "none"
-            bounds.check_decoded(len(mail.letters), self.config.travelling, numbers * (_PLACED if placed else 1))
-        for letter in mail.letters:
-            if letter.weight == 0:
-                continue
-            try:
-                knowledge, said = self._decode(self._unsealed(letter, mail, memo), letter.weight)
-            except BadKnowledge as error:
-                refused.append(f"{letter.sender}: {error}")
-                continue
-            if said.rows(self.config.travelling):  # who knows nothing of any sample is no teacher in this round
-                letters.append(knowledge)
-                claims.append(said)
-        if heard := stack(letters):
-            heard = with_claims(heard, claims)
-        return heard, refused
-
-    def _decode(self, arrays: Arrays, weight: float) -> tuple[tuple[Tensor, float, list[Tensor]], Claims]:
-        count, rest = self.config.travelling, without_features(arrays)
-        shape = (count, self.classes)
-        said = decode_claims(rest, shape=shape, told=self.config.told)
-        logits = decode_rows(self.codec, without_claims(rest), said, shape=shape)
-        found = decode_features(arrays, count=count, dimensions=self.config.flow_dimensions)
-        if len(found) != (len(self.flow.layers) if self.flow else 0):
-            raise BadKnowledge(
-                f"expected features of {len(self.flow.layers) if self.flow else 0} layers, not {len(found)}"
-            )
-        features = [torch.from_numpy(layer).to(self.device) for layer in found]
-        return (torch.from_numpy(logits).to(self.device), weight, features), said
-
-    def _unsealed(self, letter: Letter, mail: Mail, memo: Memo) -> Arrays:
-        if self.secrets is None:
-            return letter.arrays
-        if self.config.mode == "async":  # rounds are each peer's own count there, and may only rise
-            return self.secrets.open(letter, memo, oldest=0, newest=None)
-        oldest = mail.round - 1 - self.config.max_staleness
-        return self.secrets.open(letter, memo, oldest=oldest, newest=mail.round - 1)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         return self._examine(NO_ROUND, model)[0]

@@ -57,6 +57,29 @@ def without_pictures() -> Iterator[None]:
         yield
 
 
+class Killed(BaseException):
+    """The process ends, at a place that a test chooses."""
+
+
+def killed(path: Path, peers: int, *, peer: int, round: int, **settings: Any) -> LocalGrid:
+    """Run a federation until one peer is sent the mail of a round, which kills the run; return its grid, to resume on.
+
+    Peers have forgotten what was in memory.
+    """
+    grid = local_grid(path, peers)
+
+    def kill(partition: int, message: Any) -> None:
+        if message.content["mail"]["round"] == round and partition == peer:
+            raise Killed
+
+    grid.fault = kill
+    with pytest.raises(Killed):
+        federate(path, peers, grid=grid, **settings)
+    grid.fault = None
+    grid.forget()
+    return grid
+
+
 def federate(
     path: Path, peers: int = 3, *, grid: LocalGrid | None = None, pictures: bool = False, **settings: Any
 ) -> Finished:

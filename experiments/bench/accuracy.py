@@ -6,6 +6,7 @@ that one is what a way to weigh teachers is worth. All trials share one ``flwr r
 share their controls. Images are slices of the real ones, the digits are scikit-learn's.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from experiments.compare.running import compare
 from experiments.launch.runner import Federation
 from experiments.slices import cifar10, fashion_mnist
 from fedkd.errors import FedkdError
+from fedkd.results.folder import share_of_channel
 from fedkd.settings.declare import Scalar
 
 Settings = Mapping[str, Scalar]
@@ -39,6 +41,8 @@ _FLEET = ",".join(
     for name in ("mlp", "lenet", "vgg", "resnet8", "mlp_wide", "lenet_narrow", "vgg_wide", "resnet8_narrow")
 )
 COMMON: Settings = {
+    "strategy": "averaged",
+    "topology": "complete",
     "peers": 8,
     "models": _FLEET,
     "proxy-size": 600,
@@ -99,18 +103,8 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         folder = Path(name)
         if not quick:
             _write_slices(folder)
-        grids = tuple(
-            {**{key: [value] for key, value in {**scenario, **way}.items()}, "seed": list(seeds)}
-            for scenario in scenarios.values()
-            for way in WAYS.values()
-        )
-        settings = {**COMMON, "data-dir": str(folder)}
-        recipe = Recipe(
-            "accuracy", "Ways to weigh teachers", "", (), None, settings, grids, text="", cwd=folder, quick=quick
-        )
-        compared = compare(
-            recipe, Federation(peers=1), folder / "trials", command="fedkd bench accuracy", out=lambda _: None
-        )
+        recipe, place = _recipe(scenarios, seeds, folder, quick=quick), folder / "trials"
+        compared = compare(recipe, Federation(peers=1), place, command="fedkd bench accuracy", out=lambda _: None)
         if compared.failed:
             raise FedkdError(f"the benchmark's trials failed: {', '.join(compared.failed)}")
         runs = [read_run(path) for path in comparison_runs(compared.folder)]
@@ -140,6 +134,17 @@ def main(json_path: Path | None = None, *, quick: bool = False) -> None:
     leave(result, json_path)
 
 
+def _recipe(scenarios: Mapping[str, Settings], seeds: Sequence[int], folder: Path, *, quick: bool) -> Recipe:
+    grids = tuple(
+        {**{key: [value] for key, value in {**scenario, **way}.items()}, "seed": list(seeds)}
+        for scenario in scenarios.values()
+        for way in WAYS.values()
+    )
+    settings = {**COMMON, "data-dir": str(folder)}
+    title = "Ways to weigh teachers"
+    return Recipe("accuracy", title, "", (), None, settings, grids, text="", cwd=folder, quick=quick)
+
+
 def _of(runs: Sequence[Run], settings: Settings) -> list[Run]:
     """Return the runs under some settings; which of them ran the controls does not matter."""
     dataset = str(settings["dataset"]).removeprefix("npz:")
@@ -166,6 +171,7 @@ def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, fl
         return fmean(fmean(peer[name] for peer in run.summary["peers"]) for run in runs)
 
     isolated, channel, accuracy = controls["isolated"], controls["channel"], mean("after")
+    share = share_of_channel(accuracy, isolated, channel)
     return {
         "scenario": scenario,
         "way": way,
@@ -175,7 +181,7 @@ def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, fl
         "accuracy": accuracy,
         "worst": fmean(min(peer["after"] for peer in run.summary["peers"]) for run in runs),
         "channel": channel,
-        "share": (accuracy - isolated) / (channel - isolated) if channel > isolated else None,
+        "share": share if math.isfinite(share) else None,
         "bytes": fmean(run.summary["totals"]["bytes_up"] + run.summary["totals"]["bytes_down"] for run in runs),
     }
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,9 @@ from experiments.bench import measuring
 from experiments.bench import robust as bench_robust
 from experiments.bench import scale as bench_scale
 from experiments.bench.benchmarks import bench
+from experiments.compare.recipe import plan
 from fedkd.errors import FedkdError, SettingError
+from fedkd.settings.config import RunConfig
 from fedkd.wire.codecs import codec, encoded_bytes
 
 
@@ -116,6 +119,28 @@ def test_accuracy_tells_which_share_of_the_way_to_true_labels_each_way_to_weigh_
     mean, ours, counts = found["rows"]
     assert mean["before"] == ours["before"] == counts["before"] and mean["channel"] == ours["channel"]
     assert mean["bytes"] == ours["bytes"] < counts["bytes"]  # logits alone; and ten numbers a letter
+
+
+def test_every_trial_of_the_benchmark_of_accuracy_belongs_to_one_scenario_and_way(tmp_path):
+    """Else a row is the mean of other strategies' runs too, as of gossip's in the row of all that hear all."""
+    ours = bench_accuracy
+    for name in ("fashion-mnist", "cifar10"):
+        (tmp_path / f"{name}.npz").touch()
+    planned = plan(ours._recipe(ours.SCENARIOS, ours.SEEDS, tmp_path, quick=False))
+    runs = [
+        SimpleNamespace(name=trial.name, settings=RunConfig.from_mapping(trial.settings).effective().to_mapping())
+        for trial in planned
+    ]
+
+    found = [
+        run.name
+        for scenario in ours.SCENARIOS.values()
+        for way in ours.WAYS.values()
+        for run in ours._of(runs, {**ours.COMMON, **scenario, **way})
+    ]
+
+    assert len(planned) == len(ours.SCENARIOS) * len(ours.WAYS) * len(ours.SEEDS)
+    assert sorted(found) == sorted(run.name for run in runs)
 
 
 def test_without_the_images_the_benchmark_of_accuracy_says_where_they_should_lie(tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import federate, local_grid
+from federation import Killed, federate, local_grid
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import kstest, norm
-from sites import make_sites
+from sites import deployed, make_sites
 
 import clients.releases
 from clients.data import proxy_subset
@@ -196,11 +196,6 @@ def sites(tmp_path_factory):
     return make_sites(tmp_path_factory.mktemp("sites"), peers=2)
 
 
-def deployed(sites, **own):
-    changed = {name.replace("_", "-"): value for name, value in own.items()}
-    return {i: {**site, "simulated": False, "worker": False, **changed} for i, site in enumerate(sites)}
-
-
 @pytest.mark.parametrize(
     ("settings", "own", "message"),
     [
@@ -252,10 +247,6 @@ def test_what_a_site_with_a_budget_measures_stays_with_it(tmp_path, sites, capsy
     assert [line["round"] for line in kept] == [0, 1, 2]
     assert all(0 <= line["test_accuracy"] <= 1 for line in kept)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing catches it, as nothing catches SIGKILL."""
 
 
 def test_a_private_run_that_is_resumed_ends_as_an_uninterrupted_one_and_costs_no_more(tmp_path, sites, monkeypatch):

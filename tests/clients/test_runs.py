@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation import SMALL, federate, local_grid
-from sites import make_sites
+from federation import SMALL, Killed, federate, local_grid
+from sites import deployed, make_sites
 
 from clients.keys import Secrets
 from clients.runs import _KEPT, _MOST, RunsError, close, make_room, remember_data, run_folder, use
@@ -19,10 +19,6 @@ from strategies.relay.rounds import RelayError
 @pytest.fixture
 def sites(tmp_path):
     return make_sites(tmp_path / "sites", peers=2)
-
-
-def deployed(own):
-    return {i: {**data, "simulated": False, "worker": False} for i, data in enumerate(own)}
 
 
 def test_two_runs_at_the_same_deployed_peers_end_as_each_does_alone(tmp_path, sites):
@@ -136,10 +132,6 @@ def test_a_peer_notices_that_its_key_is_not_the_one_it_pinned(tmp_path):
         SealError, match=r"^me's own key in use, of .*key\.json, is not the one .* pinned in .*peers\.json"
     ):
         Secrets(tmp_path, "me", "run").pin(keys)
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing catches it."""
 
 
 def killed(path, grid, **settings):

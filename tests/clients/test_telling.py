@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from federation import federate, local_grid
+from federation import federate, killed, local_grid
 from flwr.app import Array, ArrayRecord
-from sites import make_sites
+from sites import deployed, make_sites
 from torch import nn
 
 import clients.releases
@@ -253,23 +253,10 @@ def test_controls_know_nothing_of_what_is_told(tmp_path):
 def test_a_run_that_is_resumed_tells_what_it_told_before(tmp_path):
     settings = {"weighing": "density", "selector": "k-means", "rounds": 3, **SKEWED}
     whole = federate(tmp_path / "whole", 2, **settings)
-    grid = local_grid(tmp_path / "cut", 2)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(partition, message):
-        if message.content["mail"]["round"] == 2 and partition == 1:
-            raise Killed
-
-    grid.fault = kill
-    with pytest.raises(Killed):
-        federate(tmp_path / "cut", 2, grid=grid, **settings)
+    grid = killed(tmp_path / "cut", 2, peer=1, round=2, **settings)
     files = list((tmp_path / "cut").rglob("told.npz"))
     assert len(files) == 2 and all(file.stat().st_mode & 0o077 == 0 for file in files)
     files[0].unlink()  # what is lost is found out again, of the model that the peer began with
-    grid.fault = None
-    grid.forget()
 
     resumed = federate(tmp_path / "cut", 2, grid=grid, resume=str(tmp_path / "cut" / "run"), **settings)
 
@@ -279,11 +266,6 @@ def test_a_run_that_is_resumed_tells_what_it_told_before(tmp_path):
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory):
     return make_sites(tmp_path_factory.mktemp("sites"), peers=2)
-
-
-def deployed(sites, **own):
-    changed = {name.replace("_", "-"): value for name, value in own.items()}
-    return {i: {**site, "simulated": False, "worker": False, **changed} for i, site in enumerate(sites)}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,10 +27,14 @@ SKEWED = {"partition": "dirichlet", "partition_alpha": 0.3, "proxy_size": 100, "
 @pytest.fixture
 def told_the_truth(monkeypatch):
     """Peers that hear the true labels wherever they hear anything."""
-    hear = Peer._hear
+    begin = Peer.__init__
 
-    def heard(peer, mail, memo):
-        found, refused = hear(peer, mail, memo)
+    def begun(peer, *args, **kwargs):
+        begin(peer, *args, **kwargs)
+        peer.hearing.hear = partial(heard, peer, peer.hearing.hear)
+
+    def heard(peer, hear, mail, memo):
+        found, refused = hear(mail, memo)
         if found is None:
             return found, refused
         config, labels = peer.config, peer.site.commons.proxy_labels
@@ -40,7 +45,7 @@ def told_the_truth(monkeypatch):
         }
         return Heard(label_logits(shown, peer.classes, **said).unsqueeze(0), torch.ones(1)), refused
 
-    monkeypatch.setattr(Peer, "_hear", heard)
+    monkeypatch.setattr(Peer, "__init__", begun)
 
 
 @pytest.mark.parametrize(

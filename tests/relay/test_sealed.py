@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from federation import federate, local_grid
+from federation import federate, killed, local_grid
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedkd.wire.claims import CLAIMS, Claims, claims_layout, encode_claims
@@ -135,20 +135,7 @@ def test_private_keys_stay_with_the_peer_and_are_readable_by_it_alone(tmp_path):
 
 def test_a_sealed_run_that_is_resumed_ends_as_an_uninterrupted_one(tmp_path):
     whole = federate(tmp_path / "whole", 3, sealed=True, rounds=3)
-    grid = local_grid(tmp_path / "cut", 3)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(partition, message):
-        if message.content["mail"]["round"] == 2 and partition == 1:
-            raise Killed
-
-    grid.fault = kill
-    with pytest.raises(Killed):
-        federate(tmp_path / "cut", 3, grid=grid, sealed=True, rounds=3)
-    grid.fault = None
-    grid.forget()
+    grid = killed(tmp_path / "cut", 3, peer=1, round=2, sealed=True, rounds=3)
 
     resumed = federate(tmp_path / "cut", 3, grid=grid, resume=str(tmp_path / "cut" / "run"), sealed=True, rounds=3)
 
