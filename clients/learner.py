@@ -154,7 +154,9 @@ class Learner:
                 drawn=self._see, labelling=self._labelling(model, round),
             )  # fmt: skip
 
-    def learn(self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo) -> dict[str, float]:
+    def learn(
+        self, model: nn.Module, heard: Heard | None, *, round: int, memo: Memo, own: Tensor | None = None
+    ) -> dict[str, float]:
         """Train a model by one round, in place.
 
         Args:
@@ -162,6 +164,7 @@ class Learner:
             heard: the teachers; None if there was none.
             round: counted from 1.
             memo: what the peer chose in earlier rounds; choices of this round are added.
+            own: the model's logits on the round's proxy samples; None: predicted if they are needed.
 
         Returns:
             ``kd_loss``, ``local_loss``, and the ``temperature`` and ``kd_weight`` that were used.
@@ -170,10 +173,12 @@ class Learner:
         if heard is None:
             return {"kd_loss": math.nan, "local_loss": self.alone(model, round=round)}
         with self.watch.phase("distil"):
-            return self._taught(model, private, heard, round, memo)
+            return self._taught(model, private, heard, round, memo, own)
 
-    def _taught(self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo) -> dict[str, float]:
-        heard = self._judge(model, heard, round)
+    def _taught(
+        self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo, own: Tensor | None
+    ) -> dict[str, float]:
+        heard = self._judge(model, heard, round, own)
         if heard.features and self.config.flow_auxiliary:
             heard = self._through_auxiliary(heard, round)
         if self.config.regime == "tuned" and self._search_is_due(round, memo):
@@ -197,13 +202,13 @@ class Learner:
         seed, epochs = derive(self.config.seed, "merge"), self.config.merge_epochs
         distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
-    def _judge(self, model: nn.Module, heard: Heard, round: int) -> Heard:
+    def _judge(self, model: nn.Module, heard: Heard, round: int, own: Tensor | None) -> Heard:
         """Decide whom to believe: whole teachers, samples and classes, oneself (``regime = partitioned``)."""
-        own, logits = None, heard.logits
-        if self.belief.needs_own or self.config.regime == "partitioned":
+        logits = heard.logits
+        if own is None and (self.belief.needs_own or self.config.regime == "partitioned"):
             own = predict(model, self._proxy(round), fast=self.how.fast)
-        weights = self.belief.whole(logits, heard.weights, own)
         evidence = Evidence(logits, self.belief.temperature, own, heard.counts, heard.certainty)
+        weights = self.belief.whole(heard.weights, evidence)
         placed = self.belief.by_place(weights, evidence)
         if own is not None and self.config.regime == "partitioned":
             if placed is not None:  # what it says itself it does not weigh by the classes that a teacher knows

@@ -58,11 +58,15 @@ Series = dict[str, list[float]]
 
 @dataclass
 class _Warm:
-    """The model that this process ran last for a peer, and the round whose end it stands at."""
+    """The model that this process ran last for a peer, the round whose end it stands at, and what it said there.
+
+    ``logits`` are of the next round's proxy samples.
+    """
 
     round: int
     model: nn.Module
     memo: Memo
+    logits: Tensor
 
 
 _warm: dict[tuple[str, str], _Warm] = {}  # the process's cache, by state folder and run; the truth is on disk
@@ -212,11 +216,11 @@ class Peer:
             self.secrets.pin(mail.keys)
         if self.config.strategy == "fedavg":
             return self._average(mail, self._given(mail))
-        model, memo = self._recall(mail.round)
+        model, memo, own = self._recall(mail.round)
         with self.watch.phase("decode"):
             heard, refused = self.hearing.hear(mail, memo)
         trained, seen = self.store.trained(before=mail.round), self.learner.seen
-        found = self.learner.learn(model, heard, round=mail.round, memo=memo)
+        found = self.learner.learn(model, heard, round=mail.round, memo=memo, own=own)
         taught = Taught(mail.round, found["temperature"], found["kd_weight"]) if heard is not None else None
         trained = trained.then(mail.round, self.learner.seen - seen, taught)
         bins: Series = {}
@@ -351,14 +355,18 @@ class Peer:
         load_weights(model, mail.letters[0].arrays)
         return model
 
-    def _recall(self, round: int) -> tuple[nn.Module, Memo]:
-        """Return the model as it stood before a round, from this process if it ran last here, else from disk."""
+    def _recall(self, round: int) -> tuple[nn.Module, Memo, Tensor | None]:
+        """Return the model as it stood before a round, from this process if it ran last here, else from disk.
+
+        And what it says of the round's proxy samples, if this process knows that already.
+        """
         before = self.store.latest(before=round)
         warm = _warm.pop(self._warm_key, None)
         if warm is not None and warm.round == before:
-            return warm.model, dict(warm.memo)
+            same_samples = warm.round == round - 1 or self.config.travelling == self.config.proxy_size
+            return warm.model, dict(warm.memo), warm.logits if same_samples else None
         model = self.models.bare()
-        return model, self.store.load(before, model)
+        return model, self.store.load(before, model), None
 
     def _close(
         self,
@@ -376,12 +384,15 @@ class Peer:
         In this order: a model whose logits cannot be encoded, since they are not finite, does not become the state.
         """
         with self.watch.phase("encode"):
-            arrays = self._knowledge(mail, model)
+            subset = proxy_subset(self.config, mail.round + 1, self.device)
+            with self.watch.phase("predict"):
+                logits = self._logits(model, self.site.commons.proxy_inputs[subset], mail.round)
+            arrays = self._knowledge(mail, model, logits, subset)
         with self.watch.phase("store"):
             self._save(mail, model, self.peer_config.model_spec(self.config), found, memo, trained=trained)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
-        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo))
+        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo), logits)
         found |= {"refused_letters": len(refused or []), "samples_seen": trained.samples}
         if self.private:
             found["epsilon"] = self.private.epsilon
@@ -404,13 +415,11 @@ class Peer:
         if card:
             self.final.keep(mail, state)
 
-    def _knowledge(self, mail: Mail, model: nn.Module) -> Arrays:
-        """Return what a model knows about the next round's proxy samples, encoded and, if asked for, sealed."""
-        subset = proxy_subset(self.config, mail.round + 1, self.device)
-        inputs, claims = self.site.commons.proxy_inputs[subset], Claims()
-        with self.watch.phase("predict"):
-            logits = self._logits(model, inputs, mail.round)
-            if self.telling:
+    def _knowledge(self, mail: Mail, model: nn.Module, logits: Tensor, subset: Tensor) -> Arrays:
+        """Return what a model knows about a subset of the proxy samples, encoded and, if asked for, sealed."""
+        claims = Claims()
+        if self.telling:
+            with self.watch.phase("predict"):
                 claims = self.telling.claims(lambda: self._began(mail, model)).on(subset.cpu().numpy())
         if self.peer_config.simulated and is_attacker(self.config, self.peer_config.index, self.peer_config.of):
             logits = poison(logits, self.config, index=self.peer_config.index, round=mail.round)
@@ -419,7 +428,7 @@ class Peer:
             published = self.private.publish(published, round=mail.round)
         arrays: Arrays = {**encode_rows(self.codec, published, claims), **encode_claims(claims)}
         if self.flow:
-            arrays = {**arrays, **self.flow.encode(model, inputs)}
+            arrays = {**arrays, **self.flow.encode(model, self.site.commons.proxy_inputs[subset])}
         return self.secrets.seal(arrays, round=mail.round) if self.secrets else arrays
 
     def _began(self, mail: Mail, model: nn.Module) -> nn.Module:

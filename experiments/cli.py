@@ -185,6 +185,10 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(help="`gpu`: what all may take; the telling rows come first.")
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="`accuracy`: keep the trials there, and do only those that have not finished there."),
+    ] = None,
 ) -> None:
     """Run a benchmark and print its table."""
     from experiments.bench.benchmarks import bench as run_bench
@@ -195,6 +199,7 @@ def bench(
         "fleets": None if fleet is None else split_list(fleet),
         "compiled": compiled,
         "seconds": seconds,
+        "folder": folder,
     }
     run_bench(name, json_path, quick=quick, options={key: value for key, value in given.items() if value is not None})
 

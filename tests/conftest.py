@@ -26,10 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "flower"))):
             item.add_marker(pytest.mark.quick)
-        if "federation" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("federation"))  # it is one, and takes long to start
-        elif item.get_closest_marker("flower"):
-            item.add_marker(pytest.mark.xdist_group("simulation"))  # each has a Ray that takes all cores
+        if "federation" in item.fixturenames or item.get_closest_marker("flower"):
+            # The federation is one and takes long to start; a simulation's Ray takes all cores. In two processes the
+            # one would starve the other: a round of real peers has a limit of time.
+            item.add_marker(pytest.mark.xdist_group("flower"))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ that one is what a way to weigh teachers is worth. All trials share one ``flwr r
 share their controls. Images are slices of the real ones, the digits are scikit-learn's.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -32,9 +33,9 @@ Settings = Mapping[str, Scalar]
 SEEDS = (0, 1, 2)
 MEAN = "mean"
 WAYS: Mapping[str, Settings] = {
-    MEAN: {"weighing": "uniform", "teacher-temperature": 1.0},
-    "ours": {"weighing": "discrimination", "teacher-temperature": 0.5},
-    "counts": {"weighing": "counts", "teacher-temperature": 0.25},
+    MEAN: {"weighing": "uniform", "teacher-temperature": 1.0, "robust": "none"},
+    "ours": {"weighing": "discrimination", "teacher-temperature": 0.5, "robust": "eigentrust"},
+    "counts": {"weighing": "counts", "teacher-temperature": 0.25, "robust": "none"},
 }
 _FLEET = ",".join(
     f"experiments.studies.fleet:{name}"
@@ -82,8 +83,8 @@ QUICK: Settings = {
 }  # fmt: skip
 
 
-def run(*, quick: bool = False) -> dict[str, Any]:
-    """Run all trials; return ``{"ratio": ..., "rows": [...]}``.
+def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
+    """Run all trials that have not finished yet; return ``{"ratio": ..., "rows": [...]}``.
 
     A row has the ``scenario`` and the ``way``; the peers' mean accuracy when they begin (``before``), at the end
     (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of
@@ -93,14 +94,18 @@ def run(*, quick: bool = False) -> dict[str, Any]:
 
     Args:
         quick: one scenario of three peers on the digits, to see that it runs.
+        folder: where the trials lie, which take an hour or more; None: in one that is removed at the end.
 
     Raises:
         FedkdError: the images are not there, or a run failed.
     """
     scenarios = {"digits": {**SCENARIOS["digits"], **QUICK}} if quick else SCENARIOS
     seeds = SEEDS[:1] if quick else SEEDS
-    with tempfile.TemporaryDirectory(prefix="fedkd-accuracy-") as name:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedkd-accuracy-")))
+        folder = folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         if not quick:
             _write_slices(folder)
         recipe, place = _recipe(scenarios, seeds, folder, quick=quick), folder / "trials"
@@ -116,12 +121,12 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     return {"ratio": rows[1]["share"], "settings": {**COMMON}, "rows": rows}
 
 
-def main(json_path: Path | None = None, *, quick: bool = False) -> None:
+def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | None = None) -> None:
     """Print a table of :func:`run`, and write it to ``json_path`` if given."""
     from rich.console import Console
     from rich.table import Table
 
-    result = run(quick=quick)
+    result = run(quick=quick, folder=folder)
     table = Table(title="Mean accuracy of the peers, and what share of the way to true labels that is", box=None)
     for column in ("", "", "before", "isolated", "accuracy", "worst peer", "true labels", "share", "kB"):
         table.add_column(column, justify="right" if column else "left")
@@ -190,7 +195,8 @@ def _write_slices(folder: Path) -> None:
     data = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
     try:
         for name, arrays in (("fashion-mnist", fashion_mnist(data)), ("cifar10", cifar10(data / "cifar10.npz"))):
-            np.savez(folder / f"{name}.npz", **dict(arrays))
+            if not (folder / f"{name}.npz").exists():
+                np.savez(folder / f"{name}.npz", **dict(arrays))
     except (OSError, RuntimeError) as error:
         raise FedkdError(
             f"{error} (FEDKD_DATA names the folder with FashionMNIST/raw, unpacked, and cifar10.npz)"

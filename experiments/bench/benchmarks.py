@@ -23,6 +23,11 @@ BENCHES = {
     "accuracy": "experiments.bench.accuracy",
 }
 
+_OPTIONS: Mapping[str, frozenset[str]] = {
+    "gpu": frozenset(["actors", "fleets", "compiled", "seconds"]),
+    "accuracy": frozenset(["folder"]),
+}
+
 
 def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[str, Any] | None = None) -> None:
     """Run a benchmark: a table on the screen, and the figures as JSON where a path is given.
@@ -31,7 +36,8 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
         name: which one.
         json_path: the file of figures.
         quick: a small size.
-        options: of `gpu`, those that were given: ``actors``, ``fleets``, ``compiled``, ``seconds``.
+        options: those that were given: of `gpu` ``actors``, ``fleets``, ``compiled``, ``seconds``; of `accuracy`
+            ``folder``.
 
     Raises:
         SettingError: no benchmark of that name, an option that it does not have, or no place for its figures.
@@ -39,9 +45,10 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
     if name not in BENCHES:
         raise SettingError("NAME", name, "one of " + ", ".join(BENCHES))
     options = options or {}
-    if options and name != "gpu":
-        option, value = next(iter(options.items()))
-        raise SettingError(_spelled(option, value), str(value), "left out: it is of `bench gpu`")
+    for option, value in options.items():
+        if option not in _OPTIONS.get(name, ()):
+            owner = next(other for other, theirs in _OPTIONS.items() if option in theirs)
+            raise SettingError(_spelled(option, value), str(value), f"left out: it is of `bench {owner}`")
     if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")

@@ -21,7 +21,7 @@ from fedkd.settings.rules import WEIGHINGS
 PEERS = 10
 ATTACKS = ("flip", "collude", "constant", "noise", "boast", "boast-all")
 SHARES = (0.2, 0.4)
-DEFENCES = ("none", "median", "trimmed", "agreement")
+DEFENCES = ("none", "median", "trimmed", "agreement", "eigentrust")
 WAYS = tuple(name for name in WEIGHINGS if name not in ("counts", "density"))
 PLAIN = "uniform"
 TEACHER_TEMPERATURE = 0.5
@@ -43,7 +43,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
 
     Shares are of 1. ``ratio`` is the accuracy of plain means under the worst attack with the best defence against it,
     over that when nobody attacks. ``median`` and ``trimmed`` are tried on plain means alone, of the others every way to
-    weigh by itself and with ``agreement``.
+    weigh by itself and with ``agreement`` and ``eigentrust``, which judge whole teachers.
 
     Args:
         quick: one attack, two defences and two ways.
@@ -58,7 +58,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         {"attack": attack, "attackers": share, **_weighed(way), "robust": robust}
         for attack, share in scenes
         for way, robust in itertools.product(ways, defences)
-        if way == PLAIN or robust in ("none", "agreement")
+        if way == PLAIN or robust in ("none", "agreement", "eigentrust")
     ]
     with tempfile.TemporaryDirectory(prefix="fedkd-robust-") as name:
         folder = Path(name)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from fedkd.losses.closed_form import check_logits, check_temperature, compute_dtype
 from fedkd.metrics import agreement
+
+_NOTHING = 1e-6
 
 
 def agreement_weights(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
@@ -32,3 +35,70 @@ def agreement_weights(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
     others = ~torch.eye(teachers + 1, dtype=torch.bool, device=shared.device)
     scores = torch.stack([shared[k][others[k]].sort().values[teachers // 2] for k in range(teachers)]) - 1 / classes
     return (scores >= scores.max() / 2).float() if scores.max() > 0 else torch.ones_like(scores)
+
+
+def eigentrust(
+    teacher_logits: Tensor,
+    own_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    sent: Tensor | None = None,
+    own_share: float = 0.2,
+) -> Tensor:
+    """Trust teachers as far as those agree with them whom the peer trusts itself.
+
+    How far two agree is the correlation of what they say, over the samples x and in the classes in which both say
+    something, r_jk = Σ_xc d_j·d_k / Σ_c s_jc·s_kc with d_k(x, c) = p_k(c|x) − mean over x, s_kc² = Σ_x d_k(x, c)². An
+    expert for a few classes is not asked about the others, so that teachers of skewed data, whose top classes seldom
+    are the same, still vouch for each other; to say always the same vouches for nobody. Each gives its trust away in
+    proportion to max(0, r)², so that what two agree on by chance is next to nothing, and one that agrees with nobody
+    gives it to the peer itself; all that flows begins at the peer: t = a·e_own + (1 − a)·Aᵀt. Liars that agree among
+    themselves have only what honest peers give them.
+
+    Args:
+        teacher_logits: ``[K, N, C]``.
+        own_logits: ``[N, C]``, the peer's own. One that says the same of everything begins at all teachers alike.
+        temperature: T of the predictions p = softmax(z/T).
+        sent: the samples whose logits a teacher sent, a mask ``[K, N]``; None: all.
+        own_share: a, by which trust returns to the peer at each step.
+
+    Returns:
+        ``[K]``, >= 0, of which the largest is 1; all 1 where nobody is trusted.
+
+    Source: EigenTrust, Kamvar, Schlosser and Garcia-Molina, WWW 2003 [paper], the peer itself being the pre-trusted
+    one; squared correlations as the local trust [ours].
+
+    >>> z = 9 * torch.eye(3).repeat(4, 1)
+    >>> eigentrust(torch.stack([z, z, z.roll(1, 1)]), z)
+    tensor([1., 1., 0.])
+    """
+    check_logits(teacher_logits=teacher_logits, own_logits=own_logits)
+    check_temperature(temperature)
+    if not 0 < own_share <= 1:
+        raise ValueError(f"Expected argument `own_share` to be in (0, 1], but got {own_share}.")
+    everybody = torch.cat([teacher_logits, own_logits.unsqueeze(0)]).detach()
+    said = torch.softmax(everybody.to(compute_dtype(everybody)) / temperature, dim=-1)
+    told = torch.ones_like(said[..., :1])
+    if sent is not None:
+        told[:-1] = sent.unsqueeze(-1).to(told)
+    centred = (said - (said * told).sum(dim=1, keepdim=True) / told.sum(dim=1, keepdim=True).clamp_min(1)) * told
+    flat, spread = centred.flatten(1).double(), centred.double().square().sum(dim=1).sqrt()
+    # Rounding leaves a teacher that always says the same a spread of almost nothing: that is none.
+    spread = torch.where(spread > _NOTHING * said.shape[1] ** 0.5, spread, 0)
+    shared = spread @ spread.T
+    local = (
+        torch.where(shared > 0, flat @ flat.T / shared.clamp_min(torch.finfo(shared.dtype).tiny), 0)
+        .clamp(0, 1)
+        .square()
+    )
+    local.fill_diagonal_(0)
+    given = local.sum(dim=1)
+    local[given == 0, -1] = 1
+    if given[-1] == 0:
+        local[-1] = (torch.arange(len(local), device=local.device) < len(local) - 1).to(local)
+    steps = local / local.sum(dim=1, keepdim=True)
+    begin = torch.zeros_like(given)
+    begin[-1] = own_share
+    trust = torch.linalg.solve(torch.eye(len(steps)).to(steps) - (1 - own_share) * steps.T, begin)[:-1].clamp_min(0)
+    best = trust.max()
+    return (trust / best if best > 0 else torch.ones_like(trust)).to(said.dtype)

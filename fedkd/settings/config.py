@@ -95,7 +95,8 @@ class RunConfig(
         )
         yield "proxy-per-round", f"at most `proxy-size` ({self.proxy_size})", self.proxy_per_round > self.proxy_size
         yield "sealed", f"false under {self.strategy}, whose server has to read the knowledge", self.sealed and server
-        yield "robust", "none unless peers average their teachers", self.robust != "none" and not averaged
+        means = self.robust in ("median", "trimmed")
+        yield "robust", "none, agreement or eigentrust unless peers average their teachers", means and not averaged
         yield "sharpen", "0 unless peers average their teachers", self.sharpen > 0 and not averaged
         yield "sharpen", f"0, or at least {TEMPERATURES[0]:g}", 0 < self.sharpen < TEMPERATURES[0]
         both = self.sharpen > 0 and self.teacher_temperature != 1
@@ -103,7 +104,7 @@ class RunConfig(
         yield "topology", f"complete under {self.strategy}", server and self.topology != "complete"
         yield "method", f"logits under strategy {self.strategy}", self.method == "infoflow" and server
         infoflow = self.method == "infoflow"
-        yield "robust", "none or agreement under infoflow", infoflow and self.robust in ("median", "trimmed")
+        yield "robust", "none, agreement or eigentrust under infoflow", infoflow and means
         yield "attack", "none under infoflow", infoflow and self.attack != "none"
         yield "compiled", "false under infoflow, which looks into the models", infoflow and self.compiled
         yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and self.travelling < 2
@@ -145,11 +146,8 @@ class RunConfig(
         yield "selector", f"none under {self.strategy}, whose server averages over all peers", server and selects
         infoflow = self.method == "infoflow"
         yield "selector", "none under infoflow, whose features travel for every sample", infoflow and selects
-        yield (
-            "selector",
-            "none with a `robust` mean, which compares all teachers on a sample",
-            selects and (self.robust != "none"),
-        )
+        compares = selects and self.robust not in ("none", "eigentrust")
+        yield "selector", f"none with `robust={self.robust}`, which compares all teachers on every sample", compares
         whole = "none under a `weighing` that compares all that teachers say with what the peer itself does"
         yield "selector", whole, selects and self.weighing in ("similarity", "kt-pfl")
         inside = density or self.selector in ("kulsif", "k-means")
@@ -168,7 +166,7 @@ class RunConfig(
         """
         used = dataclasses.replace(self, kd_weight=self.distillation_weight)
         if not self.peers_combine:
-            used = dataclasses.replace(used, weighing="uniform", teacher_temperature=1.0)
+            used = dataclasses.replace(used, weighing="uniform", teacher_temperature=1.0, robust="none")
         if self.strategy == "fedavg" and self.fedavg_start != "distilled":
             return dataclasses.replace(used, codec="fp32")
         if self.strategy != "consensus":

@@ -160,9 +160,10 @@ class Learning:
     )
     robust: str = setting(
         "none",
-        one_of("none", "median", "trimmed", "agreement"),
-        "defence of `averaged` against poisoned knowledge",
+        one_of("none", "median", "trimmed", "agreement", "eigentrust"),
+        "defence against poisoned knowledge; `median` and `trimmed` where peers average their teachers",
         decides=EXCHANGE,
+        takes=PEERS_COMBINE,
     )
     trim: float = setting(
         0.2,

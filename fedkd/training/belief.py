@@ -1,16 +1,21 @@
 """Whom a peer believes: how much each teacher it hears counts, for each proxy sample and class."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError, SettingError
-from fedkd.losses.robust import agreement_weights
+from fedkd.losses.robust import agreement_weights, eigentrust
 from fedkd.losses.weighing import WAYS, Evidence, Way
 from fedkd.plugins import load_callable
 from fedkd.settings.learning import Learning
 
+_JUDGES: Mapping[str, Callable[[Evidence, Tensor], Tensor]] = {
+    "agreement": lambda e, own: agreement_weights(e.logits, own),
+    "eigentrust": lambda e, own: eigentrust(e.logits, own, temperature=e.temperature, sent=e.sent),
+}
 _EXPECTED = "a function (Evidence) -> weights >= 0 that broadcast to [K, N, C]"
 
 
@@ -22,13 +27,13 @@ class Belief:
         name: as the setting ``weighing`` has it.
         way: what that names.
         temperature: T of the distillation.
-        agreement: whether teachers that the others disagree with are left out first (``robust = agreement``).
+        robust: the defence, as the setting has it: ``agreement`` and ``eigentrust`` weigh whole teachers first.
     """
 
     name: str
     way: Way
     temperature: float
-    agreement: bool
+    robust: str
 
     @classmethod
     def from_config(cls, config: Learning) -> "Belief":
@@ -38,24 +43,24 @@ class Belief:
             SettingError: one's own function cannot be loaded, or returns what are no weights.
         """
         way = WAYS.get(config.weighing) or _own(config.weighing)
-        return cls(config.weighing, way, config.temperature, config.robust == "agreement")
+        return cls(config.weighing, way, config.temperature, config.robust)
 
     @property
     def needs_own(self) -> bool:
         """Whether it takes the peer's own logits."""
-        return self.agreement or self.way.needs_own
+        return self.robust in _JUDGES or self.way.needs_own
 
-    def whole(self, logits: Tensor, weights: Tensor, own_logits: Tensor | None) -> Tensor:
-        """Return the weights of whole teachers ``[K]``: those they come with, and none for who is not believed.
+    def whole(self, weights: Tensor, evidence: Evidence) -> Tensor:
+        """Return the weights of whole teachers ``[K]``: those they come with, times how far each is believed.
 
         Args:
-            logits: the teachers', ``[K, N, C]``.
             weights: that they come with, ``[K]``, as their knowledge ages.
-            own_logits: ``[N, C]``; see :attr:`needs_own`.
+            evidence: of the same teachers, with the peer's own logits where it :attr:`needs_own`.
         """
-        if not self.agreement or own_logits is None:
+        judge = _JUDGES.get(self.robust)
+        if judge is None or evidence.own_logits is None:
             return weights
-        return weights * agreement_weights(logits, own_logits)
+        return weights * judge(evidence, evidence.own_logits)
 
     def by_place(self, weights: Tensor, evidence: Evidence) -> Tensor | None:
         """Return weights ``[K, N or 1, C or 1]`` by sample and class; None where whole teachers' weights are all.

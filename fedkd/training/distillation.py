@@ -19,7 +19,7 @@ from fedkd.settings.learning import Learning
 
 _SURE = 0.99
 _ONE_HOT = 200.0  # exp(−200) is 0 in float32
-_ROBUST = {"trimmed": "trimmed-mean", "agreement": "none"}  # agreement weighs whole teachers instead
+_ROBUST = {"trimmed": "trimmed-mean", "agreement": "none", "eigentrust": "none"}  # these two weigh whole teachers
 
 
 @register("mae", symmetric=True, root_is_metric=True)

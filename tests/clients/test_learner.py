@@ -155,6 +155,21 @@ def test_whom_agreement_does_not_believe_is_not_heard():
     assert same(ways["agreement"], ways["none"]) and not same(believed, ways["none"])
 
 
+@pytest.mark.parametrize("settings", [{"robust": "eigentrust"}, {"weighing": "similarity"}, {"regime": "partitioned"}])
+def test_what_a_peer_says_itself_is_not_predicted_again_where_it_is_known(settings, monkeypatch):
+    own, predicted = predict(model(), data(PROXY, 3)[0]), []
+    monkeypatch.setattr(
+        "clients.learner.predict", lambda *args, **kwargs: predicted.append(1) or predict(*args, **kwargs)
+    )
+    told, untold = model(), model()
+
+    learner(**settings).learn(told, heard(wise(5), wise(6)), round=1, memo={}, own=own)
+    assert predicted == []
+    learner(**settings).learn(untold, heard(wise(5), wise(6)), round=1, memo={})
+
+    assert predicted == [1] and same(told, untold)
+
+
 def test_a_share_of_a_weight_stays_one_where_agreement_judges():
     weighed = heard(wise(5), wise(6), weights=[1.0, 0.25])
     student = model()
@@ -316,7 +331,7 @@ def test_by_default_the_teacher_is_the_plain_mean_of_the_probabilities():
 def test_what_a_peer_says_itself_is_not_weighed_by_the_classes_that_a_teacher_knows():
     """``partitioned``: the student's own rows have one weight for all classes."""
     made = learner(regime="partitioned", weighing="discrimination")
-    judged = made._judge(model(), heard(*experts()), 1)
+    judged = made._judge(model(), heard(*experts()), 1, None)
 
     own = (judged.logits != torch.stack(experts())).any(-1)
     rows = judged.placed.expand_as(judged.logits)

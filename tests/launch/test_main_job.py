@@ -141,9 +141,20 @@ def test_same_seed_same_numbers_and_another_seed_others(tmp_path, run):
     assert other.timeless_rows() != run.timeless_rows()
 
 
-def test_a_peer_that_moved_to_a_cold_process_gives_the_same_numbers(tmp_path, run, monkeypatch):
-    """The truth is on disk: forgetting every warm model changes nothing."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"robust": "eigentrust"},
+        {"robust": "agreement", "proxy_per_round": 30},
+        {"regime": "partitioned", "proxy_per_round": 30, "rounds": 5, "participation": 0.7, "seed": 2},
+    ],
+)
+def test_a_peer_that_moved_to_a_cold_process_gives_the_same_numbers(tmp_path, settings, monkeypatch):
+    """The truth is on disk: forgetting every warm model, and what it said last, changes nothing."""
     import clients.peer
+
+    run = federate(tmp_path / "warm", **settings)
 
     class Forgetful(dict):
         def __setitem__(self, key, value):
@@ -151,7 +162,7 @@ def test_a_peer_that_moved_to_a_cold_process_gives_the_same_numbers(tmp_path, ru
 
     monkeypatch.setattr(clients.peer, "_warm", Forgetful())
 
-    assert federate(tmp_path).timeless_rows() == run.timeless_rows()
+    assert federate(tmp_path / "cold", **settings).timeless_rows() == run.timeless_rows()
 
 
 def test_a_different_proxy_set_is_refused_by_name(tmp_path):

@@ -1,5 +1,6 @@
 """Poisoned knowledge, and what the defences make of it."""
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.attacks import is_attacker, poison
-from fedkd.losses.robust import agreement_weights
+from fedkd.losses.robust import agreement_weights, eigentrust
 from fedkd.settings.config import RunConfig
 
 ATTACKS = ["flip", "noise", "constant", "collude"]
@@ -36,7 +37,15 @@ def test_attackers_are_the_last_peers():
 
 
 @pytest.mark.parametrize(
-    ("robust", "attackers"), [("median", 0.2), ("trimmed", 0.2), ("agreement", 0.2), ("agreement", 0.4)]
+    ("robust", "attackers"),
+    [
+        ("median", 0.2),
+        ("trimmed", 0.2),
+        ("agreement", 0.2),
+        ("agreement", 0.4),
+        ("eigentrust", 0.2),
+        ("eigentrust", 0.4),
+    ],
 )
 @pytest.mark.slow
 def test_a_defence_keeps_honest_peers_above_an_undefended_mean(tmp_path, robust, attackers):
@@ -135,3 +144,112 @@ def test_where_nobody_agrees_beyond_chance_all_are_believed():
     assert agreement_weights(
         predictions(quarter), predictions((torch.arange(16) % 4 + torch.arange(16) // 4) % 4)
     ).all()
+
+
+def pagerank(said, sent, own_share):
+    """Trust by networkx: a personalised PageRank of squared correlations, which are numpy's, class by class."""
+    count, _, classes = said.shape
+    own, graph = count - 1, nx.DiGraph()
+    graph.add_nodes_from(range(count))
+    centred = [
+        [np.where(sent[k], said[k, :, c] - said[k, sent[k], c].mean(), 0.0) for c in range(classes)]
+        for k in range(count)
+    ]
+    for j in range(count):
+        for k in range(count):
+            together = sum(float(np.dot(a, b)) for a, b in zip(centred[j], centred[k], strict=True))
+            norm = sum(
+                float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in zip(centred[j], centred[k], strict=True)
+            )
+            if j != k and norm > 1e-9 and together > 0:
+                graph.add_edge(j, k, weight=(together / norm) ** 2)
+    if not graph.out_edges(own):
+        graph.add_weighted_edges_from((own, k, 1.0) for k in range(count) if k != own)
+    ranks = nx.pagerank(
+        graph, alpha=1 - own_share, personalization={own: 1.0}, dangling={own: 1.0}, tol=1e-13, max_iter=10_000
+    )
+    trust = np.array([ranks[k] for k in range(own)])
+    return trust / trust.max()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    teachers=st.integers(1, 6),
+    own_share=st.sampled_from([0.2, 0.5, 0.9]),
+    masked=st.booleans(),
+    silent=st.sampled_from([None, "own", "first"]),
+)
+def test_eigentrust_is_a_personalised_pagerank_of_squared_correlations(seed, teachers, own_share, masked, silent):
+    stream = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(teachers + 1, 12, 3, generator=stream)
+    logits[: teachers // 2 + 1] += 3 * torch.eye(3).repeat(4, 1)
+    if silent:  # says the same of everything, and agrees with nobody
+        logits[-1 if silent == "own" else 0] = torch.tensor([5.0, 0.0, 0.0])
+    sent = torch.rand(teachers, 12, generator=stream) < 0.7 if masked else torch.ones(teachers, 12, dtype=torch.bool)
+    sent[:, :2] = True
+
+    found = eigentrust(logits[:-1], logits[-1], temperature=1.5, sent=sent if masked else None, own_share=own_share)
+
+    said = torch.softmax(logits.double() / 1.5, dim=-1).numpy()
+    everybody = np.concatenate([sent.numpy(), np.ones((1, 12), dtype=bool)])
+    np.testing.assert_allclose(found.numpy(), pagerank(said, everybody, own_share), atol=2e-5)
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, "boast", "boast-all"])
+def test_experts_for_other_classes_are_trusted_and_liars_are_not(attack):
+    """Seven peers who each know three of ten classes, as neighbours on a ring do; two of nine lie together."""
+    stream = torch.Generator().manual_seed(0)
+    truth = torch.arange(400) % 10
+    experts = []
+    for k in range(7):
+        known = {(k + i) % 10 for i in range(4)}
+        margin = torch.tensor([5.0 if int(label) in known else 0.0 for label in truth]).unsqueeze(-1)
+        seen = torch.tensor([0.0 if c in known else -3.0 for c in range(10)])
+        truly = torch.nn.functional.one_hot(truth, 10)
+        experts.append(margin * truly + seen + torch.randn(400, 10, generator=stream))
+    config = RunConfig(attack=attack, seed=1)
+    liars = [poison(experts[k], config, index=7 + k, round=1) for k in range(2)]
+
+    trust = eigentrust(torch.stack([*experts[1:], *liars]), experts[0])
+
+    assert trust[:6].min() > 3 * trust[6:].max()
+    if attack in ("boast", "constant"):
+        assert trust[6:].max() == 0
+    believed = agreement_weights(torch.stack([*experts[1:], *liars]), experts[0])
+    assert believed[:6].min() == 0  # the other rule takes an expert for a liar
+
+
+def test_eigentrust_knows_neither_the_order_of_teachers_nor_the_names_of_classes_nor_constants():
+    stream = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 20, 4, generator=stream)
+    logits[:4, :, 0] += torch.randn(20, generator=stream)
+    order, classes = torch.randperm(5, generator=stream), torch.randperm(4, generator=stream)
+
+    found = eigentrust(logits[:-1], logits[-1])
+
+    torch.testing.assert_close(eigentrust(logits[:-1][order], logits[-1]), found[order])
+    torch.testing.assert_close(eigentrust(logits[:-1][..., classes], logits[-1][..., classes]), found)
+    torch.testing.assert_close(eigentrust(logits[:-1] + 7, logits[-1] - 2), found)
+
+
+def test_copies_of_a_liar_have_no_more_than_honest_peers_give_them():
+    """Sybils: their number does not lift what flows to them, which begins at the peer."""
+    stream = torch.Generator().manual_seed(5)
+    honest = 4 * torch.eye(4).repeat(50, 1) + torch.randn(4, 200, 4, generator=stream)
+    liar = 4 * torch.nn.functional.one_hot(torch.randint(4, (200,), generator=stream), 4).float()
+
+    def trusted(copies):
+        trust = eigentrust(torch.stack([*honest[1:], *[liar] * copies]), honest[0])
+        return trust[3:].sum() / trust.sum()
+
+    assert trusted(20) < 0.1 and trusted(1) < 0.01
+
+
+@pytest.mark.parametrize("own_share", [0.0, -1.0, 1.5])
+def test_a_share_that_is_none_is_refused(own_share):
+    with pytest.raises(ValueError, match="own_share"):
+        eigentrust(torch.zeros(2, 3, 4), torch.zeros(3, 4), own_share=own_share)
+
+
+def test_where_nobody_says_anything_all_are_trusted_alike():
+    assert eigentrust(torch.zeros(3, 5, 4), torch.zeros(5, 4)).tolist() == [1.0, 1.0, 1.0]

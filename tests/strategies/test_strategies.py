@@ -85,6 +85,8 @@ def test_async_gossip_ends_after_its_updates_and_a_silent_peer_slows_nobody(tmp_
         ({"regime": "tuned", "tune-weights": "0.5,2"}, "tune-weights"),
         ({"strategy": "fedavg", "topology": "ring"}, "topology"),
         ({"strategy": "consensus", "robust": "median"}, "robust"),
+        ({"strategy": "gossip", "combine": "pairwise", "robust": "trimmed"}, "robust"),
+        ({"method": "infoflow", "robust": "median"}, "robust"),
         ({"method": "infoflow", "attack": "flip"}, "attack"),
         ({"proxy-per-round": 500}, "proxy-per-round"),
         ({"strategy": "gossip", "mode": "async", "proxy-per-round": 5}, "proxy-per-round"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedkd.errors import FedkdError, SettingError
-from fedkd.losses.robust import agreement_weights
+from fedkd.losses.robust import agreement_weights, eigentrust
 from fedkd.losses.weighing import WAYS, Evidence
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import WEIGHINGS
@@ -53,7 +53,7 @@ def belief(**settings):
 def test_uniform_weights_are_those_that_the_letters_came_with():
     made = belief()
 
-    assert made.whole(TEACHERS, WEIGHTS, None) is WEIGHTS and not made.needs_own
+    assert made.whole(WEIGHTS, Evidence(TEACHERS)) is WEIGHTS and not made.needs_own
     assert made.by_place(WEIGHTS, Evidence(TEACHERS)) is None
 
 
@@ -73,7 +73,7 @@ def test_a_way_is_asked_about_whoever_is_left_and_old_knowledge_counts_less(name
 
 def test_agreement_leaves_a_liar_out_before_teachers_are_weighed():
     made = belief(robust="agreement", weighing="energy")
-    weights = made.whole(TEACHERS, WEIGHTS, HONEST)
+    weights = made.whole(WEIGHTS, Evidence(TEACHERS, own_logits=HONEST))
 
     assert made.needs_own
     assert weights.tolist() == (WEIGHTS * agreement_weights(TEACHERS, HONEST)).tolist() == [1.0, 0.5, 0.0, 0.0]
@@ -81,6 +81,20 @@ def test_agreement_leaves_a_liar_out_before_teachers_are_weighed():
     torch.testing.assert_close(
         found[:2].sum(0), (WAYS["energy"].weigh(Evidence(TEACHERS[:2])) * WEIGHTS[:2].reshape(-1, 1, 1)).sum(0)
     )
+
+
+def test_eigentrust_weighs_whole_teachers_by_the_temperature_and_by_what_they_sent():
+    sent = torch.ones(K, N)
+    sent[1, : N // 2] = 0
+    evidence = Evidence(TEACHERS, temperature=2.0, own_logits=HONEST, certainty=sent)
+    made = belief(robust="eigentrust", weighing="discrimination", temperature=2.0)
+
+    weights = made.whole(WEIGHTS, evidence)
+
+    trust = eigentrust(TEACHERS, HONEST, temperature=2.0, sent=sent > 0)
+    assert made.needs_own and trust[2] == 0 and 0 < trust[1] < trust[0]
+    assert torch.equal(weights, WEIGHTS * trust)
+    assert torch.equal(made.by_place(weights, evidence)[1, : N // 2], torch.zeros(N // 2, C))
 
 
 @pytest.mark.parametrize("name", ["uniform", "predicted-prior", "density"])
