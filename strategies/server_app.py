@@ -153,7 +153,7 @@ def _overruled(given: RunConfig, used: RunConfig) -> list[str]:
     idle = {
         key: f"`{key}` = {values[key]!r} has no effect: it takes {needs}"
         for key, needs in without_effect(used)
-        if key not in overruled
+        if key not in overruled and values[key] != defaults[key]
     }
     lines = [*overruled.values(), *idle.values()]
     if used.joint and used.local_epochs != defaults["local-epochs"] and "local-epochs" not in idle:

@@ -2,7 +2,7 @@
 
     python tests/mutation.py                            # all of MODULES: an hour or more
     python tests/mutation.py fedkd/losses/robust.py     # one
-    python tests/mutation.py --sample 40 fedkd/wire/codecs.py  # a sample, the same every time
+    python tests/mutation.py --sample 40 fedkd/wire/codecs.py  # a sample, the same every time (--seed 1: another)
     python tests/mutation.py --survivors                # what the last run of a module left, again
 
 cosmic-ray makes the changes. Its own way to try one, a new process and a changed file on disk, would take a day. Here a
@@ -419,7 +419,8 @@ def main() -> int:
     """Try mutants; return 1 if fewer than nine of ten were noticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="FILE", help="default: all that decide numbers or guard data")
-    parser.add_argument("--sample", type=int, default=0, help="so many mutants of each, drawn with a fixed seed")
+    parser.add_argument("--sample", type=int, default=0, help="so many mutants of each, drawn with a seed")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; another one has other mutants")
     parser.add_argument("--survivors", action="store_true", help="only those that survived the last time")
     parser.add_argument("--tests", default="", metavar="REGEX", help="only test files whose name it is found in")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests for one mutant, at most")
@@ -444,7 +445,7 @@ def main() -> int:
             last = json.loads(_note(path).read_text()) if _note(path).exists() else []
             where = [one for one in where if list(one) in last]
         elif 0 < options.sample < len(where):
-            where = random.Random(0).sample(where, options.sample)
+            where = random.Random(options.seed).sample(where, options.sample)
         chosen = sorted(mutants(path, where), key=lambda mutant: mutant.line)
         counted, killed = _module(path, chosen, measured, options.budget, known)
         total, noticed = total + counted, noticed + killed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.analysis.settings import label
+from experiments.analysis.settings import config_of, label
 from experiments.analysis.statistics import Comparison, compare
 from experiments.analysis.variants import Scenario, Study, Variant, differing, shared_seeds
 
@@ -60,7 +60,8 @@ def checks(study: Study) -> list[Check]:
                     and s["average"] == "probs"
                     and s["matching"] == "all"
                     and s["sharpen"] == 0
-                    and s["robust"] == "none"
+                    and s["robust"] not in ("median", "trimmed")
+                    and config_of(s).combined_temperature == 1
                 ),
             )
         found += _floor(scenario, where) + _ceiling(scenario, where)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkd.errors import FedkdError
 from fedkd.results.folder import Row, read_row, refuse_mixture
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import recorded
 from fedkd.settings.declare import Scalar
 
 _OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
@@ -180,7 +180,7 @@ def read_run(path: Path) -> Run:
     """
     try:
         config = json.loads((path / "config.json").read_text())
-        settings = {**RunConfig().to_mapping(), **config["settings"]}
+        settings = recorded(config["settings"])
         environment = dict(config.get("environment", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedkdError(f"Expected the folder of a run with its config.json, but got {path}: {error}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.settings.declare import BOOKKEEPING, DATA, EXCHANGE, START, TRAINING, Scalar, declared
 from fedkd.settings.effect import idle
 from fedkd.settings.rules import numbers
@@ -45,11 +45,16 @@ def effective(settings: Mapping[str, Scalar], keys: Iterable[str]) -> tuple[Scal
 
 
 def _resolved(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return settings with what two of them stand for in their place: how steps are shared, and with which weight."""
+    """Return settings with what three of them stand for: how steps are shared, and by which weight and sharpness."""
     config = config_of(settings)
     if config.strategy == "fedavg":
         return dict(settings)
-    return {**settings, "schedule": "mixed" if config.joint else "alternate", "kd-weight": config.distillation_weight}
+    return {
+        **settings,
+        "schedule": "mixed" if config.joint else "alternate",
+        "kd-weight": config.distillation_weight,
+        "teacher-temperature": config.combined_temperature,
+    }
 
 
 def _idle(settings: Mapping[str, Scalar]) -> dict[str, str]:
@@ -57,8 +62,9 @@ def _idle(settings: Mapping[str, Scalar]) -> dict[str, str]:
 
 
 def config_of(settings: Mapping[str, Scalar]) -> RunConfig:
-    """Return settings that were checked when their run began, as they are; defaults for those that are missing."""
-    return replace(RunConfig(), **{key.replace("-", "_"): value for key, value in settings.items()})
+    """Return settings that were checked when their run began; see :func:`recorded` for those that it has not."""
+    values = {key.replace("-", "_"): value for key, value in recorded(settings).items()}
+    return replace(RunConfig(), **values)
 
 
 def control_group(settings: Mapping[str, Scalar], name: str) -> tuple[Scalar | None, ...]:

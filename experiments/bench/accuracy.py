@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ import numpy as np
 
 from experiments.analysis.comparison import comparison_runs
 from experiments.analysis.runs import Run, read_run
+from experiments.analysis.variants import carrier_of, carriers
 from experiments.bench.measuring import leave
 from experiments.compare.recipe import Recipe
 from experiments.compare.running import compare
@@ -37,6 +39,7 @@ WAYS: Mapping[str, Settings] = {
     "ours": {"weighing": "discrimination", "teacher-temperature": 0.5, "robust": "eigentrust"},
     "counts": {"weighing": "counts", "teacher-temperature": 0.25, "robust": "none"},
 }
+_CONTROLS = ("isolated", "channel")
 _FLEET = ",".join(
     f"experiments.studies.fleet:{name}"
     for name in ("mlp", "lenet", "vgg", "resnet8", "mlp_wide", "lenet_narrow", "vgg_wide", "resnet8_narrow")
@@ -54,7 +57,7 @@ COMMON: Settings = {
     "schedule": "mixed",
     "kd-weight": 0.5,
     "distill-epochs": 1,
-    "controls": "isolated,channel",
+    "controls": ",".join(_CONTROLS),
 }
 _SKEWED: Settings = {"partition": "dirichlet", "partition-alpha": 0.1}
 _FASHION, _CIFAR = "npz:fashion-mnist.npz", "npz:cifar10.npz"
@@ -84,7 +87,7 @@ QUICK: Settings = {
 
 
 def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
-    """Run all trials that have not finished yet; return ``{"ratio": ..., "rows": [...]}``.
+    """Run all trials that have not finished yet; return ``{"ratio", "settings", "trials_of_commits", "rows"}``.
 
     A row has the ``scenario`` and the ``way``; the peers' mean accuracy when they begin (``before``), at the end
     (``accuracy``), alone (``isolated``) and with the true labels for a teacher (``channel``); that of
@@ -116,9 +119,12 @@ def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
     rows = []
     for name, scenario in scenarios.items():
         members = {way: _of(runs, {**COMMON, **scenario, **settings}) for way, settings in WAYS.items()}
-        controls = _controls([run for found in members.values() for run in found])
+        controls = {
+            control: _control([r for found in members.values() for r in found], control, runs) for control in _CONTROLS
+        }
         rows += [_row(name, way, found, controls) for way, found in members.items()]
-    return {"ratio": rows[1]["share"], "settings": {**COMMON}, "rows": rows}
+    commits = Counter(str(run.environment.get("commit")) for run in runs)
+    return {"ratio": rows[1]["share"], "settings": {**COMMON}, "trials_of_commits": commits, "rows": rows}
 
 
 def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | None = None) -> None:
@@ -161,14 +167,18 @@ def _of(runs: Sequence[Run], settings: Settings) -> list[Run]:
     ]
 
 
-def _controls(runs: Sequence[Run]) -> dict[str, float]:
-    """Return what the controls of a scenario came to, over the seeds; one of its trials has run them for all."""
-    found: dict[str, dict[int, float]] = {"isolated": {}, "channel": {}}
-    for run in runs:
-        for name, by_seed in found.items():
-            if run.summary.get(name) is not None:
-                by_seed.setdefault(run.seed, run.summary[name])
-    return {name: fmean(by_seed.values()) for name, by_seed in found.items()}
+def _control(scenario: Sequence[Run], name: str, runs: Sequence[Run]) -> float:
+    """Return what a control of a scenario came to, over the seeds; one of all trials has run it for those like it.
+
+    Raises:
+        FedkdError: none has for one of the scenario's.
+    """
+    having, found = carriers(runs, name), {}
+    for run in scenario:
+        if (carrier := carrier_of(run.settings, name, having)) is None:
+            raise FedkdError(f"no trial has run the control {name} of {run.path}")
+        found[run.seed] = carrier.control(name)
+    return fmean(found.values())
 
 
 def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, float]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ SETTINGS: dict[str, Scalar] = {
     "proxy-size": 1000,
     "proxy-per-round": 250,
     "pretrain-epochs": 5,
+    "weighing": "uniform",  # what a codec loses shows in the plain mean
+    "robust": "none",
     "divergence": "kl",
     "schedule": "mixed",
     "kd-weight": 0.5,

@@ -34,6 +34,8 @@ SETTINGS = {
     "partition": "iid",
     "strategy": "averaged",
     "schedule": "alternate",  # as the plain loop does
+    "weighing": "uniform",  # the loop without us takes the plain mean
+    "robust": "none",
     "divergence": "kl",
     "pretrain-epochs": 0,
     "distill-epochs": 1,

@@ -31,6 +31,8 @@ BASE: dict[str, Any] = {
     "pretrain-epochs": 10,
     "average": "logits",
     "schedule": "alternate",
+    "weighing": "uniform",  # of noise all teachers say as much
+    "robust": "none",
     "divergence": "js",
     "controls": "",
 }

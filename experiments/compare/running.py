@@ -19,7 +19,7 @@ from experiments.report.tensorboard import board
 from fedkd.errors import FedkdError
 from fedkd.results.claim import held
 from fedkd.results.folder import RunFolder
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.settings.declare import Scalar
 from strategies.relay.trials import Trial
 
@@ -148,11 +148,10 @@ def compare(
 def _measured(folder: Path) -> dict[str, dict[str, Scalar]]:
     """Return the settings of the trials in a folder that have measured something, by name.
 
-    Settings that are younger than a trial have their defaults.
+    Of settings that are younger than a trial it is what that did without them.
     """
-    defaults = RunConfig().to_mapping()
     return {
-        path.name: {**defaults, **RunFolder(path).read_config()["settings"]}
+        path.name: recorded(RunFolder(path).read_config()["settings"])
         for path in sorted((folder / "trials").glob("*"))
         if (path / "rounds.jsonl").exists()
     }

@@ -16,7 +16,7 @@ from experiments.analysis.runs import Point, counts_from
 from experiments.analysis.settings import control_group, effective
 from experiments.analysis.variants import carrier_of, carriers
 from fedkd.errors import FedkdError
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.settings.declare import Scalar
 
 Record = dict[str, object]
@@ -105,7 +105,7 @@ def read_trials(path: Path) -> list[Recorded]:
     defaults = RunConfig().to_mapping()
     settings = read_record(path)["settings"]
     assert isinstance(settings, dict)
-    common = {**defaults, **settings}
+    common = recorded(settings)
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)

@@ -1,5 +1,7 @@
 """A peer's defence against poisoned knowledge: which teachers does it believe?"""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from fedkd.losses.closed_form import check_logits, check_temperature, compute_dt
 from fedkd.metrics import agreement
 
 _NOTHING = 1e-6
+_BLOCK = 2**20
+"""Numbers that are looked at together: letters may be large."""
 
 
 def agreement_weights(teacher_logits: Tensor, own_logits: Tensor) -> Tensor:
@@ -76,22 +80,38 @@ def eigentrust(
     check_temperature(temperature)
     if not 0 < own_share <= 1:
         raise ValueError(f"Expected argument `own_share` to be in (0, 1], but got {own_share}.")
-    everybody = torch.cat([teacher_logits, own_logits.unsqueeze(0)]).detach()
-    said = torch.softmax(everybody.to(compute_dtype(everybody)) / temperature, dim=-1)
-    told = torch.ones_like(said[..., :1])
-    if sent is not None:
-        told[:-1] = sent.unsqueeze(-1).to(told)
-    centred = (said - (said * told).sum(dim=1, keepdim=True) / told.sum(dim=1, keepdim=True).clamp_min(1)) * told
-    flat, spread = centred.flatten(1).double(), centred.double().square().sum(dim=1).sqrt()
-    # Rounding leaves a teacher that always says the same a spread of almost nothing: that is none.
-    spread = torch.where(spread > _NOTHING * said.shape[1] ** 0.5, spread, 0)
-    shared = spread @ spread.T
-    local = (
-        torch.where(shared > 0, flat @ flat.T / shared.clamp_min(torch.finfo(shared.dtype).tiny), 0)
-        .clamp(0, 1)
-        .square()
+    everybody, own = len(teacher_logits) + 1, own_logits.unsqueeze(0)
+    samples, classes = own_logits.shape
+    size = max(1, _BLOCK // (everybody * classes))
+
+    def said() -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what all say of a block of samples, ``[K+1, B, C]``, and whether they say it, ``[K+1, B, 1]``."""
+        for begin in range(0, samples, size):
+            block = slice(begin, begin + size)
+            logits = torch.cat([teacher_logits[:, block], own[:, block]]).detach()
+            probs = torch.softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1).double()
+            told = torch.ones_like(probs[..., :1])
+            if sent is not None:
+                told[:-1] = sent[:, block].unsqueeze(-1).to(told)
+            yield probs, told
+
+    together, total, spread, count = (
+        torch.zeros(everybody, columns, dtype=torch.float64, device=teacher_logits.device)
+        for columns in (everybody, classes, classes, 1)
     )
-    local.fill_diagonal_(0)
+    for probs, told in said():
+        total += (probs * told).sum(dim=1)
+        count += told.sum(dim=1)
+    mean = (total / count.clamp_min(1)).unsqueeze(1)
+    for probs, told in said():
+        centred = (probs - mean) * told
+        together += centred.flatten(1) @ centred.flatten(1).T
+        spread += centred.square().sum(dim=1)
+    # Rounding leaves a teacher that always says the same a spread of almost nothing: that is none.
+    spread = torch.where(spread > _NOTHING**2 * samples, spread, 0).sqrt()
+    shared = spread @ spread.T
+    local = torch.where(shared > 0, together / shared.clamp_min(torch.finfo(shared.dtype).tiny), 0).clamp(0, 1)
+    local = local.square().fill_diagonal_(0)
     given = local.sum(dim=1)
     local[given == 0, -1] = 1
     if given[-1] == 0:
@@ -101,4 +121,4 @@ def eigentrust(
     begin[-1] = own_share
     trust = torch.linalg.solve(torch.eye(len(steps)).to(steps) - (1 - own_share) * steps.T, begin)[:-1].clamp_min(0)
     best = trust.max()
-    return (trust / best if best > 0 else torch.ones_like(trust)).to(said.dtype)
+    return (trust / best if best > 0 else torch.ones_like(trust)).to(compute_dtype(teacher_logits))

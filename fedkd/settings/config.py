@@ -34,6 +34,9 @@ PEER = "{peer}"
 GROUPS = (Data, Training, Hearing, Learning, InformationFlow, Course, Attacks, Travelling, Closing, Running)
 """The classes that declare the settings, in the order of the documentation."""
 
+_SHARP = 0.5
+"""The temperature of a weighed teacher."""
+
 
 @dataclass(frozen=True)
 class RunConfig(
@@ -99,8 +102,8 @@ class RunConfig(
         yield "robust", "none, agreement or eigentrust unless peers average their teachers", means and not averaged
         yield "sharpen", "0 unless peers average their teachers", self.sharpen > 0 and not averaged
         yield "sharpen", f"0, or at least {TEMPERATURES[0]:g}", 0 < self.sharpen < TEMPERATURES[0]
-        both = self.sharpen > 0 and self.teacher_temperature != 1
-        yield "teacher-temperature", "1 beside `sharpen`: the teacher is sharpened in one way", both
+        both = self.sharpen > 0 and self.teacher_temperature not in (1, -1)
+        yield "teacher-temperature", "1, or left out, beside `sharpen`: the teacher is sharpened in one way", both
         yield "topology", f"complete under {self.strategy}", server and self.topology != "complete"
         yield "method", f"logits under strategy {self.strategy}", self.method == "infoflow" and server
         infoflow = self.method == "infoflow"
@@ -164,7 +167,9 @@ class RunConfig(
         A consensus baseline brings its method's loss and schedule; weights travel as they are, whatever the codec; a
         ``kd-weight`` that is left out gets its value.
         """
-        used = dataclasses.replace(self, kd_weight=self.distillation_weight)
+        used = dataclasses.replace(
+            self, kd_weight=self.distillation_weight, teacher_temperature=self.combined_temperature
+        )
         if not self.peers_combine:
             used = dataclasses.replace(used, weighing="uniform", teacher_temperature=1.0, robust="none")
         if self.strategy == "fedavg" and self.fedavg_start != "distilled":
@@ -241,6 +246,13 @@ class RunConfig(
         return 0.5 if self.joint and self.regime != "dml" else 1.0
 
     @property
+    def combined_temperature(self) -> float:
+        """By which the combined teacher is sharpened: ``teacher-temperature``, or what leaving it out stands for."""
+        if self.teacher_temperature > 0:
+            return self.teacher_temperature
+        return 1.0 if self.weighing == "uniform" or self.sharpen > 0 else _SHARP
+
+    @property
     def travelling(self) -> int:
         """How many proxy samples' logits travel in a round."""
         return self.proxy_per_round or self.proxy_size
@@ -260,6 +272,17 @@ class RunConfig(
     def evaluates(self, round: int) -> bool:
         """Tell whether peers evaluate at the end of a round."""
         return round % self.eval_every == 0 or round == self.rounds
+
+
+def recorded(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return all settings of a run, given those that it recorded; of one younger than the run, what it did without.
+
+    >>> recorded({"strategy": "gossip"})["weighing"], RunConfig().weighing
+    ('uniform', 'discrimination')
+    """
+    specs = dataclasses.fields(RunConfig)
+    older = {key(spec.name): of(spec).absent for spec in specs}
+    return {**RunConfig().to_mapping(), **{name: v for name, v in older.items() if v is not None}, **settings}
 
 
 def _checked(spec: "dataclasses.Field[Scalar]", name: str, value: Scalar) -> Scalar:

@@ -93,6 +93,7 @@ class Declared:
         opens: what it names, if a path or code, of :data:`OPENS`.
         own: the setting of a deployed peer's own that stands in its place there.
         controls: the controls that depend on it, beside other settings.
+        absent: what runs did that are older than the setting; None: its default.
     """
 
     rule: Rule
@@ -105,6 +106,7 @@ class Declared:
     opens: str = ""
     own: str = ""
     controls: Controls = lambda config: ()
+    absent: Scalar | None = None
 
     def names_code(self, value: Scalar) -> bool:
         """Tell whether a value of this setting is code of one's own."""
@@ -125,6 +127,7 @@ def setting(
     opens: str = "",
     own: str = "",
     controls: Controls | tuple[str, ...] | None = None,
+    absent: Scalar | None = None,
 ) -> Any:
     """Declare a setting, as a field of a dataclass; the arguments are those of :class:`Declared`.
 
@@ -140,7 +143,7 @@ def setting(
     if controls is None:
         controls = () if decides in (EXCHANGE, BOOKKEEPING) else CONTROLS
     depending = controls if callable(controls) else _always(controls)
-    declared = Declared(rule, help, decides, takes, costs, epochs, beside, opens, own, depending)
+    declared = Declared(rule, help, decides, takes, costs, epochs, beside, opens, own, depending, absent)
     return field(default=default, metadata={"declared": declared})
 
 

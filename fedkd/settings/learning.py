@@ -21,6 +21,7 @@ from fedkd.settings.rules import (
     ANY,
     DIVERGENCE,
     NUMBERS,
+    TEACHER_TEMPERATURE,
     TEMPERATURE_LIST,
     TEMPERATURES,
     WEIGHING,
@@ -140,26 +141,29 @@ class Learning:
         takes=Condition("peers that combine pairwise", lambda c: c.peers_combine and c.combination == "pairwise"),
     )
     weighing: str = setting(
-        "uniform",
+        "discrimination",
         WEIGHING,
-        "how much each teacher counts, for each proxy sample and class",
+        "how much each teacher counts, for each proxy sample and class; `uniform`: all alike, as most papers have it",
         decides=EXCHANGE,
         takes=PEERS_COMBINE,
         opens=CODE,
+        absent="uniform",
     )
     teacher_temperature: float = setting(
-        1.0,
-        between(0.05, 20),
-        "τ by which the teachers are sharpened once they are combined, p^(1/τ); 1: as they are",
+        -1.0,
+        TEACHER_TEMPERATURE,
+        "τ by which the teachers are sharpened once they are combined, p^(1/τ); 1: as they are; "
+        "-1: 0.5, or 1 under `weighing=uniform` and beside `sharpen`",
         decides=EXCHANGE,
         takes=PEERS_COMBINE,
         costs=FREE,
+        absent=1.0,
     )
     sharpen: float = setting(
         0.0, at_least(0), "`averaged`: ERA temperature that sharpens the teacher; 0: off", decides=EXCHANGE, costs=FREE
     )
     robust: str = setting(
-        "none",
+        "eigentrust",
         one_of("none", "median", "trimmed", "agreement", "eigentrust"),
         "defence against poisoned knowledge; `median` and `trimmed` where peers average their teachers",
         decides=EXCHANGE,

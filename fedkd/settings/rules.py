@@ -80,6 +80,7 @@ TEMPERATURES = (0.001, 10_000.0)
 EPSILON = Rule("0, or a number in [0.001, 10000]", lambda v: v == 0 or 1e-3 <= v <= 1e4)
 """Below it the search for its noise takes minutes, or does not end."""
 WEIGHT = Rule("a number > 0, or -1", lambda v: math.isfinite(v) and (v > 0 or v == -1))
+TEACHER_TEMPERATURE = Rule("a number in [0.05, 20], or -1", lambda v: 0.05 <= v <= 20 or v == -1)
 ANY = Rule("any text", lambda v: True)
 NON_EMPTY = Rule("a non-empty text", lambda v: bool(v.strip()))
 NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is not None)

@@ -79,7 +79,7 @@ class Distillation:
                 robust=_ROBUST.get(config.robust, config.robust),
                 trim=config.trim,
                 sharpen=config.sharpen or None,
-                teacher_temperature=config.teacher_temperature,
+                teacher_temperature=config.combined_temperature,
                 temperature=temperature,
                 **_options(config),
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedkd.errors import SettingError
 from fedkd.results.folder import RunFolder, environment
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.source import source_hash
 from strategies.relay.trials import resumable
 
@@ -24,7 +24,7 @@ def resumed(config: RunConfig, path: Path) -> RunConfig:
     """
     if not path.is_dir():
         raise SettingError("resume", config.resume, "the folder of a run")
-    earlier = replace(RunConfig.from_mapping(RunFolder(path).read_config()["settings"]), resume="")
+    earlier = replace(RunConfig.from_mapping(recorded(RunFolder(path).read_config()["settings"])), resume="")
     if not resumable(earlier):
         raise SettingError("resume", config.resume, "a run with rounds of ours: not async, not fedavg")
     _refuse_changes(config, earlier)

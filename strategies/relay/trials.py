@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import STATES, held, refuse_taken
 from fedkd.results.folder import RunFolder
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 
 Say = Callable[[str], None]
 
@@ -71,7 +71,7 @@ class Trial:
             earlier = json.loads((self.folder / "config.json").read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return _comparable(earlier) == _comparable(self.config.effective().to_mapping())
+        return _comparable(recorded(earlier)) == _comparable(self.config.effective().to_mapping())
 
 
 def resumable(config: RunConfig) -> bool:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments.analysis.settings import control_group
 from experiments.bench import accuracy as bench_accuracy
 from experiments.bench import bytes as bench_bytes
 from experiments.bench import losses as bench_losses
@@ -112,6 +113,7 @@ def test_accuracy_tells_which_share_of_the_way_to_true_labels_each_way_to_weigh_
     found = figures("accuracy", tmp_path)
 
     assert [row["way"] for row in found["rows"]] == list(bench_accuracy.WAYS)
+    assert sum(found["trials_of_commits"].values()) == len(bench_accuracy.WAYS)
     for row in found["rows"]:
         assert row["seeds"] == [0] and 0 <= row["worst"] <= row["accuracy"] <= 1
         share = (row["accuracy"] - row["isolated"]) / (row["channel"] - row["isolated"])
@@ -139,6 +141,13 @@ def test_every_trial_of_the_benchmark_of_accuracy_belongs_to_one_scenario_and_wa
         for run in ours._of(runs, {**ours.COMMON, **scenario, **way})
     ]
 
+    for name in ("isolated", "channel"):  # which one scenario's trials may run for another's
+        having = {control_group(run.settings, name) for run in runs if name in str(run.settings["controls"]).split(",")}
+        assert all(control_group(run.settings, name) in having for run in runs)
+        assert any(
+            not any(name in str(run.settings["controls"]).split(",") for run in ours._of(runs, {**ours.COMMON, **one}))
+            for one in ours.SCENARIOS.values()
+        )
     assert len(planned) == len(ours.SCENARIOS) * len(ours.WAYS) * len(ours.SEEDS)
     assert sorted(found) == sorted(run.name for run in runs)
 

@@ -127,10 +127,28 @@ def test_no_text_of_a_run_is_read_that_is_too_long(tmp_path, name):
     assert "characters of one text in a mail (this peer's `max-text`)" in said.error and len(said.error) < 300
 
 
+PLAIN = {"weighing": "uniform", "robust": "none"}
+
+
+def test_letters_that_are_weighed_by_place_take_as_much_again_twice(tmp_path):
+    site = make_sites(tmp_path / "sites", peers=2)[0]
+    letter = Letter("south", 0, {"logits": np.zeros((60, 10), np.float32)})
+    decoded = 60 * 10 * 4
+
+    def refused(most, **settings):
+        own = {**site, "max-memory": most}
+        config = {**RunConfig().to_mapping(), **SMALL, "pretrain-epochs": 0, **settings}
+        assert not asked(tmp_path, Mail("start", 0, config, "run"), Peer, **own).error
+        return asked(tmp_path, Mail("learn", 1, config, "run", (letter,)), Peer, **own).error
+
+    assert "max-memory" in refused(3 * decoded - 1) and not refused(3 * decoded)
+    assert "max-memory" in refused(decoded - 1, **PLAIN) and not refused(decoded, **PLAIN)
+
+
 def test_letters_that_grow_when_they_are_decoded_are_refused_before_that(tmp_path):
     """`topk:1` sends two numbers for each sample and becomes ten."""
     site = make_sites(tmp_path / "sites", peers=2)[0]
-    settings = {**RunConfig().to_mapping(), **SMALL, "pretrain-epochs": 0, "codec": "topk:1"}
+    settings = {**RunConfig().to_mapping(), **SMALL, "pretrain-epochs": 0, "codec": "topk:1", **PLAIN}
     own = {**site, "max-memory": 3 * 60 * 10 * 4 - 1}
     letter = Letter("south", 0, {"values": np.zeros((60, 1), np.float16), "indices": np.zeros((60, 1), np.uint8)})
 

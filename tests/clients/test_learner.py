@@ -12,7 +12,8 @@ from torch import nn
 
 from clients.data import proxy_subset
 from clients.learner import Heard, Learner, stack
-from fedkd.losses.weighing import Way
+from fedkd.losses.robust import eigentrust
+from fedkd.losses.weighing import Way, discrimination
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
 from fedkd.training.distillation import Distillation, teacher_or_self
@@ -73,6 +74,7 @@ def heard(*logits, weights=None):
     return Heard(torch.stack(logits), torch.ones(len(logits)) if weights is None else torch.tensor(weights))
 
 
+PLAIN = {"weighing": "uniform", "robust": "none"}
 TAUGHT = heard(wise(5), wise(6))
 
 
@@ -177,20 +179,20 @@ def test_a_share_of_a_weight_stays_one_where_agreement_judges():
     with_judge, without = copy.deepcopy(student), copy.deepcopy(student)
 
     learner(robust="agreement").learn(with_judge, weighed, round=1, memo={})
-    learner().learn(without, weighed, round=1, memo={})
+    learner(robust="none").learn(without, weighed, round=1, memo={})
 
-    assert same(with_judge, without) and not same(without, after(learner(), TAUGHT)[0])
+    assert same(with_judge, without) and not same(without, after(learner(robust="none"), TAUGHT)[0])
 
 
 def test_partitioned_a_peer_hears_a_teacher_where_that_is_surer_than_itself():
     unsure = heard(wise(5, sharp=0.1), wise(6, sharp=9.0))
     own = predict(model(), data(PROXY, 3)[0])
 
-    student, found = after(learner(regime="partitioned"), unsure)
+    student, found = after(learner(regime="partitioned", **PLAIN), unsure)
 
-    expected, alike = after(learner(), Heard(teacher_or_self(unsure.logits, own), unsure.weights))
+    expected, alike = after(learner(**PLAIN), Heard(teacher_or_self(unsure.logits, own), unsure.weights))
     assert (same(student, expected) and found == alike) or math.isnan(found["local_loss"])
-    assert not same(student, after(learner(), unsure)[0])
+    assert not same(student, after(learner(**PLAIN), unsure)[0])
 
 
 TUNED = {"regime": "tuned", "tune_temperatures": "1,6", "tune_weights": "0.2,0.9", "validation_share": 0.2}
@@ -222,7 +224,7 @@ def test_a_search_is_made_at_first_and_then_as_often_as_was_asked(every, due):
 
 
 def test_matched_gradients_are_measured_once_and_kept():
-    made, memo = learner(match_gradients=True, divergence="js"), {}
+    made, memo = learner(match_gradients=True, divergence="js", **PLAIN), {}
     after(made, TAUGHT, memo=memo)
     own = predict(model(), data(PROXY, 3)[0])
     expected = Distillation.from_config(made.config).matched(own, TAUGHT.logits, TAUGHT.weights)
@@ -231,7 +233,7 @@ def test_matched_gradients_are_measured_once_and_kept():
     student, _ = after(made, TAUGHT, round=2, memo={"gradient_factor": 3.0})
     other, _ = after(made, TAUGHT, round=2, memo={"gradient_factor": 1.0})
     assert not same(student, other)
-    assert same(other, after(learner(divergence="js"), TAUGHT, round=2)[0])
+    assert same(other, after(learner(divergence="js", **PLAIN), TAUGHT, round=2)[0])
 
 
 def test_merging_teaches_what_the_teachers_know_on_the_proxy_set_of_round_one():
@@ -292,14 +294,15 @@ def test_experts_that_are_weighed_by_what_they_speak_of_teach_more_than_their_me
         "local_epochs": 0,
         "learning_rate": 0.3,
         "teacher_temperature": 0.1,
+        "robust": "none",
     }
 
     right = {
         name: (predict(after(learner(weighing=name, **how), heard(*experts()))[0], inputs).argmax(-1) == labels).sum()
-        for name in ("uniform", "predicted-prior")
+        for name in ("uniform", "predicted-prior", "discrimination")
     }
 
-    assert right["predicted-prior"] > right["uniform"] + 1
+    assert min(right["predicted-prior"], right["discrimination"]) > right["uniform"] + 1
 
 
 @pytest.mark.parametrize("divergence", ["kl", "js", "msed", "cakd", "bdkd"])
@@ -312,20 +315,33 @@ def test_every_divergence_and_regime_takes_weights_by_class(divergence, regime):
     assert math.isfinite(found["kd_loss"]) and all(bool(v.isfinite().all()) for v in student.state_dict().values())
 
 
-def test_by_default_the_teacher_is_the_plain_mean_of_the_probabilities():
+def test_with_uniform_weights_the_teacher_is_the_plain_mean_of_the_probabilities():
     mean = TAUGHT.logits.softmax(-1).mean(0)
     sharper = (mean**2 / (mean**2).sum(-1, keepdim=True)).log()
 
-    by_default, at_once = (after(learner(), teachers)[0] for teachers in (TAUGHT, heard(mean.log())))
+    plain, at_once = (after(learner(**PLAIN), teachers)[0] for teachers in (TAUGHT, heard(mean.log())))
     sharpened, then = (
-        after(learner(**settings), teachers)[0]
+        after(learner(**PLAIN, **settings), teachers)[0]
         for settings, teachers in (({"teacher_temperature": 0.5}, TAUGHT), ({}, heard(sharper)))
     )
 
-    for one, other in ((by_default, at_once), (sharpened, then)):
+    for one, other in ((plain, at_once), (sharpened, then)):
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert not same(by_default, sharpened)
+    assert not same(plain, sharpened)
+
+
+def test_by_default_teachers_are_weighed_by_how_they_discriminate_and_trusted_and_sharpened():
+    teachers = heard(*experts(), wise(7).roll(1, dims=1))
+    own = predict(model(), data(PROXY, 3)[0])
+    weights = eigentrust(teachers.logits, own).reshape(-1, 1, 1) * discrimination(teachers.logits)
+    mean = (weights / weights.sum(0) * teachers.logits.softmax(-1)).sum(0)
+    teacher = heard((mean.square() / mean.square().sum(-1, keepdim=True)).log())
+
+    by_default, at_once = after(learner(), teachers)[0], after(learner(**PLAIN), teacher)[0]
+
+    for a, b in zip(by_default.parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_peer_says_itself_is_not_weighed_by_the_classes_that_a_teacher_knows():

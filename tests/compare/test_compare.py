@@ -145,7 +145,7 @@ def test_a_comparison_from_before_a_control_or_a_setting_was_there_goes_on(tmp_p
     config = json.loads((folder / "config.json").read_text())
     config["settings"].pop("weighing")
     (folder / "config.json").write_text(json.dumps(config))
-    assert _measured(tmp_path / "out")["one"]["weighing"] == RunConfig().weighing
+    assert _measured(tmp_path / "out")["one"]["weighing"] == "uniform" != RunConfig().weighing
 
 
 def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):

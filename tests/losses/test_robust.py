@@ -219,6 +219,28 @@ def test_experts_for_other_classes_are_trusted_and_liars_are_not(attack):
     assert believed[:6].min() == 0  # the other rule takes an expert for a liar
 
 
+def test_a_long_letter_is_looked_at_in_blocks(monkeypatch):
+    stream = torch.Generator().manual_seed(4)
+    logits, sent = torch.randn(5, 50, 3, generator=stream), torch.rand(4, 50, generator=stream) < 0.5
+    at_once = eigentrust(logits[:-1], logits[-1], sent=sent)
+
+    monkeypatch.setattr("fedkd.losses.robust._BLOCK", 100)
+
+    torch.testing.assert_close(eigentrust(logits[:-1], logits[-1], sent=sent), at_once)
+
+
+def test_a_letter_of_numbers_beyond_all_softmax_is_not_trusted_and_spoils_nothing():
+    stream = torch.Generator().manual_seed(4)
+    logits = torch.randn(4, 30, 3, generator=stream) + 3 * torch.eye(3).repeat(10, 1)
+    mad = torch.full((30, 3), 3e38)
+    mad[::2, 0] = -3e38
+
+    found = eigentrust(torch.stack([*logits[1:], mad]), logits[0], temperature=0.5)
+
+    assert found[3] == 0
+    torch.testing.assert_close(found[:3], eigentrust(logits[1:], logits[0], temperature=0.5))
+
+
 def test_eigentrust_knows_neither_the_order_of_teachers_nor_the_names_of_classes_nor_constants():
     stream = torch.Generator().manual_seed(3)
     logits = torch.randn(6, 20, 4, generator=stream)

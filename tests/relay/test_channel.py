@@ -53,10 +53,18 @@ def told_the_truth(monkeypatch):
     [
         {},
         {"schedule": "alternate", "local_epochs": 2, "divergence": "js"},
-        {"regime": "dml", "temperature": 4.0, "t2_scaling": True, "divergence": "reverse_kl", "eval_every": 2},
+        {
+            "regime": "dml",
+            "temperature": 4.0,
+            "t2_scaling": True,
+            "divergence": "reverse_kl",
+            "eval_every": 2,
+            "teacher_temperature": 1.0,  # here and below: labels that were sharpened differ in their last bits
+        },
         {"regime": "partitioned", "kd_warm_up": 3, "proxy_per_round": 32},
-        {"match_gradients": True, "divergence": "td", "robust": "median"},
-        {"strategy": "pairwise", "matching": "round-robin", "divergence": "cakd"},  # of three one hears nobody
+        {"match_gradients": True, "divergence": "td", "robust": "median", "weighing": "uniform"},
+        # Of three one hears nobody.
+        {"strategy": "pairwise", "matching": "round-robin", "divergence": "cakd", "teacher_temperature": 1.0},
         {"regime": "tuned", "tune_temperatures": "1", "tune_weights": "0.5,1", "schedule": "mixed"},
         {"logit_adjustment": 1.0, "vacant_classes": 0.5, "logit_suppression": 0.01, "schedule": "alternate"},
         {"strategy": "gossip", "mode": "async", "updates": 14, "rounds": 2},

@@ -112,6 +112,11 @@ def run(tmp_path_factory, witness, fates, *, killed_at=None, **settings):
 @example({(0, 2): "unheard", (2, 1): "refused"}, {"schedule": "alternate"}, 10)
 @example({}, {"participation": 0.5}, 9)
 @example(
+    {(2, 0): "refused", (2, 2): "refused", (2, 3): "refused", (2, 4): "unheard", (0, 1): "unheard"},
+    {"participation": 0.5},
+    6,
+)
+@example(
     {(0, 0): "refused", (1, 0): "errs"},  # these two start late: the common model was made of the third's knowledge
     {"strategy": "fedavg", "fedavg_model": "mlp", "fedavg_start": "distilled", "merge_epochs": 1},
     None,
@@ -133,14 +138,18 @@ def test_a_control_sees_the_private_batches_that_its_peer_saw_under_any_schedule
         taught = way.get("strategy") != "fedavg"
         late = {peer for (peer, _), what in fates.items() if what.startswith("late")}
         working = {int(message.metadata.dst_node_id - 1000) // 7 for _, message, _ in fate.held}
+        # One whose every word was refused has never started, though what it measured is known.
+        unheard = {peer for peer in range(PEERS) if f"peer-{peer}" not in {
+            row["peer"] for row in finished.rows() if row["status"] in ("ok", "late")
+        }}  # fmt: skip
         for peer, entry in enumerate(finished.summary()["peers"]):
-            missing = peer in working or entry["after"] is None
+            missing = peer in working | unheard or entry["after"] is None
             if missing or peer not in late:  # who was late may have answered between the two controls
                 assert (entry["isolated"] is None) == missing
             assert (entry["channel"] is None) == (missing or not taught)
         witness.check()
-        assert set(witness.alone) >= set(range(PEERS)) - working - late
-        assert set(witness.shown) >= (set(range(PEERS)) - working if taught else set())
+        assert set(witness.alone) >= set(range(PEERS)) - working - late - unheard
+        assert set(witness.shown) >= (set(range(PEERS)) - working - unheard if taught else set())
 
 
 def others(field):

@@ -51,7 +51,7 @@ def belief(**settings):
 
 
 def test_uniform_weights_are_those_that_the_letters_came_with():
-    made = belief()
+    made = belief(weighing="uniform", robust="none")
 
     assert made.whole(WEIGHTS, Evidence(TEACHERS)) is WEIGHTS and not made.needs_own
     assert made.by_place(WEIGHTS, Evidence(TEACHERS)) is None
