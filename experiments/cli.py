@@ -187,7 +187,9 @@ def bench(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option(help="`accuracy`: keep the trials there, and do only those that have not finished there."),
+        typer.Option(
+            help="`accuracy`, `robust`: keep the trials there, and do only those that have not finished there."
+        ),
     ] = None,
 ) -> None:
     """Run a benchmark and print its table."""

@@ -171,6 +171,22 @@ def test_the_bytes_on_the_page_are_those_of_their_file() -> None:
     assert ", ".join(f"{100 * target:.1f}" for target in list(found["targets"].values())[:2]) in page
 
 
+def test_what_ways_to_weigh_bring_on_the_page_is_what_their_file_says() -> None:
+    found = json.loads(read("docs/performance/accuracy.json"))
+    page = read("docs/performance.md")
+    scenarios = {row["scenario"]: {one["way"]: one for one in found["rows"] if one["scenario"] == row["scenario"]}
+                 for row in found["rows"]}  # fmt: skip
+    assert len(scenarios) == 8
+    for scenario, ways in scenarios.items():
+        alone, labels = ways["mean"]["isolated"], ways["mean"]["channel"]
+        cells = [f"{100 * alone:.1f}"]
+        for row in ways.values():
+            assert len(row["seeds"]) >= 3 and (row["isolated"], row["channel"]) == (alone, labels)
+            cells.append(f"{100 * row['accuracy']:.1f} ({100 * row['worst']:.1f})")
+        shares = [f"{(ways[way]['accuracy'] - alone) / (labels - alone):.2f}" for way in ways]
+        assert " | ".join([f"| {scenario}", *cells, f"{100 * labels:.1f}", *shares]) + " |" in page
+
+
 def test_the_figures_of_a_gpu_on_the_page_are_those_of_their_file() -> None:
     found = json.loads(read("docs/performance/gpu.json"))
     page = read("docs/performance.md")

@@ -135,7 +135,7 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
     result = run(quick=quick, folder=folder)
     table = Table(title="Mean accuracy of the peers, and what share of the way to true labels that is", box=None)
     for column in ("", "", "before", "isolated", "accuracy", "worst peer", "true labels", "share", "kB"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in result["rows"]:
         shares = [f"{row[name]:.1%}" for name in ("before", "isolated", "accuracy", "worst", "channel")]
         share = "" if row["share"] is None else f"{row['share']:.2f}"

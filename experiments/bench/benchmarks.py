@@ -26,6 +26,7 @@ BENCHES = {
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "gpu": frozenset(["actors", "fleets", "compiled", "seconds"]),
     "accuracy": frozenset(["folder"]),
+    "robust": frozenset(["folder"]),
 }
 
 
@@ -37,7 +38,7 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
         json_path: the file of figures.
         quick: a small size.
         options: those that were given: of `gpu` ``actors``, ``fleets``, ``compiled``, ``seconds``; of `accuracy`
-            ``folder``.
+            and `robust` ``folder``.
 
     Raises:
         SettingError: no benchmark of that name, an option that it does not have, or no place for its figures.
@@ -47,8 +48,8 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
     options = options or {}
     for option, value in options.items():
         if option not in _OPTIONS.get(name, ()):
-            owner = next(other for other, theirs in _OPTIONS.items() if option in theirs)
-            raise SettingError(_spelled(option, value), str(value), f"left out: it is of `bench {owner}`")
+            owners = " and ".join(f"`bench {other}`" for other, theirs in _OPTIONS.items() if option in theirs)
+            raise SettingError(_spelled(option, value), str(value), f"left out: it is of {owners}")
     if json_path is not None and (json_path.is_dir() or not os.access(json_path.parent, os.W_OK | os.X_OK)):
         # A benchmark takes minutes, and this is its last step.
         raise SettingError("--json", str(json_path), "a file in a folder that exists and can be written to")

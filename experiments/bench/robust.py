@@ -5,17 +5,21 @@ is the mean test accuracy of the honest peers after the last round. Ways to weig
 are left out: a liar would lie there too.
 """
 
+import contextlib
 import itertools
 import json
 import statistics
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from experiments.analysis.runs import read_run
 from experiments.bench.measuring import leave
 from experiments.launch.project import OWN_FOLDER
 from experiments.launch.runner import Federation, launch
 from fedkd.errors import FedkdError
+from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import WEIGHINGS
 
 PEERS = 10
@@ -38,18 +42,20 @@ BASE = {
 Trial = dict[str, Any]
 
 
-def run(*, quick: bool = False) -> dict[str, Any]:
-    """Run all trials; return ``{"ratio", "rows": [{"attack", "attackers", "weighing", "robust", "accuracy"}]}``.
+def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
+    """Run all trials that have not finished yet; return ``{"ratio", "trials_of_commits", "rows"}``.
 
-    Shares are of 1. ``ratio`` is the accuracy of plain means under the worst attack with the best defence against it,
-    over that when nobody attacks. ``median`` and ``trimmed`` are tried on plain means alone, of the others every way to
-    weigh by itself and with ``agreement`` and ``eigentrust``, which judge whole teachers.
+    A row has ``attack``, ``attackers``, ``weighing``, ``robust`` and ``accuracy``. Shares are of 1. ``ratio`` is the
+    accuracy of plain means under the worst attack with the best defence against it, over that when nobody attacks.
+    ``median`` and ``trimmed`` are tried on plain means alone, of the others every way to weigh by itself and with
+    ``agreement`` and ``eigentrust``, which judge whole teachers.
 
     Args:
         quick: one attack, two defences and two ways.
+        folder: where the trials lie, which take half an hour or more; None: in one that is removed at the end.
 
     Raises:
-        FedkdError: the run failed.
+        FedkdError: the run failed, or the folder holds trials under other settings.
     """
     attacks = ATTACKS[:1] if quick else ATTACKS
     defences, ways = (("none", "agreement"), (PLAIN, "discrimination")) if quick else (DEFENCES, WAYS)
@@ -60,28 +66,42 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         for way, robust in itertools.product(ways, defences)
         if way == PLAIN or robust in ("none", "agreement", "eigentrust")
     ]
-    with tempfile.TemporaryDirectory(prefix="fedkd-robust-") as name:
-        folder = Path(name)
-        lines = [
-            {"name": str(i), "settings": {**BASE, **plan, "out-dir": str(folder / str(i))}}
-            for i, plan in enumerate(plans)
+    plans.sort(key=lambda plan: plan["weighing"] not in (PLAIN, RunConfig().weighing))  # the telling ones come first
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedkd-robust-")))
+        folder = folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        places = [
+            folder
+            / "-".join(
+                f"{value:g}" if key == "attackers" else str(value)
+                for key, value in plan.items()
+                if key != "teacher-temperature"
+            )
+            for plan in plans
         ]
+        todo = [
+            (plan, place) for plan, place in zip(plans, places, strict=True) if not _finished(place, {**BASE, **plan})
+        ]
+        lines = [{"name": place.name, "settings": {**BASE, **plan, "out-dir": str(place)}} for plan, place in todo]
         (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        outcome = launch(
-            OWN_FOLDER, {"trials": str(folder / "trials.jsonl")}, Federation(peers=PEERS), out=lambda _: None
-        )
-        if not outcome.completed:
-            raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
-        rows = [{**plan, "accuracy": _honest(folder / str(i), plan)} for i, plan in enumerate(plans)]
-    return {"ratio": _kept(rows), "peers": PEERS, "settings": BASE, "rows": rows}
+        if todo:
+            trials = {"trials": str(folder / "trials.jsonl")}
+            outcome = launch(OWN_FOLDER, trials, Federation(peers=PEERS), out=lambda _: None)
+            if not outcome.completed:
+                raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
+        rows = [{**plan, "accuracy": _honest(place, plan)} for plan, place in zip(plans, places, strict=True)]
+        commits = Counter(str(read_run(place).environment.get("commit")) for place in places)
+    return {"ratio": _kept(rows), "peers": PEERS, "settings": BASE, "trials_of_commits": commits, "rows": rows}
 
 
-def main(json_path: Path | None = None, *, quick: bool = False) -> None:
+def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | None = None) -> None:
     """Print a table of :func:`run`, and write it to ``json_path`` if given."""
     from rich.console import Console
     from rich.table import Table
 
-    result = run(quick=quick)
+    result = run(quick=quick, folder=folder)
     rows = result["rows"]
     for robust in dict.fromkeys(row["robust"] for row in rows):
         chosen = [row for row in rows if row["robust"] == robust]
@@ -109,6 +129,21 @@ def _kept(rows: list[Trial]) -> float:
             attack = row["attack"], row["attackers"]
             best[attack] = max(best.get(attack, 0.0), row["accuracy"])
     return float(min(best.values()) / unharmed)
+
+
+def _finished(place: Path, settings: Trial) -> bool:
+    """Tell whether a trial has results.
+
+    Raises:
+        FedkdError: of other settings.
+    """
+    if not (place / "summary.json").exists():
+        return False
+    run = read_run(place)
+    for key, value in settings.items():
+        if run.settings[key] != value:
+            raise FedkdError(f"{place} was run with {key}={run.settings[key]}, not {value}: take another --folder")
+    return True
 
 
 def _honest(folder: Path, plan: Trial) -> float:

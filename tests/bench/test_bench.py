@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from runs_on_disk import make_run
 
 from experiments.analysis.settings import control_group
 from experiments.bench import accuracy as bench_accuracy
@@ -70,6 +71,23 @@ def test_the_ratio_of_defences_is_that_of_the_attack_against_which_they_help_lea
     ]
 
     assert bench_robust._kept(rows) == pytest.approx(0.5)
+
+
+def test_a_trial_of_the_benchmark_of_liars_is_not_run_again_and_never_taken_for_another(tmp_path):
+    place = tmp_path / "flip-0.2-uniform-none"
+    assert not bench_robust._finished(place, {"rounds": 1})
+
+    make_run(place, [[0.1], [0.5]])
+    settings = json.loads((place / "config.json").read_text())["settings"]
+
+    assert bench_robust._finished(place, {"rounds": settings["rounds"]})
+    with pytest.raises(FedkdError, match=r"was run with rounds=.*, not 77: take another --folder"):
+        bench_robust._finished(place, {"rounds": 77})
+
+
+def test_the_folder_of_a_benchmark_is_of_those_that_keep_their_trials():
+    with pytest.raises(SettingError, match="`--folder` to be left out: it is of `bench accuracy` and `bench robust`"):
+        bench("losses", None, quick=True, options={"folder": "x"})
 
 
 @pytest.mark.flower
