@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from clients.state import write_whole
 from experiments.analysis.comparison import comparison_runs
 from experiments.analysis.runs import Run, read_run
 from experiments.analysis.variants import carrier_of, carriers
@@ -133,6 +134,7 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
     from rich.table import Table
 
     result = run(quick=quick, folder=folder)
+    leave(result, json_path)
     table = Table(title="Mean accuracy of the peers, and what share of the way to true labels that is", box=None)
     for column in ("", "", "before", "isolated", "accuracy", "worst peer", "true labels", "share", "kB"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -142,7 +144,6 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
         first = row["scenario"] if row["way"] == MEAN else ""
         table.add_row(first, row["way"], *shares, share, f"{row['bytes'] / 1000:,.0f}")
     Console().print(table)
-    leave(result, json_path)
 
 
 def _recipe(scenarios: Mapping[str, Settings], seeds: Sequence[int], folder: Path, *, quick: bool) -> Recipe:
@@ -194,6 +195,7 @@ def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, fl
         "before": mean("before"),
         "isolated": isolated,
         "accuracy": accuracy,
+        "by_seed": {run.seed: fmean(peer["after"] for peer in run.summary["peers"]) for run in runs},
         "worst": fmean(min(peer["after"] for peer in run.summary["peers"]) for run in runs),
         "channel": channel,
         "share": share if math.isfinite(share) else None,
@@ -201,12 +203,17 @@ def _row(scenario: str, way: str, runs: Sequence[Run], controls: Mapping[str, fl
     }
 
 
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
 def _write_slices(folder: Path) -> None:
     data = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
     try:
         for name, arrays in (("fashion-mnist", fashion_mnist(data)), ("cifar10", cifar10(data / "cifar10.npz"))):
-            if not (folder / f"{name}.npz").exists():
-                np.savez(folder / f"{name}.npz", **dict(arrays))
+            if not (folder / f"{name}.npz").exists():  # whole or not at all: who goes on takes what is there
+                write_whole(folder / f"{name}.npz", lambda path, arrays=arrays: _save(path, dict(arrays)))
     except (OSError, RuntimeError) as error:
         raise FedkdError(
             f"{error} (FEDKD_DATA names the folder with FashionMNIST/raw, unpacked, and cifar10.npz)"

@@ -102,6 +102,7 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
     from rich.table import Table
 
     result = run(quick=quick, folder=folder)
+    leave(result, json_path)
     rows = result["rows"]
     for robust in dict.fromkeys(row["robust"] for row in rows):
         chosen = [row for row in rows if row["robust"] == robust]
@@ -109,11 +110,10 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
         table = Table(title=f"Honest peers' accuracy, {PEERS} peers, robust = {robust}", box=None)
         for column in ("attack", "attackers", *ways):
             table.add_column(column, justify="right")
-        for (attack, share), group in itertools.groupby(chosen, key=lambda row: (row["attack"], row["attackers"])):
-            found = {row["weighing"]: f"{row['accuracy']:.1%}" for row in group}
-            table.add_row(attack, f"{share:.0%}", *(found[way] for way in ways))
+        found = {(row["attack"], row["attackers"], row["weighing"]): f"{row['accuracy']:.1%}" for row in chosen}
+        for attack, share in dict.fromkeys((row["attack"], row["attackers"]) for row in chosen):
+            table.add_row(attack, f"{share:.0%}", *(found[attack, share, way] for way in ways))
         Console().print(table)
-    leave(result, json_path)
 
 
 def _weighed(way: str) -> Trial:

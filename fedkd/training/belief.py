@@ -14,7 +14,7 @@ from fedkd.settings.learning import Learning
 
 _JUDGES: Mapping[str, Callable[[Evidence, Tensor], Tensor]] = {
     "agreement": lambda e, own: agreement_weights(e.logits, own),
-    "eigentrust": lambda e, own: eigentrust(e.logits, own, temperature=e.temperature, sent=e.sent),
+    "eigentrust": lambda e, own: eigentrust(e.logits, own, temperature=e.temperature),
 }
 _EXPECTED = "a function (Evidence) -> weights >= 0 that broadcast to [K, N, C]"
 
