@@ -96,6 +96,11 @@ class Learner:
         self.shares = class_shares(site.labels, len(site.label_share))
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares what it hears with what the model says itself."""
+        return self.belief.needs_own or self.config.regime == "partitioned"
+
     def check(self) -> None:
         """Try the distillation on as many classes as there are: it depends on them whether it is possible.
 
@@ -205,7 +210,9 @@ class Learner:
     def _judge(self, model: nn.Module, heard: Heard, round: int, own: Tensor | None) -> Heard:
         """Decide whom to believe: whole teachers, samples and classes, oneself (``regime = partitioned``)."""
         logits = heard.logits
-        if own is None and (self.belief.needs_own or self.config.regime == "partitioned"):
+        if not self.compares:
+            own = None
+        elif own is None:
             own = predict(model, self._proxy(round), fast=self.how.fast)
         evidence = Evidence(logits, self.belief.temperature, own, heard.counts, heard.certainty)
         weights = self.belief.whole(heard.weights, evidence)

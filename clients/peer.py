@@ -60,13 +60,13 @@ Series = dict[str, list[float]]
 class _Warm:
     """The model that this process ran last for a peer, the round whose end it stands at, and what it said there.
 
-    ``logits`` are of the next round's proxy samples.
+    ``logits`` are of the next round's proxy samples, where the peer compares them with its teachers'.
     """
 
     round: int
     model: nn.Module
     memo: Memo
-    logits: Tensor
+    logits: Tensor | None
 
 
 _warm: dict[tuple[str, str], _Warm] = {}  # the process's cache, by state folder and run; the truth is on disk
@@ -392,7 +392,7 @@ class Peer:
             self._save(mail, model, self.peer_config.model_spec(self.config), found, memo, trained=trained)
         while len(_warm) >= _WARM_MODELS:
             _warm.pop(next(iter(_warm)))
-        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo), logits)
+        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo), logits if self.learner.compares else None)
         found |= {"refused_letters": len(refused or []), "samples_seen": trained.samples}
         if self.private:
             found["epsilon"] = self.private.epsilon

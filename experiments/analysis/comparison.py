@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.analysis.runs import Run
+from experiments.analysis.settings import VARIANT_KEYS, effective
 from experiments.launch.presets import PRESET, preset
 from experiments.launch.runner import Federation
 from fedkd.errors import FedkdError
@@ -90,6 +91,25 @@ def alone(settings: Mapping[str, Scalar], federation: Federation | None = None, 
         words.append(f"{PRESET}={called}")
         return shlex.join([*words, *_pairs({**usual, **settings}, brought)])
     return shlex.join([*words, *_pairs(settings, usual)])
+
+
+def means(command: str, settings: Mapping[str, Scalar]) -> bool:
+    """Tell whether a command of :func:`alone` that was written down once still asks for what was run.
+
+    It does not where another value has become the default since.
+    """
+    usual, said, brought = RunConfig().to_mapping(), {}, {}
+    try:
+        for key, is_pair, text in (word.partition("=") for word in shlex.split(command) if not word.startswith("-")):
+            if key == PRESET:
+                brought = dict(preset(text).settings)
+            elif is_pair:
+                default = usual[key]
+                said[key] = text == "true" if isinstance(default, bool) else type(default)(text)
+        now = RunConfig.from_mapping({**brought, **said}).effective().to_mapping()
+    except (FedkdError, KeyError, ValueError):
+        return False
+    return effective(now, VARIANT_KEYS) == effective(settings, VARIANT_KEYS)
 
 
 def again(run: Run) -> str:

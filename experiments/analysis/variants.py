@@ -224,13 +224,15 @@ def _data_label(run: Run, scenic: Sequence[str]) -> str:
 
 
 def _telling(settings: Mapping[str, Scalar], varied: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """Return the keys whose values name a variant.
+    """Return the keys whose values name a variant: in which those differ for which they do anything.
 
     Of FedAvg only those in which its own variants differ: what else varies is about logits, which travel there once or
     not at all.
     """
     if settings["strategy"] != "fedavg":
-        return list(varied)
+        used = [effective(run.settings, varied) for run in runs]
+        values = [{value for value in column if value is not None} for column in zip(*used, strict=True)]
+        return [key for key, found in zip(varied, values, strict=True) if len(found) > 1]
     like = [run.settings for run in runs if run.settings["strategy"] == "fedavg"]
     return [key for key in varied if key == "strategy" or len({of[key] for of in like}) > 1]
 

@@ -84,7 +84,7 @@ def _settings(folder: Path, megabytes: float) -> dict[str, Any]:
     return {
         "out-dir": str(folder), "strategy": "gossip", "proxy-size": _samples(megabytes), "rounds": ROUNDS,
         "schedule": "alternate", "divergence": "js", "pretrain-epochs": 0, "distill-epochs": 0, "local-epochs": 0,
-        "eval-every": ROUNDS, "controls": "",
+        "eval-every": ROUNDS, "controls": "", "weighing": "uniform", "robust": "none",
     }  # fmt: skip
 
 

@@ -30,6 +30,8 @@ SETTINGS = {
     "pretrain-epochs": 1,
     "schedule": "alternate",
     "divergence": "js",
+    "weighing": "uniform",  # what carrying the mail costs, not what is made of it
+    "robust": "none",
     "distill-epochs": 1,
     "controls": "",
 }

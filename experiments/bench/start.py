@@ -22,6 +22,7 @@ PEERS = 6
 REPEATS, QUICK_REPEATS = 3, 1
 SETTINGS = {
     "rounds": 1, "schedule": "alternate", "divergence": "js", "pretrain-epochs": 1, "distill-epochs": 1, "controls": "",
+    "weighing": "uniform", "robust": "none",
 }  # fmt: skip
 
 _APPS = ("empty", "fedkd")

@@ -18,7 +18,7 @@ from experiments.launch.runner import Federation, launch
 from experiments.outputs import refuse_foreign
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import held
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.settings.declare import Scalar
 
 if TYPE_CHECKING:
@@ -150,16 +150,24 @@ def _open(folder: Path, base: Mapping[str, Scalar], seed: int, seeds: int) -> "o
         load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
     )
-    earlier = study.user_attrs.get("settings")
-    if earlier is not None and earlier != dict(base):
-        differing = sorted(k for k in earlier.keys() | base.keys() if earlier.get(k) != base.get(k))
+    if (earlier := study.user_attrs.get("settings")) is not None:
+        # A study that wrote down no more than what was typed meant the defaults of its time by the rest.
+        was = study.user_attrs.get("meant") or _meant(recorded(earlier))
+        now = _meant(base)
+        differing = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
+    if earlier is not None and differing:
         raise FedkdError(f"The study in {folder} is about other settings: {', '.join(differing)}. Take another --out.")
     study.set_user_attr("settings", dict(base))
+    study.set_user_attr("meant", _meant(base))
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         _tell(study, trial.number, folder, seeds)
     # A sampler that is seeded anew would propose the same again.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
     return study
+
+
+def _meant(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    return RunConfig.from_mapping(settings).effective().to_mapping()
 
 
 def _finished(study: "optuna.Study") -> int:

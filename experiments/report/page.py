@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.checks import checks, matched_gradients
-from experiments.analysis.comparison import Comparison, again, comparison_runs
+from experiments.analysis.comparison import Comparison, again, comparison_runs, means
 from experiments.analysis.ranks import Ranking, rank
 from experiments.analysis.runs import Run, read_run
 from experiments.analysis.statistics import MEASURES, every_pair, price
@@ -250,7 +250,9 @@ def _trial(run: Run, about: Comparison, folder: Path) -> dict[str, str]:
     curve = run.curve()
     result = f"{share(curve[0].accuracy)} → {share(curve[-1].accuracy)}" if curve else "no measurement"
     place = run.path.relative_to(folder) if run.path.is_relative_to(folder) else run.path
-    command = about.trials.get(run.name) or again(run)
+    command = about.trials.get(run.name, "")
+    if not command or not means(command, run.settings):  # it was written when other values were the defaults
+        command = again(run)
     return {
         "name": run.name,
         "result": result if not run.error else f"{result}; {run.error.splitlines()[-1]}",

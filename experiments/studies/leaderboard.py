@@ -111,13 +111,15 @@ def _scenarios(folder: Path, about: Comparison) -> list[list[Row]]:
     for trial in read_trials(folder / "trials.jsonl", RunConfig()):
         if not (called := about.presets.get(trial.name)):
             continue
-        settings = {**trial.config.to_mapping(), "peers": trial.config.peers}
+        path = folder / "trials" / trial.name
+        run = read_run(path) if (path / "config.json").exists() else None
+        # As it was run: what the file of trials leaves out are defaults, which may have changed since.
+        settings = dict(run.settings if run else trial.config.effective().to_mapping())
         scenario = (settings["peers"], *effective(settings, SCENARIO_KEYS))
         rows = found.setdefault(scenario, {})
         row = rows.setdefault((called, *effective(settings, VARIANT_KEYS)), Row(called, settings))
         row.commands[trial.config.seed] = portable(about.trials[trial.name])
-        path = folder / "trials" / trial.name
-        if (path / "config.json").exists() and (run := read_run(path)).summary and run.curve():
+        if run and run.summary and run.curve():
             row.runs[trial.config.seed] = run
     return [list(rows.values()) for rows in found.values()]
 

@@ -6,7 +6,7 @@ compares all at once, is the same under both.
 Weights w_k(x, c) say how much teacher k counts for class c of sample x; over the teachers they are taken to sum to 1.
 The combined teacher is p̄(c|x) ∝ Σ_k w_k(x, c)·p_k(c|x). The same sum is Σ_k s_k(x)·p̃_k(c|x), each teacher tilted to the
 classes that it counts for, p̃_k ∝ w_k·p_k, with its share s_k ∝ Σ_c w_k·p_k of the sample: under ``pairwise`` these are
-learned from one by one, so that under ``ce`` and ``kl`` the two still have one gradient [ours].
+learned from one by one, so that under ``ce`` and ``kl``, unsharpened, the two still have one gradient [ours].
 
 What depends on the teachers alone is computed once for the whole proxy
 set (:meth:`Objective.prepare`) and then indexed by every batch of every epoch.
@@ -239,7 +239,8 @@ def objective(
         divergence: a name of :func:`fedkd.losses.divergences.names`.
         combine: ``averaged`` (one combined teacher, "holistic") or ``pairwise`` (one divergence per teacher).
         average: of the combined teacher: ``probs`` (the abstract's words [paper]) or ``logits``, a geometric-mean
-            teacher [code]. With ``probs``, averaged and pairwise-mean have one gradient under ``ce`` and ``kl``.
+            teacher [code]. With ``probs``, averaged and pairwise-mean have one gradient under ``ce`` and ``kl`` unless
+            teachers are sharpened.
         reduction: of the pairwise divergences: ``mean`` [ours] or ``sum`` [paper].
         robust: of the combined teacher, per coordinate: ``none``, ``median`` or ``trimmed-mean``, as in Cronus,
             https://arxiv.org/abs/1912.11279 [ours].

@@ -167,11 +167,9 @@ class RunConfig(
         A consensus baseline brings its method's loss and schedule; weights travel as they are, whatever the codec; a
         ``kd-weight`` that is left out gets its value.
         """
-        used = dataclasses.replace(
-            self, kd_weight=self.distillation_weight, teacher_temperature=self.combined_temperature
-        )
-        if not self.peers_combine:
-            used = dataclasses.replace(used, weighing="uniform", teacher_temperature=1.0, robust="none")
+        used = dataclasses.replace(self, kd_weight=self.distillation_weight)
+        if self.peers_combine:
+            used = dataclasses.replace(used, teacher_temperature=self.combined_temperature)
         if self.strategy == "fedavg" and self.fedavg_start != "distilled":
             return dataclasses.replace(used, codec="fp32")
         if self.strategy != "consensus":
@@ -247,10 +245,21 @@ class RunConfig(
 
     @property
     def combined_temperature(self) -> float:
-        """By which the combined teacher is sharpened: ``teacher-temperature``, or what leaving it out stands for."""
+        """By which the combined teacher is sharpened: ``teacher-temperature``, or what leaving it out stands for.
+
+        1 where a server combines, whatever the setting.
+        """
+        if not self.peers_combine:
+            return 1.0
         if self.teacher_temperature > 0:
             return self.teacher_temperature
         return 1.0 if self.weighing == "uniform" or self.sharpen > 0 else _SHARP
+
+    @property
+    def defence(self) -> str:
+        """How peers defend themselves: ``robust``, but for ``eigentrust`` where not all say something of a sample."""
+        sparse = self.robust == "eigentrust" and self.selector != "none"
+        return self.robust if self.peers_combine and not sparse else "none"
 
     @property
     def travelling(self) -> int:

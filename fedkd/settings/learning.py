@@ -167,7 +167,11 @@ class Learning:
         one_of("none", "median", "trimmed", "agreement", "eigentrust"),
         "defence against poisoned knowledge; `median` and `trimmed` where peers average their teachers",
         decides=EXCHANGE,
-        takes=PEERS_COMBINE,
+        takes=Condition(
+            "peers that combine their teachers themselves, and, for eigentrust, no selector",
+            lambda c: c.peers_combine and (c.robust != "eigentrust" or c.selector == "none"),
+        ),
+        absent="none",
     )
     trim: float = setting(
         0.2,

@@ -10,7 +10,7 @@ from fedkd.errors import FedkdError, SettingError
 from fedkd.losses.robust import agreement_weights, eigentrust
 from fedkd.losses.weighing import WAYS, Evidence, Way
 from fedkd.plugins import load_callable
-from fedkd.settings.learning import Learning
+from fedkd.settings.config import RunConfig
 
 _JUDGES: Mapping[str, Callable[[Evidence, Tensor], Tensor]] = {
     "agreement": lambda e, own: agreement_weights(e.logits, own),
@@ -36,14 +36,14 @@ class Belief:
     robust: str
 
     @classmethod
-    def from_config(cls, config: Learning) -> "Belief":
-        """Take the settings of a run.
+    def from_config(cls, config: RunConfig) -> "Belief":
+        """Take the settings of a run: where a server combines, its word is all there is.
 
         Raises:
             SettingError: one's own function cannot be loaded, or returns what are no weights.
         """
-        way = WAYS.get(config.weighing) or _own(config.weighing)
-        return cls(config.weighing, way, config.temperature, config.robust)
+        name = config.weighing if config.peers_combine else "uniform"
+        return cls(name, WAYS.get(name) or _own(name), config.temperature, config.defence)
 
     @property
     def needs_own(self) -> bool:

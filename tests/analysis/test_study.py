@@ -453,6 +453,20 @@ def test_pairwise_and_averaged_are_held_together_only_where_algebra_says_so(tmp_
     assert names == ["pairwise mean and averaged probabilities agree under kl"] * (weighing == "uniform")
 
 
+def test_a_variant_is_not_named_by_what_differs_only_where_it_does_nothing(tmp_path):
+    """A server's run records what nobody chose, and what it does not use."""
+    found = study(runs_of(
+        tmp_path,
+        a=({"strategy": "gossip", "teacher_temperature": 0.5}, [0.5, 0.6]),
+        b=({"strategy": "fedavg"}, [0.5, 0.6]),
+        c=({"strategy": "consensus"}, [0.5, 0.6]),
+    ))  # fmt: skip
+
+    names = [variant.label for variant in found.scenarios[0].variants]
+
+    assert not any("temperature" in name or "discrimination" in name for name in names), names
+
+
 def test_plain_and_matched_gradients_stand_side_by_side(tmp_path):
     found = study(runs_of(
         tmp_path,

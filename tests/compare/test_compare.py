@@ -9,7 +9,7 @@ import pytest
 from runs_on_disk import make_run
 from typer.testing import CliRunner
 
-from experiments.analysis.comparison import Comparison, alone
+from experiments.analysis.comparison import Comparison, alone, means
 from experiments.cli import app
 from experiments.compare import recipe as recipes
 from experiments.compare.recipe import FOLDER, plan, read
@@ -146,6 +146,16 @@ def test_a_comparison_from_before_a_control_or_a_setting_was_there_goes_on(tmp_p
     config["settings"].pop("weighing")
     (folder / "config.json").write_text(json.dumps(config))
     assert _measured(tmp_path / "out")["one"]["weighing"] == "uniform" != RunConfig().weighing
+
+
+def test_a_command_written_down_under_other_defaults_does_not_mean_what_was_run():
+    now = RunConfig().effective().to_mapping()
+    before = {**now, "weighing": "uniform", "teacher-temperature": 1.0, "robust": "none"}
+
+    assert means("fedkd run --peers 6", now) and not means("fedkd run --peers 6", before)
+    assert means("fedkd run weighing=uniform robust=none t2-scaling=false", before)
+    assert means("fedkd run preset=ours", now) and not means("fedkd run gone=1", now)
+    assert not means("fedkd run temperature=4", now)
 
 
 def test_what_was_begun_keeps_its_controls_when_a_comparison_grows(tmp_path):

@@ -13,7 +13,7 @@ from experiments.compare import tuning
 from experiments.launch.runner import COMPLETED, STOPPED, Federation, Outcome
 from fedkd.errors import FedkdError, SettingError
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 
 @pytest.fixture
@@ -93,6 +93,24 @@ def test_a_study_about_other_settings_is_not_mixed_up(tmp_path, launched):
 
     with pytest.raises(FedkdError, match=r"other settings: rounds.*--out"):
         search(tmp_path, 2, {"rounds": 3})
+
+
+def test_a_study_from_before_a_default_changed_is_not_gone_on_with(tmp_path, launched, monkeypatch):
+    """It wrote down only what was typed: the rest were the defaults of its time."""
+    monkeypatch.setattr(tuning, "_meant", lambda settings: {"weighing": settings.get("weighing", "discrimination")})
+    search(tmp_path, 1)
+    studied = optuna.load_study(
+        study_name="fedkd",
+        storage=optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / tuning._STUDY))
+        ),
+    )
+    studied.set_user_attr("meant", None)
+
+    with pytest.raises(FedkdError, match=r"other settings: weighing\. Take another --out"):
+        search(tmp_path, 2)
+
+    assert len(launched) == 1
 
 
 def test_a_weight_is_searched_only_where_it_has_an_effect(tmp_path, launched):

@@ -145,7 +145,7 @@ def test_same_seed_same_numbers_and_another_seed_others(tmp_path, run):
     "settings",
     [
         {},
-        {"robust": "eigentrust"},
+        {"robust": "eigentrust", "proxy_per_round": 30, "participation": 0.7, "rounds": 5, "seed": 2},
         {"robust": "agreement", "proxy_per_round": 30},
         {"regime": "partitioned", "proxy_per_round": 30, "rounds": 5, "participation": 0.7, "seed": 2},
     ],

@@ -159,9 +159,16 @@ def test_a_teacher_whose_weight_is_no_number_counts_for_nothing():
 @pytest.mark.parametrize("settings", [{"strategy": "consensus"}, {"strategy": "fedavg", "fedavg_start": "distilled"}])
 def test_where_a_server_combines_nothing_is_weighed(settings):
     told = {key.replace("_", "-"): value for key, value in settings.items()}
-    config = RunConfig.from_mapping({**told, "weighing": "discrimination", "teacher-temperature": 0.5}).effective()
+    for more in ({}, {"weighing": "discrimination", "teacher-temperature": 0.5, "robust": "agreement"}):
+        config = RunConfig.from_mapping({**told, **more}).effective()
+        made = Belief.from_config(config)
 
-    assert (config.weighing, config.teacher_temperature) == ("uniform", 1.0)
+        assert (made.name, made.robust, config.combined_temperature) == ("uniform", "none", 1.0)
+        assert not made.needs_own
+
+
+def test_beside_a_selector_nobody_is_judged_by_what_was_not_sent():
+    assert belief(selector="roc").robust == "none" and belief().robust == "eigentrust"
 
 
 def test_ones_own_function_weighs():
