@@ -55,12 +55,13 @@ def test_a_defence_keeps_honest_peers_above_an_undefended_mean(tmp_path, robust,
     settings = {
         "attack": "flip", "attackers": attackers, "proxy_size": 300, "pretrain_epochs": 12, "rounds": 3,
         "distill_epochs": 6, "models": "mlp", "trim": 0.3, "partition": "dirichlet",
+        "weighing": "uniform",
     }  # fmt: skip
 
     def honest(run):
         return sum(peer["after"] for peer in run.summary()["peers"][:3]) / 3
 
-    undefended = honest(federate(tmp_path / "none", 5, **settings))
+    undefended = honest(federate(tmp_path / "none", 5, robust="none", **settings))
     defended = honest(federate(tmp_path / robust, 5, robust=robust, **settings))
 
     assert defended > undefended
