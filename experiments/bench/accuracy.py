@@ -6,10 +6,8 @@ that one is what a way to weigh teachers is worth. All trials share one ``flwr r
 share their controls. Images are slices of the real ones, the digits are scikit-learn's.
 """
 
-import contextlib
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from clients.state import write_whole
 from experiments.analysis.comparison import comparison_runs
 from experiments.analysis.runs import Run, read_run
 from experiments.analysis.variants import carrier_of, carriers
-from experiments.bench.measuring import leave
+from experiments.bench.measuring import leave, trials_folder
 from experiments.compare.recipe import Recipe
 from experiments.compare.running import compare
 from experiments.launch.runner import Federation
@@ -40,6 +38,7 @@ WAYS: Mapping[str, Settings] = {
     "ours": {"weighing": "discrimination", "teacher-temperature": 0.5, "robust": "eigentrust"},
     "counts": {"weighing": "counts", "teacher-temperature": 0.25, "robust": "none"},
 }
+_SLICES = ("fashion-mnist", "cifar10")
 _CONTROLS = ("isolated", "channel")
 _FLEET = ",".join(
     f"experiments.studies.fleet:{name}"
@@ -105,14 +104,10 @@ def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
     """
     scenarios = {"digits": {**SCENARIOS["digits"], **QUICK}} if quick else SCENARIOS
     seeds = SEEDS[:1] if quick else SEEDS
-    with contextlib.ExitStack() as stack:
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedkd-accuracy-")))
-        folder = folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+    with trials_folder(folder, "accuracy", *(f"{name}.npz" for name in _SLICES), "trials") as within:
         if not quick:
-            _write_slices(folder)
-        recipe, place = _recipe(scenarios, seeds, folder, quick=quick), folder / "trials"
+            _write_slices(within)
+        recipe, place = _recipe(scenarios, seeds, within, quick=quick), within / "trials"
         compared = compare(recipe, Federation(peers=1), place, command="fedkd bench accuracy", out=lambda _: None)
         if compared.failed:
             raise FedkdError(f"the benchmark's trials failed: {', '.join(compared.failed)}")
@@ -211,7 +206,7 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
 def _write_slices(folder: Path) -> None:
     data = Path(os.environ.get("FEDKD_DATA") or "~/.cache/fedkd/data").expanduser()
     try:
-        for name, arrays in (("fashion-mnist", fashion_mnist(data)), ("cifar10", cifar10(data / "cifar10.npz"))):
+        for name, arrays in zip(_SLICES, (fashion_mnist(data), cifar10(data / "cifar10.npz")), strict=True):
             if not (folder / f"{name}.npz").exists():  # whole or not at all: who goes on takes what is there
                 write_whole(folder / f"{name}.npz", lambda path, arrays=arrays: _save(path, dict(arrays)))
     except (OSError, RuntimeError) as error:

@@ -1,16 +1,19 @@
 """What benchmarks share: the facts about a machine, the cost of a tree of processes, and the file of figures."""
 
+import contextlib
 import json
 import os
 import platform
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import psutil
 
+from experiments.outputs import refuse_foreign
 from fedkd.results.folder import environment
 
 Figures = dict[str, Any]
@@ -35,6 +38,31 @@ def leave(figures: Mapping[str, Any], path: Path | None) -> None:
     """Write figures, and the facts about where they were measured, as JSON where a path is given."""
     if path is not None:
         path.write_text(json.dumps({**facts(), **figures}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def trials_folder(folder: Path | None, bench: str, *names: str) -> Iterator[Path]:
+    """Give the folder of a benchmark's trials; one that is removed at the end unless one to keep is given.
+
+    Args:
+        folder: to keep; made if it is not there.
+        bench: the benchmark, whose folder it is then.
+        names: of what will be written into it.
+
+    Raises:
+        SettingError: there are files of somebody else's in it, or another benchmark's.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix=f"fedkd-{bench}-") as name:
+            yield Path(name).resolve()
+        return
+    folder, mark = folder.resolve(), {"fedkd bench": bench}
+    told = folder / "bench.json"
+    ours = told.is_file() and told.read_text(encoding="utf-8") == json.dumps(mark)
+    refuse_foreign(folder, (told.name, *names), key="--folder", ours=ours)
+    folder.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(mark), encoding="utf-8")
+    yield folder
 
 
 def _processor() -> str:

@@ -5,17 +5,15 @@ is the mean test accuracy of the honest peers after the last round. Ways to weig
 are left out: a liar would lie there too.
 """
 
-import contextlib
 import itertools
 import json
 import statistics
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from experiments.analysis.runs import read_run
-from experiments.bench.measuring import leave
+from experiments.bench.measuring import leave, trials_folder
 from experiments.launch.project import OWN_FOLDER
 from experiments.launch.runner import Federation, launch
 from fedkd.errors import FedkdError
@@ -67,27 +65,15 @@ def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
         if way == PLAIN or robust in ("none", "agreement", "eigentrust")
     ]
     plans.sort(key=lambda plan: plan["weighing"] not in (PLAIN, RunConfig().weighing))  # the telling ones come first
-    with contextlib.ExitStack() as stack:
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedkd-robust-")))
-        folder = folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        places = [
-            folder
-            / "-".join(
-                f"{value:g}" if key == "attackers" else str(value)
-                for key, value in plan.items()
-                if key != "teacher-temperature"
-            )
-            for plan in plans
-        ]
+    with trials_folder(folder, "robust", "trials.jsonl", *map(_name, plans)) as within:
+        places = [within / _name(plan) for plan in plans]
         todo = [
             (plan, place) for plan, place in zip(plans, places, strict=True) if not _finished(place, {**BASE, **plan})
         ]
         lines = [{"name": place.name, "settings": {**BASE, **plan, "out-dir": str(place)}} for plan, place in todo]
-        (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (within / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if todo:
-            trials = {"trials": str(folder / "trials.jsonl")}
+            trials = {"trials": str(within / "trials.jsonl")}
             outcome = launch(OWN_FOLDER, trials, Federation(peers=PEERS), out=lambda _: None)
             if not outcome.completed:
                 raise FedkdError(f"the benchmark's run failed: {outcome.reason or outcome.status}")
@@ -118,6 +104,10 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
 
 def _weighed(way: str) -> Trial:
     return {"weighing": way, "teacher-temperature": 1.0 if way == PLAIN else TEACHER_TEMPERATURE}
+
+
+def _name(plan: Trial) -> str:
+    return f"{plan['attack']}-{plan['attackers']:g}-{plan['weighing']}-{plan['robust']}"
 
 
 def _kept(rows: list[Trial]) -> float:

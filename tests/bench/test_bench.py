@@ -85,6 +85,37 @@ def test_a_trial_of_the_benchmark_of_liars_is_not_run_again_and_never_taken_for_
         bench_robust._finished(place, {"rounds": 77})
 
 
+def test_the_tables_of_liars_hold_every_trial_whatever_their_order(tmp_path, monkeypatch, capsys):
+    def finished(place, settings):
+        return True
+
+    monkeypatch.setattr(bench_robust, "_finished", finished)
+    monkeypatch.setattr(bench_robust, "_honest", lambda place, plan: 0.25 + 0.5 * plan["attackers"])
+    monkeypatch.setattr(bench_robust, "read_run", lambda place: SimpleNamespace(environment={"commit": "c"}))
+
+    bench("robust", tmp_path / "f.json", quick=False, options={"folder": tmp_path / "kept"})
+
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    scenes = 1 + len(bench_robust.ATTACKS) * len(bench_robust.SHARES)
+    assert len(rows) == scenes * (len(bench_robust.DEFENCES) + 3 * (len(bench_robust.WAYS) - 1))
+    shown = capsys.readouterr().out
+    assert shown.count("45.0%") == sum(row["attackers"] == 0.4 for row in rows)
+
+
+def test_a_folder_of_somebody_elses_or_of_another_benchmark_is_refused(tmp_path):
+    (tmp_path / "trials.jsonl").write_text("mine")
+    with pytest.raises(SettingError, match="`--folder` to be a folder without files of others"):
+        bench("robust", None, quick=True, options={"folder": tmp_path})
+    assert (tmp_path / "trials.jsonl").read_text() == "mine"
+
+    with measuring.trials_folder(tmp_path / "a", "accuracy") as folder:
+        (folder / "trials").mkdir()
+    with measuring.trials_folder(tmp_path / "a", "accuracy", "trials") as again:
+        assert again == folder
+    with pytest.raises(SettingError, match="--folder"), measuring.trials_folder(tmp_path / "a", "robust"):
+        pass
+
+
 def test_the_folder_of_a_benchmark_is_of_those_that_keep_their_trials():
     with pytest.raises(SettingError, match="`--folder` to be left out: it is of `bench accuracy` and `bench robust`"):
         bench("losses", None, quick=True, options={"folder": "x"})
