@@ -235,7 +235,7 @@ def _fingerprint(inputs: Tensor, labels: Tensor) -> str:
     """Return a hash over content and order."""
     digest = hashlib.blake2b(repr((inputs.shape, inputs.dtype)).encode(), digest_size=16)
     for tensor in (inputs, labels):
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
