@@ -16,6 +16,7 @@ from clients.held_out import named_part, split_off, validation_part
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
+from fedkd.data.samples import Inputs, Samples, subset
 from fedkd.data.sources import Dataset, Source, load_source
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
@@ -31,10 +32,10 @@ class Commons:
     Attributes:
         source: the raw data source.
         pool: indices of the training set that are left for the peers.
-        proxy_inputs: ``[P, ...]`` float32.
+        proxy_inputs: ``[P, ...]``.
         fingerprint: hash of the raw proxy set, over content and order.
         proxy_labels: ``[P]`` int64, where they are known. The channel control alone looks at them.
-        test_inputs: ``[N, ...]`` float32.
+        test_inputs: ``[N, ...]``.
         test_labels: ``[N]`` int64.
         test_fingerprint: hash of the raw test set.
         scale: the standardiser, made from the public proxy set alone.
@@ -42,9 +43,9 @@ class Commons:
 
     source: Source
     pool: np.ndarray
-    proxy_inputs: Tensor
+    proxy_inputs: Inputs
     fingerprint: str
-    test_inputs: Tensor
+    test_inputs: Inputs
     test_labels: Tensor
     test_fingerprint: str
     scale: Standardizer
@@ -53,9 +54,9 @@ class Commons:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Private samples, standardised and on the device: ``inputs`` ``[N, ...]`` float32 and ``labels`` ``[N]`` int64."""
+    """Private samples, standardised and on the device: ``inputs`` ``[N, ...]`` and ``labels`` ``[N]`` int64."""
 
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
 
 
@@ -64,7 +65,7 @@ class Site:
     """One peer's view of the data.
 
     Attributes:
-        inputs: private and trained on, ``[N, ...]`` float32, standardised, on the device.
+        inputs: private and trained on, ``[N, ...]``, standardised, on the device.
         labels: private, ``[N]`` int64.
         held_out: private and never trained on: what choices are made by; none where nothing is held out.
         label_share: share of each class in all private data, ``[C]``, sums to 1.
@@ -73,7 +74,7 @@ class Site:
             they tell whether something has changed, and never leave the peer. Empty for a pool.
     """
 
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
     held_out: Labelled
     label_share: Tensor
@@ -208,6 +209,13 @@ def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
     return drawn.sort().values.to(device)
 
 
+def proxy_samples(config: RunConfig, round: int, inputs: Inputs) -> Inputs:
+    """Return the proxy samples that a round is about, of all that there are."""
+    if config.travelling == config.proxy_size:
+        return inputs
+    return subset(inputs, proxy_subset(config, round, inputs.device))
+
+
 def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device) -> Site:
     trained, kept = _labelled(own, commons, device), _labelled(held_out, commons, device)
     counts = torch.bincount(torch.cat([trained.labels, kept.labels]), minlength=len(commons.source.classes)).double()
@@ -216,7 +224,11 @@ def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch
 
 def _labelled(own: np.ndarray, commons: Commons, device: torch.device) -> Labelled:
     train, index = commons.source.train, torch.from_numpy(own)
-    return Labelled(commons.scale(train.inputs[index]).to(device), train.labels[index].to(device))
+    return Labelled(_seen(train.inputs[index], commons.scale, device), train.labels[index].to(device))
+
+
+def _seen(kept: Tensor, scale: Standardizer, device: torch.device | str) -> Inputs:
+    return Samples(kept.to(device), scale).settled()
 
 
 def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarray:
@@ -293,9 +305,9 @@ def _commons(settings: _DataSettings) -> Commons:
     return Commons(
         source,
         pool,
-        scale(proxy.inputs).to(settings.device),
+        _seen(proxy.inputs, scale, settings.device),
         proxy.fingerprint,
-        scale(test.inputs).to(settings.device),
+        _seen(test.inputs, scale, settings.device),
         test.labels.to(settings.device),
         _fingerprint(test.inputs, test.labels),
         scale,

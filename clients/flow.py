@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedkd.data.samples import Inputs
 from fedkd.errors import SettingError
 from fedkd.losses.information_flow import FlowLoss, features, project
 from fedkd.seeding import derive
@@ -57,18 +58,18 @@ class Flow:
         seed = derive(config.seed, "projection")
         return cls(layers, config.flow_dimensions, config.flow_weight, loss, seed, config.fast)
 
-    def encode(self, model: nn.Module, inputs: Tensor) -> Arrays:
+    def encode(self, model: nn.Module, inputs: Inputs) -> Arrays:
         """Return a model's projected features on the proxy samples ``[P, ...]``, ready to travel."""
         found = self.of(model, inputs)
         return encode_features([project(layer, self.dimensions, seed=self.seed).cpu().numpy() for layer in found])
 
-    def of(self, model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    def of(self, model: nn.Module, inputs: Inputs) -> list[Tensor]:
         """Return a model's features on inputs ``[P, ...]``: one ``[P, D]`` per layer, in evaluation mode."""
         model.eval()
         chunks: list[list[Tensor]] = []
         with torch.no_grad(), features(model, self.layers, pool=_POOL) as found:
-            for chunk in torch.split(inputs, _CHUNK):
-                forward(model, chunk, fast=self.fast)
+            for start in range(0, len(inputs), _CHUNK):
+                forward(model, inputs[start : start + _CHUNK], fast=self.fast)
                 chunks.append([found[layer].float() for layer in self.layers])
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 

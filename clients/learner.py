@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from clients.data import Labelled, Site, proxy_subset
+from clients.data import Labelled, Site, proxy_samples, proxy_subset
 from clients.flow import Flow
 from fedkd import metrics
+from fedkd.data.samples import Inputs
 from fedkd.errors import SettingError
 from fedkd.losses.calibration import Calibration, class_shares
 from fedkd.losses.decoupled import warm_up
@@ -336,9 +337,8 @@ class Learner:
             what = "the model's logits, with every temperature and weight that was tried,"
             raise Diverged(what, learning_rate=self.how.learning_rate, round=round)
 
-    def _proxy(self, round: int) -> Tensor:
-        inputs = self.site.commons.proxy_inputs
-        return inputs[proxy_subset(self.config, round, inputs.device)]
+    def _proxy(self, round: int) -> Inputs:
+        return proxy_samples(self.config, round, self.site.commons.proxy_inputs)
 
 
 def stack(letters: Sequence[tuple[Tensor, float, Sequence[Tensor]]]) -> Heard | None:

@@ -21,7 +21,7 @@ from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
 from clients.builder import Builder
 from clients.configuration import PeerConfig
-from clients.data import Site, file_versions, open_pool, open_site, proxy_subset
+from clients.data import Site, file_versions, open_pool, open_site, proxy_samples, proxy_subset
 from clients.device import pick_device
 from clients.final_model import Final
 from clients.flow import Flow
@@ -34,6 +34,7 @@ from clients.runs import close, make_room, refuse_other_data, remember_data, run
 from clients.state import Store, Taught, Trained
 from clients.telling import Telling
 from fedkd import metrics, models
+from fedkd.data.samples import Inputs
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
@@ -386,7 +387,7 @@ class Peer:
         with self.watch.phase("encode"):
             subset = proxy_subset(self.config, mail.round + 1, self.device)
             with self.watch.phase("predict"):
-                logits = self._logits(model, self.site.commons.proxy_inputs[subset], mail.round)
+                logits = self._logits(model, self._public(mail.round + 1), mail.round)
             arrays = self._knowledge(mail, model, logits, subset)
         with self.watch.phase("store"):
             self._save(mail, model, self.peer_config.model_spec(self.config), found, memo, trained=trained)
@@ -428,7 +429,7 @@ class Peer:
             published = self.private.publish(published, round=mail.round)
         arrays: Arrays = {**encode_rows(self.codec, published, claims), **encode_claims(claims)}
         if self.flow:
-            arrays = {**arrays, **self.flow.encode(model, self.site.commons.proxy_inputs[subset])}
+            arrays = {**arrays, **self.flow.encode(model, self._public(mail.round + 1))}
         return self.secrets.seal(arrays, round=mail.round) if self.secrets else arrays
 
     def _began(self, mail: Mail, model: nn.Module) -> nn.Module:
@@ -448,7 +449,10 @@ class Peer:
             logits = self._logits(model, self.site.commons.test_inputs, round)
             return self._scores(logits), self._bins(logits) if round in (0, self.config.rounds) else {}
 
-    def _logits(self, model: nn.Module, inputs: Tensor, round: int) -> Tensor:
+    def _public(self, round: int) -> Inputs:
+        return proxy_samples(self.config, round, self.site.commons.proxy_inputs)
+
+    def _logits(self, model: nn.Module, inputs: Inputs, round: int) -> Tensor:
         """Predict; what is no number is a model that training has ruined, and nothing to measure or publish."""
         logits = predict(model, inputs, fast=self.config.fast)
         if not bool(logits.isfinite().all()):

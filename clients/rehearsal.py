@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 
 from clients.answering import by_kind
+from fedkd.data.samples import Inputs
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
@@ -19,7 +20,7 @@ _passed: set[tuple[object, ...]] = set()  # the process's cache: architectures o
 
 
 def rehearse(
-    model: nn.Module, spec: str, inputs: Tensor, config: RunConfig, *, classes: int, key: str, frank: bool = False
+    model: nn.Module, spec: str, inputs: Inputs, config: RunConfig, *, classes: int, key: str, frank: bool = False
 ) -> None:
     """Train a model by one step, and write and read its state; afterwards it is as it was.
 
@@ -61,7 +62,7 @@ def rehearse(
     _passed.add(once)
 
 
-def check_start(model: nn.Module, inputs: Tensor, config: RunConfig, *, path: Path) -> None:
+def check_start(model: nn.Module, inputs: Inputs, config: RunConfig, *, path: Path) -> None:
     """Refuse a checkpoint under which a model answers what is no number.
 
     Raises:

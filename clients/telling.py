@@ -21,6 +21,7 @@ from clients.data import Site
 from clients.learner import Heard
 from clients.releases import Private
 from clients.state import StateError, make_private, write_whole
+from fedkd.data.samples import Inputs, subset
 from fedkd.losses import selection
 from fedkd.privacy import reproducible_normal, secret_normal
 from fedkd.seeding import derive
@@ -102,7 +103,9 @@ class Telling:
         return {name: found[name].cpu().numpy() for name in found if name in self.config.told}
 
     def _density(self, model: nn.Module) -> Tensor:
-        private = penultimate(model, self._drawn(self.site.inputs, _MOST_REGRESSED, "density"))
+        inputs = self.site.inputs
+        drawn = self._drawn(len(inputs), _MOST_REGRESSED, "density").to(inputs.device)
+        private = penultimate(model, subset(inputs, drawn))
         public = penultimate(model, self.site.commons.proxy_inputs)
         private, public = selection.bounded(private, public)
         theta = selection.density_coefficients(private, public, penalty=self.config.density_penalty)
@@ -128,9 +131,10 @@ class Telling:
             centres = selection.k_means(private, count, seed=derive(self.config.seed, "clusters", self.index))
             scores = [-selection.nearest_distance(centres, rows) for rows in (held, public)]
         else:
-            private = self._drawn(private, _MOST_ROWS, "kernel")
-            others = self._drawn(public, _MOST_ROWS, "kernel")
-            width = _WIDTH * selection.median_distance(self._drawn(private, _FOR_WIDTH, "width"))
+            private = private[self._drawn(len(private), _MOST_ROWS, "kernel")]
+            others = public[self._drawn(len(public), _MOST_ROWS, "kernel")]
+            some = private[self._drawn(len(private), _FOR_WIDTH, "width")]
+            width = _WIDTH * selection.median_distance(some)
             penalty = len(others) ** -0.5
             ratios = selection.kulsif(private, others, torch.cat([held, public]), width=width, penalty=penalty)
             scores = [ratios[: len(held)], ratios[len(held) :]]
@@ -142,26 +146,25 @@ class Telling:
         private, public = (_confidence(predict(model, rows)) for rows in (inputs, self.site.commons.proxy_inputs))
         return public.double() >= selection.roc_threshold(private, public)
 
-    def _set_aside(self) -> tuple[Tensor, Tensor]:
+    def _set_aside(self) -> tuple[Inputs, Inputs]:
         """Return private inputs to compare with, and others to find a threshold by; the same where there is but one."""
         inputs, held_out = self.site.inputs, self.site.held_out.inputs
         if len(held_out) or len(inputs) < 2:
             return inputs, held_out if len(held_out) else inputs
         order = self._order(len(inputs), "threshold").to(inputs.device)
         aside = max(1, round(_SET_ASIDE * len(inputs)))
-        return inputs[order[aside:]], inputs[order[:aside]]
+        return subset(inputs, order[aside:]), subset(inputs, order[:aside])
 
-    def _drawn(self, rows: Tensor, most: int, purpose: str) -> Tensor:
-        if len(rows) <= most:
-            return rows
-        return rows[self._order(len(rows), purpose)[:most].to(rows.device)]
+    def _drawn(self, count: int, most: int, purpose: str) -> Tensor:
+        """Return the indices of at most so many rows, on the CPU."""
+        return self._order(count, purpose)[:most] if count > most else torch.arange(count)
 
     def _order(self, count: int, purpose: str) -> Tensor:
         generator = torch.Generator().manual_seed(derive(self.config.seed, "telling", purpose, self.index))
         return torch.randperm(count, generator=generator)
 
 
-def penultimate(model: nn.Module, inputs: Tensor) -> Tensor:
+def penultimate(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return what a model's last linear layer is given, on the CPU; its logits where there is no such layer, or no use.
 
     Args:

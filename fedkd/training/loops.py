@@ -1,6 +1,6 @@
-"""Loops over in-memory tensors on one device: fit, distil, predict.
+"""Loops over in-memory samples on one device: fit, distil, predict.
 
-The data of a site fit in memory, so a batch is an index into a tensor: no loader, no workers, no copy.
+The data of a site fit in memory as they are kept, so a batch is an index: no loader, no workers.
 An optimiser lives for one phase: its moments would be stale after the other phase moved the weights, and a
 peer's state stays the size of its model.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkd.data.samples import Inputs
 from fedkd.errors import FedkdError
 from fedkd.losses.teachers import Prepared
 from fedkd.seeding import derive, seeded
@@ -115,7 +116,7 @@ def batches(count: int, size: int, generator: torch.Generator, device: torch.dev
 
 def fit(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     labels: Tensor,
     *,
     epochs: int,
@@ -151,7 +152,7 @@ def fit(
 
 def distil(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     teachers: Prepared,
     distillation: Distillation,
     *,
@@ -186,8 +187,8 @@ def distil(
 
 def fit_and_distil(
     model: nn.Module,
-    private: tuple[Tensor, Tensor],
-    proxy: Tensor,
+    private: tuple[Inputs, Tensor],
+    proxy: Inputs,
     teachers: Prepared,
     distillation: Distillation,
     *,
@@ -234,7 +235,7 @@ def fit_and_distil(
 
 def fit_alone(
     model: nn.Module,
-    private: tuple[Tensor, Tensor],
+    private: tuple[Inputs, Tensor],
     *,
     proxy_count: int,
     epochs: int,
@@ -273,7 +274,7 @@ def _of_labels(logits: Tensor, labels: Tensor, batch: Tensor, labelling: Labelli
 
 def _endless_labels(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     labels: Tensor,
     *,
     how: Optimization,
@@ -302,12 +303,13 @@ def _endless_labels(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, inputs: Tensor, *, fast: bool = False) -> Tensor:
+def predict(model: nn.Module, inputs: Inputs, *, fast: bool = False) -> Tensor:
     """Return a model's logits ``[N, C]`` in float32, in evaluation mode; ``fast`` as in :mod:`fedkd.training.fast`."""
     model.eval()
     size = PREDICTED_AT_ONCE[inputs.device.type == "cuda"]
+    starts = range(0, max(len(inputs), 1), size)  # of no samples too there are logits, [0, C]
     # Copies, for a CUDA graph writes its next output over the last one.
-    return torch.cat([forward(model, chunk, fast=fast).clone() for chunk in torch.split(inputs, size)])
+    return torch.cat([forward(model, inputs[start : start + size], fast=fast).clone() for start in starts])
 
 
 def _descend(
