@@ -92,6 +92,7 @@ class _DataSettings:
     proxy: str
     proxy_size: int
     normalize: str
+    augments_proxy: bool
     seed: int
     device: str
     validation: float
@@ -135,7 +136,7 @@ def open_site(config: RunConfig, peer_config: PeerConfig, device: torch.device, 
         "test set": commons.test_fingerprint,
         "proxy set": commons.fingerprint,
     }
-    return replace(_site(trained, held_out, commons, device), fingerprints=fingerprints)
+    return replace(_site(trained, held_out, commons, device, config), fingerprints=fingerprints)
 
 
 def open_pool(config: RunConfig, peer_config: PeerConfig, device: torch.device) -> Site:
@@ -148,7 +149,7 @@ def open_pool(config: RunConfig, peer_config: PeerConfig, device: torch.device) 
         for index, part in enumerate(parts)
     ]
     trained, held_out = (np.concatenate(half) for half in zip(*halves, strict=True))
-    return _site(trained, held_out, commons, device)
+    return _site(trained, held_out, commons, device, config)
 
 
 def _split_off(
@@ -216,19 +217,23 @@ def proxy_samples(config: RunConfig, round: int, inputs: Inputs) -> Inputs:
     return subset(inputs, proxy_subset(config, round, inputs.device))
 
 
-def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device) -> Site:
-    trained, kept = _labelled(own, commons, device), _labelled(held_out, commons, device)
+def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device, config: RunConfig) -> Site:
+    trained = _labelled(own, commons, device, augmented=config.augment != "none")
+    kept = _labelled(held_out, commons, device)
     counts = torch.bincount(torch.cat([trained.labels, kept.labels]), minlength=len(commons.source.classes)).double()
     return Site(trained.inputs, trained.labels, kept, counts / counts.sum(), commons)
 
 
-def _labelled(own: np.ndarray, commons: Commons, device: torch.device) -> Labelled:
+def _labelled(own: np.ndarray, commons: Commons, device: torch.device, *, augmented: bool = False) -> Labelled:
     train, index = commons.source.train, torch.from_numpy(own)
-    return Labelled(_seen(train.inputs[index], commons.scale, device), train.labels[index].to(device))
+    inputs = _seen(train.inputs[index], commons.scale, device, augmented=augmented)
+    return Labelled(inputs, train.labels[index].to(device))
 
 
-def _seen(kept: Tensor, scale: Standardizer, device: torch.device | str) -> Inputs:
-    return Samples(kept.to(device), scale).settled()
+def _seen(kept: Tensor, scale: Standardizer, device: torch.device | str, *, augmented: bool = False) -> Inputs:
+    """Return samples as models see them; such as training augments stay as they are kept."""
+    samples = Samples(kept.to(device), scale)
+    return samples if augmented else samples.settled()
 
 
 def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarray:
@@ -283,7 +288,7 @@ def _data_settings(
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
-        config.proxy_size, config.normalize, config.seed, str(device),
+        config.proxy_size, config.normalize, config.augment_proxy != "none", config.seed, str(device),
         config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
         versions,
     )  # fmt: skip
@@ -305,7 +310,7 @@ def _commons(settings: _DataSettings) -> Commons:
     return Commons(
         source,
         pool,
-        _seen(proxy.inputs, scale, settings.device),
+        _seen(proxy.inputs, scale, settings.device, augmented=settings.augments_proxy),
         proxy.fingerprint,
         _seen(test.inputs, scale, settings.device),
         test.labels.to(settings.device),

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from clients.data import Labelled, Site, proxy_samples, proxy_subset
+from clients.data import Site, proxy_samples, proxy_subset
 from clients.flow import Flow
 from fedkd import metrics
+from fedkd.data.augment import Augmentation
 from fedkd.data.samples import Inputs
 from fedkd.errors import SettingError
 from fedkd.losses.calibration import Calibration, class_shares
@@ -95,6 +96,9 @@ class Learner:
         self.seen = 0
         self.belief = Belief.from_config(config)
         self.shares = class_shares(site.labels, len(site.label_share))
+        self.augment = Augmentation.named(config.augment, site.inputs, key="augment")
+        proxy = site.commons.proxy_inputs
+        self.augment_proxy = Augmentation.named(config.augment_proxy, proxy, key="augment-proxy")
         Distillation.from_config(config)  # a wrong setting is an error before any training
 
     @property
@@ -117,9 +121,13 @@ class Learner:
             key, value = ("cakd-top-k", self.config.cakd_top_k) if cakd else ("divergence", self.config.divergence)
             raise SettingError(key, value, f"possible with {nothing.shape[-1]} classes ({error})") from error
 
+    def ahead(self, model: nn.Module, *, epochs: int) -> float:
+        """Train on private labels before the rounds or in their place, a phase of its own; return the loss."""
+        return self._fit(model, 0, epochs, self._see, self.how)
+
     def local(self, model: nn.Module, *, round: int, epochs: int) -> float:
-        """Train on private labels alone; return the loss."""
-        return self._fit(model, Labelled(self.site.inputs, self.site.labels), round, epochs, self._see)
+        """Train on private labels alone, in a round; return the loss."""
+        return self._fit(model, round, epochs, self._see, self._how(round))
 
     def shown_labels(self, model: nn.Module, *, round: int, temperature: float, weight: float, memo: Memo) -> None:
         """Train as in a round with teachers, with the proxy set's true labels in their place: the channel control.
@@ -146,18 +154,17 @@ class Learner:
             own = predict(model, self._proxy(round), fast=self.how.fast)
             memo["gradient_factor"] = found.matched(own, teacher.logits, teacher.weights)
         found = found.times(memo.get("gradient_factor", 1.0)).times(warm_up(round, self.config.kd_warm_up))
-        self._step(model, Labelled(self.site.inputs, self.site.labels), teacher, found, round)
+        self._step(model, teacher, found, round)
 
     def alone(self, model: nn.Module, *, round: int) -> float:
         """Train as in a round, on the same private batches, without teachers: the isolated control."""
         if not self.config.joint:
             return self.local(model, round=round, epochs=self.config.local_epochs)
-        own = (self.site.inputs, self.site.labels)
         seed, epochs = derive(self.config.seed, "distil", self.index, round), self.config.distill_epochs
         with self.watch.phase("train"):
             return fit_alone(
-                model, own, proxy_count=self.config.travelling, epochs=epochs, how=self.how, seed=seed,
-                drawn=self._see, labelling=self._labelling(model, round),
+                model, self._private(round), proxy_count=self.config.travelling, epochs=epochs, how=self._how(round),
+                seed=seed, drawn=self._see, labelling=self._labelling(model, round),
             )  # fmt: skip
 
     def learn(
@@ -175,25 +182,22 @@ class Learner:
         Returns:
             ``kd_loss``, ``local_loss``, and the ``temperature`` and ``kd_weight`` that were used.
         """
-        private = Labelled(self.site.inputs, self.site.labels)
         if heard is None:
             return {"kd_loss": math.nan, "local_loss": self.alone(model, round=round)}
         with self.watch.phase("distil"):
-            return self._taught(model, private, heard, round, memo, own)
+            return self._taught(model, heard, round, memo, own)
 
-    def _taught(
-        self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo, own: Tensor | None
-    ) -> dict[str, float]:
+    def _taught(self, model: nn.Module, heard: Heard, round: int, memo: Memo, own: Tensor | None) -> dict[str, float]:
         heard = self._judge(model, heard, round, own)
         if heard.features and self.config.flow_auxiliary:
             heard = self._through_auxiliary(heard, round)
         if self.config.regime == "tuned" and self._search_is_due(round, memo):
-            self._search(model, private, heard, round, memo)
+            self._search(model, heard, round, memo)
         if self.config.match_gradients and "gradient_factor" not in memo:
             own = predict(model, self._proxy(round), fast=self.how.fast)
             memo["gradient_factor"] = self._distillation(memo).matched(own, heard.logits, heard.logit_weights)
         distillation = self._distillation(memo).times(warm_up(round, self.config.kd_warm_up))
-        kd_loss, local_loss = self._step(model, private, heard, distillation, round, self._see)
+        kd_loss, local_loss = self._step(model, heard, distillation, round, self._see)
         return {
             "kd_loss": kd_loss,
             "local_loss": local_loss,
@@ -206,7 +210,8 @@ class Learner:
         distillation = Distillation.from_config(self.config)
         teachers = distillation.prepare(heard.logits, heard.weights)
         seed, epochs = derive(self.config.seed, "merge"), self.config.merge_epochs
-        distil(model, self._proxy(1), teachers, distillation, epochs=epochs, how=self.how, seed=seed)
+        proxy = self._shown(1, "augment-merge")
+        distil(model, proxy, teachers, distillation, epochs=epochs, how=self.how, seed=seed)
 
     def _judge(self, model: nn.Module, heard: Heard, round: int, own: Tensor | None) -> Heard:
         """Decide whom to believe: whole teachers, samples and classes, oneself (``regime = partitioned``)."""
@@ -230,26 +235,25 @@ class Learner:
     def _step(
         self,
         model: nn.Module,
-        private: Labelled,
         heard: Heard,
         distillation: Distillation,
         round: int,
         drawn: Drawn | None = None,
     ) -> tuple[float, float]:
         teachers = distillation.prepare(heard.logits, heard.logit_weights)
-        seed, proxy = derive(self.config.seed, "distil", self.index, round), self._proxy(round)
-        how, epochs = self.how, self.config.distill_epochs
+        seed = derive(self.config.seed, "distil", self.index, round)
+        proxy = self._shown(round, "augment-proxy", self.index, round)
+        how, epochs = self._how(round), self.config.distill_epochs
         with self._beside(model, heard, round) as beside:
             if self.config.joint:
-                own = (private.inputs, private.labels)
                 loss = fit_and_distil(
-                    model, own, proxy, teachers, distillation,
+                    model, self._private(round), proxy, teachers, distillation,
                     epochs=epochs, how=how, seed=seed, beside=beside, drawn=drawn,
                     labelling=self._labelling(model, round),
                 )  # fmt: skip
                 return loss, math.nan
             loss = distil(model, proxy, teachers, distillation, epochs=epochs, how=how, seed=seed, beside=beside)
-        return loss, self._fit(model, private, round, self.config.local_epochs, drawn)
+        return loss, self._fit(model, round, self.config.local_epochs, drawn, how)
 
     def _beside(self, model: nn.Module, heard: Heard, round: int) -> AbstractContextManager[Beside | None]:
         if not heard.features:
@@ -257,11 +261,11 @@ class Learner:
         weights = heard.flow_weights or heard.weights.tolist()
         return Flow.from_config(self.config, model).beside(model, heard.features, weights, round=round)
 
-    def _fit(self, model: nn.Module, private: Labelled, round: int, epochs: int, drawn: Drawn | None) -> float:
+    def _fit(self, model: nn.Module, round: int, epochs: int, drawn: Drawn | None, how: Optimization) -> float:
         seed = derive(self.config.seed, "local", self.index, round)
         with self.watch.phase("train"):
             return fit(
-                model, private.inputs, private.labels, epochs=epochs, how=self.how, seed=seed, drawn=drawn,
+                model, *self._private(round), epochs=epochs, how=how, seed=seed, drawn=drawn,
                 labelling=self._labelling(model, round),
             )  # fmt: skip
 
@@ -273,7 +277,8 @@ class Learner:
         """
         config, site = self.config, self.site
         keeps = config.vacant_classes > 0 and round > 0
-        if not (keeps or config.logit_adjustment > 0 or config.logit_suppression > 0):
+        adjusts = config.logit_adjustment > 0 or config.logit_suppression > 0 or config.label_smoothing > 0
+        if not (keeps or adjusts):
             return None
         return Calibration(
             site.labels,
@@ -282,6 +287,7 @@ class Learner:
             config.vacant_classes,
             config.logit_suppression,
             predict(model, site.inputs, fast=self.how.fast) if keeps else None,
+            config.label_smoothing,
         )
 
     def _distillation(self, memo: Memo) -> Distillation:
@@ -301,9 +307,10 @@ class Learner:
         last = [[layers[-1]] for layers in heard.features]
         flow = Flow.from_config(self.config, auxiliary)
         seed, proxy = derive(self.config.seed, "auxiliary", self.index, round), self._proxy(round)
+        shown = self._shown(round, "augment-auxiliary", self.index, round)
         with flow.beside(auxiliary, last, heard.weights.tolist(), round=round) as beside:
             distil(
-                auxiliary, proxy, teachers.prepare(heard.logits, heard.logit_weights), teachers,
+                auxiliary, shown, teachers.prepare(heard.logits, heard.logit_weights), teachers,
                 epochs=self.config.flow_auxiliary_epochs, how=self.how, seed=seed, beside=beside,
             )  # fmt: skip
         return replace(heard, features=[flow.of(auxiliary, proxy)], flow_weights=[1.0])
@@ -313,7 +320,7 @@ class Learner:
             return True
         return self.config.tune_every > 0 and (round - 1) % self.config.tune_every == 0
 
-    def _search(self, model: nn.Module, private: Labelled, heard: Heard, round: int, memo: Memo) -> None:
+    def _search(self, model: nn.Module, heard: Heard, round: int, memo: Memo) -> None:
         """Try every temperature and weight on a copy for one round; keep the best on the held-out private samples.
 
         Source: ``tuned`` of arXiv 2402.14922 [paper]; this grid and what is held out are [ours].
@@ -325,7 +332,7 @@ class Learner:
         ):
             candidate = copy.deepcopy(model)
             distillation = Distillation.from_config(self.config, temperature=temperature, weight=weight)
-            self._step(candidate, private, heard, distillation, round)
+            self._step(candidate, heard, distillation, round)
             logits = predict(candidate, held_out.inputs, fast=self.how.fast)
             if not bool(logits.isfinite().all()):
                 continue
@@ -337,7 +344,30 @@ class Learner:
             what = "the model's logits, with every temperature and weight that was tried,"
             raise Diverged(what, learning_rate=self.how.learning_rate, round=round)
 
+    def _how(self, round: int) -> Optimization:
+        """Return how a round's phases descend, of which each has the learning rates of all of the round."""
+        over_run = self.config.learning_rate_over == "run"
+        return self.how.within(*self.config.share_of_run(round)) if over_run else self.how
+
+    def _private(self, round: int) -> tuple[Inputs, Tensor]:
+        """Return inputs and labels of one phase of training in a round.
+
+        Augmented anew by each call, alike: a peer, the trials of its search and its controls see the same.
+        """
+        inputs, labels = self.site.inputs, self.site.labels
+        if self.augment is None:
+            return inputs, labels
+        return self.augment.of(inputs, derive(self.config.seed, "augment", self.index, round)), labels
+
+    def _shown(self, round: int, purpose: str, *keys: int) -> Inputs:
+        """Return a round's proxy samples as a student sees them in one phase of training, with a stream of draws."""
+        plain = self._proxy(round)
+        if self.augment_proxy is None:
+            return plain
+        return self.augment_proxy.of(plain, derive(self.config.seed, purpose, *keys))
+
     def _proxy(self, round: int) -> Inputs:
+        """Return a round's proxy samples as they are, of which teachers spoke."""
         return proxy_samples(self.config, round, self.site.commons.proxy_inputs)
 
 

@@ -206,7 +206,7 @@ class Peer:
 
         def train() -> int:
             seen = self.learner.seen
-            self.learner.local(model, round=0, epochs=self.config.pretrain_epochs)
+            self.learner.ahead(model, epochs=self.config.pretrain_epochs)
             return self.learner.seen - seen
 
         return pretrain(model, self.config, self.peer_config, self.versions, train, common=common)
@@ -314,7 +314,7 @@ class Peer:
         model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
-        learner.local(model, round=0, epochs=epochs)
+        learner.ahead(model, epochs=epochs)
         found = self._measure(model) | {"samples_seen": learner.seen}
         return self._reply(mail, metrics=found, facts={"model": self.config.pooled_model})
 

@@ -51,9 +51,9 @@ class Witness:
             self.inputs = hashlib.sha1(inputs.numpy().tobytes()).hexdigest()
             return forward(model, inputs, **how)
 
-        def labelled(logits, labels):
+        def labelled(logits, labels, **smoothed):
             self.batches.append((self.inputs, tuple(labels.tolist())))
-            return cross_entropy(logits, labels)
+            return cross_entropy(logits, labels, **smoothed)
 
         def trials(*arguments):
             before = len(self.batches)

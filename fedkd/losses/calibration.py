@@ -31,7 +31,9 @@ def class_shares(labels: Tensor, classes: int) -> Tensor:
     return (counts / counts.sum()).float()
 
 
-def adjusted_cross_entropy(logits: Tensor, labels: Tensor, shares: Tensor, *, strength: float = 1.0) -> Tensor:
+def adjusted_cross_entropy(
+    logits: Tensor, labels: Tensor, shares: Tensor, *, strength: float = 1.0, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of z + λ·log π, the batch's mean.  [B, C], [B], [C] -> scalar, in nats.
 
     At λ = 1 what the logits themselves say is, in the end, the posterior over the class shares: what a balanced set
@@ -42,6 +44,8 @@ def adjusted_cross_entropy(logits: Tensor, labels: Tensor, shares: Tensor, *, st
         labels: ``[B]`` int64.
         shares: π, ``[C]``, each > 0.
         strength: λ >= 0; 0 is plain cross-entropy.
+        smoothing: ε in [0, 1), by which the label's one-hot y becomes (1 − ε)·y + ε/C (Szegedy et al. 2016, arXiv
+            1512.00567).
 
     Source: logit adjustment, Menon et al. 2021, arXiv 2007.07314 [paper]; FedLC, arXiv 2209.00189, calibrates the
     same way with a margin of another form; the smoothed shares of one's own samples are [ours].
@@ -49,7 +53,7 @@ def adjusted_cross_entropy(logits: Tensor, labels: Tensor, shares: Tensor, *, st
     >>> adjusted_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([0.75, 0.25]))  # ln 4
     tensor(1.3863)
     """
-    return F.cross_entropy(logits + strength * shares.log().to(logits), labels)
+    return F.cross_entropy(logits + strength * shares.log().to(logits), labels, label_smoothing=smoothing)
 
 
 def vacant_class_distillation(logits: Tensor, former_logits: Tensor, vacant: Tensor) -> Tensor:
@@ -110,6 +114,7 @@ class Calibration:
         vacant: weight of :func:`vacant_class_distillation`.
         suppression: weight of :func:`logit_suppression`.
         former_logits: of all its samples, ``[N, C]``, as the phase began; None: nothing of them is kept.
+        smoothing: of the labels, as :func:`adjusted_cross_entropy` takes it.
     """
 
     labels: Tensor
@@ -118,11 +123,12 @@ class Calibration:
     vacant: float = 0.0
     suppression: float = 0.0
     former_logits: Tensor | None = None
+    smoothing: float = 0.0
 
     def __call__(self, logits: Tensor, batch: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar, from its logits ``[B, C]`` and its indices ``[B]``."""
         labels = self.labels[batch]
-        loss = adjusted_cross_entropy(logits, labels, self.shares, strength=self.adjustment)
+        loss = adjusted_cross_entropy(logits, labels, self.shares, strength=self.adjustment, smoothing=self.smoothing)
         if self.suppression > 0:
             loss = loss + self.suppression * logit_suppression(logits, labels, self.shares)
         if self.former_logits is not None:

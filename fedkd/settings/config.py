@@ -125,6 +125,9 @@ class RunConfig(
         yield "privacy-epsilon", "0 under fedavg, whose weights are not noised", private and fedavg
         yield "privacy-epsilon", "0 under infoflow, whose features are not noised", private and infoflow
         yield from self._contradictions_of_claims()
+        over_run = self.learning_rate_over == "run"
+        unknown = "phase under mode async, where nobody knows how many rounds a peer will have"
+        yield "learning-rate-over", unknown, asynchronous and self.rate_varies and over_run
         tuned = self.regime == "tuned"
         beyond = max(numbers(self.tune_weights)) > 1 and self.joint
         yield "tune-weights", "at most 1 under schedule mixed", tuned and beyond
@@ -262,6 +265,11 @@ class RunConfig(
         return self.robust if self.peers_combine and not sparse else "none"
 
     @property
+    def rate_varies(self) -> bool:
+        """Whether the learning rate is not the same in all steps."""
+        return self.learning_rate_schedule != "constant" or self.learning_rate_warm_up > 0
+
+    @property
     def travelling(self) -> int:
         """How many proxy samples' logits travel in a round."""
         return self.proxy_per_round or self.proxy_size
@@ -273,6 +281,19 @@ class RunConfig(
             return ()
         weighed = (self.weighing,) if self.weighing in (COUNTS, DENSITY) else ()
         return (*weighed, MASK) if self.selector != "none" else weighed
+
+    def share_of_run(self, round: int) -> tuple[float, float]:
+        """Return which part of the rounds in which peers train a round is: where it begins and ends, in [0, 1].
+
+        A round of federated averaging measures before it trains: what starts from scratch trains in round 0 too, and
+        the last one only measures.
+
+        >>> RunConfig(rounds=4).share_of_run(1), RunConfig(rounds=4, strategy="fedavg").share_of_run(1)
+        ((0.0, 0.25), (0.25, 0.5))
+        """
+        first = 0 if self.cold else 1
+        trained = max(1, self.rounds - (self.strategy == "fedavg" and not self.cold))
+        return (round - first) / trained, (round - first + 1) / trained
 
     def to_mapping(self) -> dict[str, Scalar]:
         """Return the settings as Flower's flat mapping."""

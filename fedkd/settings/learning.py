@@ -19,6 +19,7 @@ from fedkd.settings.declare import (
 )
 from fedkd.settings.rules import (
     ANY,
+    AUGMENTATION,
     DIVERGENCE,
     NUMBERS,
     TEACHER_TEMPERATURE,
@@ -294,6 +295,15 @@ class Learning:
         controls=CHANNEL,
         takes=DISTILS,
         costs=FREE,
+    )
+    augment_proxy: str = setting(
+        "none",
+        AUGMENTATION,
+        "as `augment`, of the proxy images that a student learns on; its teachers spoke of the plain ones",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=KNOWLEDGE,
+        opens=CODE,
     )
 
 

@@ -71,6 +71,10 @@ DIVERGENCE = Rule(
 WEIGHING = Rule(
     f"one of {', '.join(WEIGHINGS)}, or `package.module:function`", lambda v: v in WEIGHINGS or is_callable_spec(v)
 )
+AUGMENTATION = Rule(
+    "none, crop-flip, randaugment, or `package.module:function`",
+    lambda v: v in ("none", "crop-flip", "randaugment") or is_callable_spec(v),
+)
 TOPOLOGY = Rule(
     f"one of {', '.join(TOPOLOGIES)}, or `file:PATH`",
     lambda v: v in TOPOLOGIES or (v.startswith("file:") and v != "file:"),

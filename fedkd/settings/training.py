@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.settings.declare import CODE, EPOCHS, FILES, FREE, START, TRAINING, Condition, setting
-from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, between, one_of
+from fedkd.settings.rules import ANY, AUGMENTATION, NON_EMPTY, above, at_least, between, one_of
 
 if TYPE_CHECKING:
     from fedkd.settings.config import RunConfig
@@ -59,6 +59,31 @@ class Training:
     learning_rate: float = setting(
         0.001, above(0), "learning rate of every training phase", decides=TRAINING, costs=FREE
     )
+    learning_rate_schedule: str = setting(
+        "constant",
+        one_of("constant", "cosine", "step"),
+        "how it goes on after the warm-up: `cosine` to 0, `step` to a tenth after half of the steps and a hundredth "
+        "after three quarters",
+        decides=TRAINING,
+    )
+    learning_rate_warm_up: float = setting(
+        0.0,
+        between(0, 0.9),
+        "share of the steps over which the learning rate first grows linearly to its value",
+        decides=TRAINING,
+        costs=FREE,
+    )
+    learning_rate_over: str = setting(
+        "phase",
+        one_of("phase", "run"),
+        "the steps that schedule and warm-up go over: of each training phase, or of all rounds, whoever takes part in "
+        "them; pre-training is a phase of its own",
+        decides=TRAINING,
+        takes=Condition(
+            "learning-rate-schedule cosine or step, or a learning-rate-warm-up",
+            lambda c: c.rate_varies,
+        ),
+    )
     momentum: float = setting(
         0.9,
         between(0, 0.999),
@@ -68,7 +93,29 @@ class Training:
         costs=FREE,
     )
     weight_decay: float = setting(0.0, at_least(0), "weight decay", decides=TRAINING, costs=FREE)
+    gradient_clip: float = setting(
+        0.0,
+        at_least(0),
+        "the largest norm that a step's gradient may have, over all weights; 0: any",
+        decides=TRAINING,
+        costs=FREE,
+    )
     batch_size: int = setting(32, at_least(2), "images per step", decides=TRAINING, costs="max-batch-size")
+    augment: str = setting(
+        "none",
+        AUGMENTATION,
+        "what private images go through whenever they are trained on: `crop-flip`: shifted by up to an eighth, half of "
+        "them mirrored; `randaugment`: that and two random operations; or a function of images [B, C, H, W]",
+        decides=TRAINING,
+        opens=CODE,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        between(0, 0.99),
+        "share of each label that the labels' loss spreads over all classes",
+        decides=TRAINING,
+        costs=FREE,
+    )
     logit_adjustment: float = setting(
         0.0,
         at_least(0),

@@ -6,12 +6,13 @@ peer's state stays the size of its model.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from fedkd.data.samples import Inputs
 from fedkd.errors import FedkdError
@@ -21,6 +22,7 @@ from fedkd.settings.training import Training
 from fedkd.training.distillation import Distillation
 from fedkd.training.fast import forward
 from fedkd.training.optimizers import Descent
+from fedkd.training.rates import Rates
 
 Beside = Callable[[Tensor], Tensor]
 """A further loss of a batch of proxy indices ``[B]``, called right after the model has seen that batch."""
@@ -37,6 +39,8 @@ Losses = tuple[Tensor, Tensor]
 
 PREDICTED_AT_ONCE = (128, 1024)
 """Samples in one forward pass without gradients, on a CPU, whose caches hold no more, and on a GPU."""
+
+_CONSTANT = Rates()
 
 
 class Diverged(FedkdError):
@@ -69,6 +73,8 @@ class Optimization:
         weight_decay: decoupled for ``adamw``, as an L2 term otherwise.
         batch_size: samples per step.
         fast: whether models compute as :func:`fedkd.training.fast.forward` has it, with fused steps.
+        gradient_clip: the largest Euclidean norm of a step's gradient over all parameters; 0: any.
+        rates: factors of the learning rate.
     """
 
     name: str = "adam"
@@ -77,13 +83,20 @@ class Optimization:
     weight_decay: float = 0.0
     batch_size: int = 32
     fast: bool = False
+    gradient_clip: float = 0.0
+    rates: Rates = _CONSTANT
 
     @classmethod
     def from_config(cls, config: Training) -> "Optimization":
-        """Take the settings of a run."""
+        """Take the settings of a run, for a phase whose learning rate has a schedule of its own."""
         return cls(
-            config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size, config.fast
-        )
+            config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.batch_size,
+            config.fast, config.gradient_clip, Rates(config.learning_rate_schedule, config.learning_rate_warm_up),
+        )  # fmt: skip
+
+    def within(self, begin: float, end: float) -> "Optimization":
+        """Return the same for a phase that is a part of what the schedule goes over, given as shares in [0, 1]."""
+        return replace(self, rates=self.rates.within(begin, end))
 
     def optimizer(self, model: nn.Module) -> Descent:
         """Return a fresh optimiser over a model's trainable parameters."""
@@ -329,12 +342,16 @@ def _descend(
     order = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=device)
     with seeded(seed):
-        for _ in range(epochs):
+        for epoch in range(epochs):
             total.zero_()
-            for batch in batches(count, how.batch_size, order, device):
+            chunks = list(batches(count, how.batch_size, order, device))
+            for step, batch in enumerate(chunks, start=epoch * len(chunks)):
                 loss, reported = losses(batch)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
+                if how.gradient_clip > 0:
+                    clip_grad_norm_(optimizer.parameters, how.gradient_clip)
+                optimizer.learning_rate = how.learning_rate * how.rates.factor(step, epochs * len(chunks))
                 optimizer.step()
                 total += reported.detach() * len(batch)
     model.eval()

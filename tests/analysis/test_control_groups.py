@@ -21,7 +21,9 @@ TAUGHT = [
     {"divergence": "js"}, {"temperature": 2.0}, {"kd-weight": 0.3}, {"kd-warm-up": 2}, {"match-gradients": True},
     {"t2-scaling": True}, {"distill-epochs": 3}, {"proxy-per-round": 50}, {"schedule": "alternate"}, {"regime": "dml"},
     {"strategy": "consensus"}, {"strategy": "pairwise", "matching": "round-robin"}, {"topology": "erdos-renyi"},
-    {"logit-adjustment": 1.0}, {"vacant-classes": 1.0}, {"rounds": 3}, {"seed": 1}, {"participation": 0.5},
+    {"augment-proxy": "crop-flip"}, {"augment": "crop-flip"}, {"learning-rate-schedule": "cosine"},
+    {"label-smoothing": 0.1}, {"gradient-clip": 1.0}, {"logit-adjustment": 1.0}, {"vacant-classes": 1.0}, {"rounds": 3},
+    {"seed": 1}, {"participation": 0.5},
 ]  # fmt: skip
 NOT_TAUGHT = [
     {"strategy": "pairwise"}, {"strategy": "gossip"}, {"topology": "ring"}, {"codec": "fp16"}, {"robust": "median"},
@@ -37,6 +39,15 @@ def test_the_channel_control_is_shared_where_peers_would_be_taught_alike(changed
 
     for one, two in ((plain, other), used, (plain, used[1])):  # as planned, as run, and one of each
         assert (control_group(one, "channel") == control_group(two, "channel")) == shared
+
+
+def test_augmented_proxy_images_are_the_students_alone():
+    plain = {**RunConfig().to_mapping(), "peers": 4}
+    other = {**plain, "augment-proxy": "crop-flip"}
+
+    for name in ("isolated", "pooled"):
+        assert control_group(plain, name) == control_group(other, name)
+        assert control_group(plain, name) != control_group({**plain, "augment": "crop-flip"}, name)
 
 
 def test_what_a_search_finds_depends_on_all_that_peers_heard():

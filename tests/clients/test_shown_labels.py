@@ -130,6 +130,19 @@ def test_a_calibrated_round_by_hand():
     assert close(alone, plain_round(made, taught=False, labels_loss=labels_loss))
 
 
+def test_labels_are_smoothed_in_the_labels_loss_and_not_where_they_stand_for_a_teacher():
+    made = learner(label_smoothing=0.3)
+
+    def labels_loss(student, batch):
+        target = 0.7 * F.one_hot(made.site.labels[batch], CLASSES) + 0.3 / CLASSES
+        return -(target * student(made.site.inputs[batch]).log_softmax(1)).sum(1).mean()
+
+    assert close(shown(made), plain_round(made, labels_loss=labels_loss))
+    alone = model()
+    made.alone(alone, round=3)
+    assert close(alone, plain_round(made, taught=False, labels_loss=labels_loss))
+
+
 def test_before_the_first_round_there_is_nothing_to_keep():
     start, plain, adjusted = model(), model(), model()
     learner(vacant_classes=5.0).local(start, round=0, epochs=2)

@@ -99,3 +99,12 @@ def test_the_parts_add_up_with_their_weights():
     )
     torch.testing.assert_close(found, expected)
     assert torch.equal(Calibration(LABELS, SHARES)(z, batch), F.cross_entropy(z, LABELS[batch]))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_a_smoothed_label_is_spread_over_all_classes(strength):
+    z, batch = logits(1, 3), torch.tensor([5, 0, 3])
+    target = 0.7 * F.one_hot(LABELS[batch], len(SHARES)) + 0.3 / len(SHARES)
+    expected = -(target * (z + strength * SHARES.log()).log_softmax(dim=1)).sum(dim=1).mean()
+
+    torch.testing.assert_close(Calibration(LABELS, SHARES, strength, smoothing=0.3)(z, batch), expected)

@@ -67,6 +67,15 @@ def told_the_truth(monkeypatch):
         {"strategy": "pairwise", "matching": "round-robin", "divergence": "cakd", "teacher_temperature": 1.0},
         {"regime": "tuned", "tune_temperatures": "1", "tune_weights": "0.5,1", "schedule": "mixed"},
         {"logit_adjustment": 1.0, "vacant_classes": 0.5, "logit_suppression": 0.01, "schedule": "alternate"},
+        {"augment": "crop-flip", "augment_proxy": "crop-flip", "label_smoothing": 0.1, "gradient_clip": 0.5},
+        {
+            "augment": "crop-flip",
+            "augment_proxy": "crop-flip",
+            "schedule": "alternate",
+            "learning_rate_schedule": "cosine",
+            "learning_rate_over": "run",
+            "learning_rate_warm_up": 0.2,
+        },
         {"strategy": "gossip", "mode": "async", "updates": 14, "rounds": 2},
     ],
 )

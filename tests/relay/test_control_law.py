@@ -79,6 +79,7 @@ WAYS = st.sampled_from(
         {"participation": 0.5},
         {"regime": "dml", "eval_every": 2},
         {"logit_adjustment": 1.0, "vacant_classes": 0.5},
+        {"augment": "crop-flip", "label_smoothing": 0.1, "augment_proxy": "crop-flip"},
         {"proxy_per_round": 32},
         {"regime": "tuned", "tune_temperatures": "1", "tune_weights": "0.5,1"},
         {"strategy": "gossip", "mode": "async", "updates": 14, "rounds": 2},
@@ -111,6 +112,7 @@ def run(tmp_path_factory, witness, fates, *, killed_at=None, **settings):
 @example({(1, 0): "errs", (2, 2): "late 3"}, {"strategy": "fedavg", "fedavg_model": "mlp"}, None)
 @example({(0, 2): "unheard", (2, 1): "refused"}, {"schedule": "alternate"}, 10)
 @example({}, {"participation": 0.5}, 9)
+@example({(0, 2): "late 3", (1, 3): "errs"}, {"augment": "crop-flip", "augment_proxy": "crop-flip"}, 9)
 @example(
     {(2, 0): "refused", (2, 2): "refused", (2, 3): "refused", (2, 4): "unheard", (0, 1): "unheard"},
     {"participation": 0.5},
@@ -164,7 +166,8 @@ def others(field):
         "schedule": ["alternate"], "attack": ["flip"], "codec": ["fp16"], "evaluate_on": ["validation"],
         "tune_weights": ["0.5"], "tune_temperatures": ["2"], "models": ["cnn-small"], "pooled_model": ["mlp"],
         "fedavg_model": ["mlp"], "kd_weight": [0.1, 0.9], "participation": [0.5], "threads": [1],
-        "privacy_epsilon": [100.0], "flow_layers": [""], "controls": ["isolated,pooled"],
+        "augment": ["crop-flip"], "augment_proxy": ["crop-flip"], "learning_rate_schedule": ["cosine", "step"],
+        "learning_rate_over": ["run"], "privacy_epsilon": [100.0], "flow_layers": [""], "controls": ["isolated,pooled"],
     }  # fmt: skip
     skipped = {
         "dataset",

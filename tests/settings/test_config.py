@@ -53,6 +53,9 @@ def test_the_readme_documents_every_setting_as_it_is():
         ("fedavg-model", "resnet9", "resnet8"),
         ("codec", "fp12", "fp16"),
         ("flow-depth", 10**9, "[1, 64]"),
+        ("augment", "mixup", "none, crop-flip, randaugment, or `package.module:function`"),
+        ("learning-rate-schedule", "exponential", "constant, cosine, step"),
+        ("label-smoothing", 1.0, "[0, 0.99]"),
         ("regime", "dp", "partitioned (it was `dp` before, which is no differential privacy: for that see "),
     ],
 )
@@ -144,3 +147,10 @@ def test_epochs_that_would_leave_nothing_to_train_are_refused_with_the_way_out(s
     for key_ in ("local-epochs", "distill-epochs"):
         with pytest.raises(SettingError, match=f"`{key_}` to be at least 1 .*{way}, but got 0"):
             RunConfig.from_mapping({**settings, key_: 0})
+
+
+def test_a_rate_over_a_run_of_which_nobody_knows_the_rounds_is_refused():
+    gossip = {"strategy": "gossip", "mode": "async", "learning-rate-over": "run"}
+    with pytest.raises(SettingError, match=r"`learning-rate-over` to be phase under mode async, .* but got 'run'"):
+        RunConfig.from_mapping({**gossip, "learning-rate-schedule": "cosine"})
+    RunConfig.from_mapping(gossip)  # nothing varies: no contradiction

@@ -26,6 +26,10 @@ from fedkd.settings.effect import without_effect
         ({"local_epochs": 2, "controls": "", "strategy": "consensus"}, set()),
         ({"local_epochs": 2, "controls": "", "strategy": "fedavg"}, set()),
         ({"updates": 5}, {"updates"}),
+        ({"learning_rate_over": "run"}, {"learning-rate-over"}),
+        ({"learning_rate_over": "run", "learning_rate_warm_up": 0.1}, set()),
+        ({"augment_proxy": "crop-flip", "strategy": "fedavg"}, {"augment-proxy"}),
+        ({"augment_proxy": "crop-flip", "strategy": "fedavg", "fedavg_start": "distilled"}, set()),
     ],
 )
 def test_a_setting_that_does_nothing_is_named(settings, idle):
