@@ -12,6 +12,7 @@ from fedkd.errors import SettingError
 BENCHES = {
     "losses": "experiments.bench.losses",
     "loop": "experiments.bench.loop",
+    "augment": "experiments.bench.augment",
     "gpu": "experiments.bench.gpu",
     "robust": "experiments.bench.robust",
     "privacy": "experiments.bench.privacy",

@@ -20,11 +20,15 @@ _SHIFT = 8  # a shift is at most this part of a side: 4 of CIFAR's 32 pixels, as
 _OWN = "a function of images [B, C, H, W] that returns others of the same shape and type"
 
 
-def crop_flip(images: Tensor) -> Tensor:
+def crop_flip(images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Shift each image by up to an eighth of its sides, and mirror it left to right half the time.
 
-    [B, C, H, W] -> [B, C, H, W], of the same type; draws from torch's global generator on the CPU, wherever the images
-    are. What a shift uncovers is the image's own mirrored edge: unlike black it is in range whatever the numbers mean.
+    [B, C, H, W] -> [B, C, H, W], of the same type. What a shift uncovers is the image's own mirrored edge: unlike black
+    it is in range whatever the numbers mean.
+
+    Args:
+        images: ``[B, C, H, W]``, on any device.
+        generator: on the CPU; None: torch's global one.
 
     Source: He et al. 2015, arXiv 1512.03385, §4.2 [paper], with black there; mirrored edges are [ours].
 
@@ -34,8 +38,11 @@ def crop_flip(images: Tensor) -> Tensor:
     # One gather for the batch: torchvision's classes draw once for all of it, and image by image they took twenty times
     # as long on batches of 32 of CIFAR's size.
     number, channels, height, width = images.shape
-    down, right = (torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (number, 1)) for side in (height, width))
-    mirrored = torch.rand(number, 1) < 0.5
+    down, right = (
+        torch.randint(-(side // _SHIFT), side // _SHIFT + 1, (number, 1), generator=generator)
+        for side in (height, width)
+    )
+    mirrored = torch.rand(number, 1, generator=generator) < 0.5
     rows, columns = _reflected(down, height), _reflected(right, width)
     columns = torch.where(mirrored, columns.flip(1), columns)
     pixels = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).reshape(number, 1, height * width)
@@ -60,10 +67,10 @@ class Augmentation:
     """What a setting asks for, tried on images of the kind that it will see.
 
     Attributes:
-        transform: of a batch of kept images, that draws from torch's global generators alone.
+        transform: of a batch of kept images, with draws that a seed decides.
     """
 
-    transform: View
+    transform: Callable[[Tensor, int], Tensor]
 
     @classmethod
     def named(cls, spec: str, inputs: Inputs, *, key: str) -> "Augmentation | None":
@@ -84,15 +91,16 @@ class Augmentation:
         if kept.ndim != 4:
             raise SettingError(key, spec, f"none for inputs {list(kept.shape[1:])}, which are no images")
         if spec == "crop-flip":
-            return cls(crop_flip)
+            # Seeding torch's global generators for a batch takes as long as all the rest.
+            return cls(lambda images, seed: crop_flip(images, generator=torch.Generator().manual_seed(seed)))
         if spec == "randaugment":
             if kept.dtype != torch.uint8 or kept.shape[1] not in (1, 3):
                 kind = f"{str(kept.dtype).removeprefix('torch.')} images of {kept.shape[1]} channels"
                 raise SettingError(key, spec, f"none, crop-flip or {_OWN} for {kind}: it is of 8-bit grey or RGB ones")
-            return cls(_randaugment())
+            return cls(_seeded(_randaugment()))
         function = load_callable(spec, key=key)
         _try(function, kept, spec, key=key)
-        return cls(function)
+        return cls(_seeded(function))
 
     def of(self, inputs: Inputs, seed: int) -> Inputs:
         """Return the inputs of one phase of training: each batch that is asked for is augmented anew.
@@ -107,10 +115,19 @@ class Augmentation:
         places = count()
 
         def transform(images: Tensor) -> Tensor:
-            with seeded(derive(seed, "batch", next(places))):
-                return self.transform(images)
+            return self.transform(images, derive(seed, "batch", next(places)))
 
         return _as_kept(inputs).through(transform)
+
+
+def _seeded(transform: View) -> Callable[[Tensor, int], Tensor]:
+    """Return what has a transform draw from torch's global generators, for it knows no others."""
+
+    def of_batch(images: Tensor, seed: int) -> Tensor:
+        with seeded(seed):
+            return transform(images)
+
+    return of_batch
 
 
 def _as_kept(inputs: Inputs) -> Samples:

@@ -12,6 +12,7 @@ from runs_on_disk import make_run
 
 from experiments.analysis.settings import control_group
 from experiments.bench import accuracy as bench_accuracy
+from experiments.bench import augment as bench_augment
 from experiments.bench import bytes as bench_bytes
 from experiments.bench import losses as bench_losses
 from experiments.bench import measuring
@@ -46,6 +47,14 @@ def test_wire_times_every_codec_and_tells_the_bytes_it_really_sends(tmp_path, ca
             assert row["bytes"] == encoded_bytes(sent)
     assert {"fp32", "fp16", "int8", "topk:5"} <= {row["codec"] for row in found["rows"]}
     assert "topk:5" in capsys.readouterr().out
+
+
+def test_what_augmenting_adds_is_told_for_each_way(tmp_path, capsys):
+    found = figures("augment", tmp_path)
+
+    assert [row["way"] for row in found["rows"]] == list(bench_augment.WAYS)
+    assert found["rows"][0]["ratio"] == 1 and found["ratio"] == found["rows"][1]["ratio"]
+    assert "crop-flip" in capsys.readouterr().out
 
 
 def test_losses_leave_the_facts_and_how_the_slowest_stands_beside_plain_pytorch(tmp_path, capsys):
