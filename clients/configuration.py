@@ -15,7 +15,10 @@ from fedkd.settings.config import PEER, RunConfig
 from fedkd.settings.declare import CODE, FILES, PATH, SOURCE, Declared, Scalar, declared
 from fedkd.settings.rules import split_list
 
-_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
+_TEXTS = (
+    "model", "checkpoint", "held-out", "input-size", "train", "dataset", "proxy", "data-dir", "device", "identity",
+    "trusted-keys",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class PeerConfig:
         model: its own model; empty: the one dealt out by ``models``.
         checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
         held_out: file of the indices that it never trains on; empty: the one dealt out by ``held-out``.
+        input_size: at which its model sees images; empty: the one dealt out by ``input-size``.
+        train: what of its model trains; empty: what is dealt out by ``train``.
         dataset: its own data; empty: its part of the common ``dataset``.
         proxy: its own copy of the public proxy set; empty: the common ``proxy``.
         data_dir: where its data sets lie.
@@ -52,6 +57,8 @@ class PeerConfig:
     model: str = ""
     checkpoint: str = ""
     held_out: str = ""
+    input_size: str = ""
+    train: str = ""
     dataset: str = ""
     proxy: str = ""
     data_dir: str = ""
@@ -169,6 +176,26 @@ class PeerConfig:
         """Return the checkpoint this peer starts from, or None."""
         path = self.checkpoint or _dealt(config.checkpoints, self.index)
         return None if path in ("", "-") else Path(path).expanduser()
+
+    def input_size_of(self, config: RunConfig) -> str:
+        """Return the size at which this peer's model sees images: pixels, ``data``, or empty: what it says itself."""
+        size = self.input_size or _dealt(config.input_size, self.index)
+        return "" if size == "-" else size
+
+    def trains(self, config: RunConfig) -> str:
+        """Return what of this peer's model trains: ``all``, ``head`` or ``last:N``."""
+        return self.train or _dealt(config.train, self.index) or "all"
+
+    def as_pooled(self, config: RunConfig) -> tuple[str, str]:
+        """Return the input size of the pooled control's model, and what of it trains: as of the first peer's with it.
+
+        Where no peer has that model: what it says itself, and all of it.
+        """
+        listed = split_list(config.models)
+        if config.pooled_model not in listed:
+            return "", "all"
+        like = replace(self, index=listed.index(config.pooled_model), input_size="", train="")
+        return like.input_size_of(config), like.trains(config)
 
     def held_out_path(self, config: RunConfig) -> str:
         """Return the file of what this peer's owner held out, empty where none is known."""

@@ -13,7 +13,18 @@ from pathlib import Path
 from clients.bounds import NAMES
 from fedkd.errors import SettingError
 from fedkd.settings.declare import Scalar
-from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, some_of, split_list
+from fedkd.settings.rules import (
+    INPUT_SIZE,
+    NAME,
+    STRATEGIES,
+    STRATEGY,
+    TRAINED,
+    Rule,
+    above,
+    at_least,
+    some_of,
+    split_list,
+)
 from fedkd.wire.claims import CLAIMS
 
 Own = Mapping[str, Scalar]
@@ -26,6 +37,8 @@ _KEYS: dict[str, type] = {
     "model": str,
     "checkpoint": str,
     "held-out": str,
+    "input-size": str,
+    "train": str,
     "dataset": str,
     "data-dir": str,
     "proxy": str,
@@ -52,6 +65,8 @@ _RULES = {
         lambda v: all(map(STRATEGY.accepts, split_list(v))),
     ),
     "tell": some_of(*CLAIMS),
+    "input-size": INPUT_SIZE,
+    "train": TRAINED,
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }

@@ -2,7 +2,7 @@
 
 from fedkd.models.checkpoint import load_checkpoint
 from fedkd.models.libraries import check_there
-from fedkd.models.preprocessing import Preprocessing, own_preprocessing
+from fedkd.models.preprocessing import Preprocessing, comes_trained, own_preprocessing
 from fedkd.models.registry import build, check, is_ours, names, parameters_count, register
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "build",
     "check",
     "check_there",
+    "comes_trained",
     "is_ours",
     "load_checkpoint",
     "names",

@@ -124,3 +124,12 @@ def _interpolation(resample: Any) -> str:
     from PIL.Image import Resampling
 
     return Resampling.BILINEAR.name.lower() if resample is None else Resampling(int(resample)).name.lower()
+
+
+def comes_trained(spec: str) -> bool:
+    """Tell whether a model of this name comes with somebody's weights, whose description of its images then holds.
+
+    >>> comes_trained("resnet18@IMAGENET1K_V1"), comes_trained("timm:resnet18"), comes_trained("hf:my/model")
+    (True, False, True)
+    """
+    return spec.startswith(HF) or ("@" in spec and not is_callable_spec(spec))

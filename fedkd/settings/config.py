@@ -112,6 +112,11 @@ class RunConfig(
         yield "compiled", "false under infoflow, which looks into the models", infoflow and self.compiled
         yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and self.travelling < 2
         fedavg = self.strategy == "fedavg"
+        partly = split_list(self.train) not in ((), ("all",))
+        yield "train", "all under fedavg, where whole models are averaged", fedavg and partly
+        yield "train", "all or last:N under infoflow, which looks into the models", infoflow and "head" in self.train
+        sizes = len(set(split_list(self.input_size))) > 1
+        yield "input-size", "one for all under fedavg, whose model is everybody's", fedavg and sizes
         yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
         below_1 = "less than 1 under schedule mixed, where 1 would leave the labels out, or else `schedule=alternate`"

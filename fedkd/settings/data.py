@@ -71,7 +71,8 @@ class Data:
     proxy_size: int = setting(400, at_least(1), "images in the public proxy set", decides=DATA, costs="max-proxy-size")
     normalize: str = setting(
         "auto",
-        one_of("auto", "imagenet", "none"),
-        "input scaling: `auto` takes mean and deviation from the proxy set",
+        one_of("auto", "proxy", "imagenet", "none"),
+        "input scaling: `proxy` takes mean and deviation from the proxy set; so does `auto`, unless a model's own "
+        "description says them",
         decides=DATA,
     )

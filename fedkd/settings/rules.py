@@ -88,6 +88,14 @@ TEMPERATURE_LIST = Rule(
     f"a comma-separated list of numbers in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]",
     lambda v: all(TEMPERATURES[0] <= number <= TEMPERATURES[1] for number in _numbers(v) or (0.0,)),
 )
+TRAINED = Rule(
+    "all, head or last:N with N >= 1, or a comma-separated list of them",
+    lambda v: all(entry in ("all", "head") or trained_layers(entry) > 0 for entry in split_list(v)),
+)
+INPUT_SIZE = Rule(
+    "data, a number of pixels from 1 to 2048 or -, or a comma-separated list of them (or empty)",
+    lambda v: all(entry in ("data", "-") or _whole(entry) in range(1, 2049) for entry in split_list(v)),
+)
 NAME = Rule(
     "letters, digits, '.', '_' or '-', the first a letter or digit",
     lambda v: v[:1].isalnum() and all(c.isalnum() or c in "._-" for c in v),
@@ -110,6 +118,20 @@ def numbers(text: str) -> tuple[float, ...]:
     (1.0, 0.5)
     """
     return tuple(float(part) for part in split_list(text))
+
+
+def trained_layers(entry: str) -> int:
+    """Return N of ``last:N``; 0 of anything else.
+
+    >>> trained_layers("last:3"), trained_layers("head"), trained_layers("last:-1")
+    (3, 0, 0)
+    """
+    kind, _, count = entry.partition(":")
+    return max(_whole(count), 0) if kind == "last" else 0
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else -1
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.settings.declare import CODE, EPOCHS, FILES, FREE, START, TRAINING, Condition, setting
-from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, between, one_of
+from fedkd.settings.rules import ANY, INPUT_SIZE, NON_EMPTY, TRAINED, above, at_least, between, one_of
 
 if TYPE_CHECKING:
     from fedkd.settings.config import RunConfig
@@ -46,6 +46,24 @@ class Training:
         decides=START,
         opens=FILES,
         own="held-out",
+    )
+    input_size: str = setting(
+        "",
+        INPUT_SIZE,
+        "height and width at which models see images, dealt out like `models`; `data`: as the data are; `-` or empty: "
+        "as the model's own description says, if it has one",
+        decides=START,
+        costs=FREE,
+        own="input-size",
+    )
+    train: str = setting(
+        "all",
+        TRAINED,
+        "what of a model trains, dealt out like `models`: `all`, the `head`, on features computed once, or the "
+        "`last:N` layers",
+        decides=START,
+        costs=FREE,
+        own="train",
     )
     pretrain_epochs: int = setting(
         20,
