@@ -1,6 +1,7 @@
 """What a model with somebody's weights expects of its images, as those say who trained it."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from fedkd.errors import SettingError
@@ -59,9 +60,7 @@ def _of_timm(spec: str, key: str) -> Preprocessing | None:
     about = description(spec, key=key)
     if not about:
         return None
-    from timm.data import resolve_data_config
-
-    found = resolve_data_config(pretrained_cfg=about)
+    found = import_module("timm.data").resolve_data_config(pretrained_cfg=about)
     channels, height, width = found["input_size"]
     interpolation = "bilinear" if found["interpolation"] == "random" else found["interpolation"]
     return Preprocessing((height, width), channels, tuple(found["mean"]), tuple(found["std"]), interpolation)

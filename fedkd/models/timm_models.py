@@ -48,7 +48,9 @@ def timm_model(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
         if "img_size" not in options or "img_size" not in str(error):
             raise
         own = "×".join(map(str, about["input_size"][1:]))
-        raise SettingError(key, spec, f"a model for images of {size[0]}×{size[1]}: this one takes {own} alone") from error
+        raise SettingError(
+            key, spec, f"a model for images of {size[0]}×{size[1]}: this one takes {own} alone"
+        ) from error
     return model
 
 
