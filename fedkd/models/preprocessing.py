@@ -88,7 +88,8 @@ def _of_transformers(spec: str, key: str) -> Preprocessing | None:
 def _read(said: dict[str, Any], *, spec: str, key: str) -> Preprocessing:
     """Read what an image processor of transformers says of itself (its `to_dict`).
 
-    Its factor on pixels and what it takes off after that become part of mean and standard deviation.
+    Its factor on pixels, what it takes off after that, and EfficientNet's second division by the standard deviation
+    (`include_top`) become part of mean and standard deviation.
     """
     crop = said.get("crop_size") if said.get("do_center_crop") else None
     size = crop or said.get("size")
@@ -97,12 +98,13 @@ def _read(said: dict[str, Any], *, spec: str, key: str) -> Preprocessing:
     normalises = said.get("do_normalize", True)
     mean = said["image_mean"] if normalises else [0.0] * 3
     std = said["image_std"] if normalises else [1.0] * 3
+    again = said["image_std"] if said.get("include_top") else [1.0] * len(std)
     unit = _GREYS * factor
     return Preprocessing(
         _size(size, spec=spec, key=key),
         len(mean),
         tuple((value + off) / unit for value in mean),
-        tuple(value / unit for value in std),
+        tuple(value * further / unit for value, further in zip(std, again, strict=True)),
         _interpolation(said.get("resample")),
     )
 

@@ -1,5 +1,6 @@
 """timm's models: their architecture alone, `timm:resnet18`, or with weights, `timm:resnet18@a1_in1k`."""
 
+import difflib
 from typing import Any
 
 from torch import nn
@@ -63,9 +64,8 @@ def description(spec: str, *, key: str) -> dict[str, Any]:
     timm = library(spec, key=key)
     name, _, tag = spec.removeprefix("timm:").partition("@")
     if not timm.is_model(name):
-        near = timm.list_models(f"{name.split('_')[0]}*")[:6]
-        such = f" (such as {', '.join(near)})" if near else ""
-        raise SettingError(key, spec, f"a model of timm {timm.__version__}{such}")
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "none"
+        raise SettingError(key, spec, f"a model of timm {timm.__version__} (nearest: {near})")
     if not tag:
         found = timm.get_pretrained_cfg(name)
         return {} if found is None else dict(found.to_dict())
