@@ -48,7 +48,7 @@ def load_checkpoint(model: "nn.Module", path: Path, *, key: str = "checkpoint", 
         SettingError: on `key`: no such file, one that holds no weights or cannot be read without running code, or one
             that doesn't fit, with every parameter that is missing, unexpected or of another shape.
     """
-    state = {name.replace(_COMPILED, ""): tensor for name, tensor in _read(path, key=key).items()}
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in read_state(path, key=key).items()}
     expected: State = model.state_dict()
     head = _head(expected, new_head) if new_head else ()
     tried = [_fit(state, expected, prefix, head) for prefix in _prefixes(state, expected)]
@@ -134,7 +134,12 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _read(path: Path, *, key: str) -> State:
+def read_state(path: Path, *, key: str) -> State:
+    """Return the state dict that a file is, or holds in one of the places above; nothing in it is executed.
+
+    Raises:
+        SettingError: on `key`: no such file, or none with weights alone.
+    """
     import torch
     from safetensors.torch import load_file
 

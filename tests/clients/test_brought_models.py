@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from federation import SMALL
+from federation import SMALL, federate
 from safetensors.torch import save_file
 from sites import make_sites
 
@@ -45,6 +45,13 @@ def test_only_its_owner_gives_a_model_a_new_head(site, tmp_path, of_seven_classe
 
     assert "5.weight [7, 128] instead of [10, 128]" in refused.error and "`replace-head=true`" in refused.error
     assert not taken.error
+
+
+def test_a_model_of_timm_learns_beside_one_of_the_registry(tmp_path):
+    run = federate(tmp_path, 2, models="timm:test_resnet,mlp", pretrain_epochs=1, rounds=1)
+
+    assert {(row["peer"], row["model"]) for row in run.rows()} == {("peer-0", "timm:test_resnet"), ("peer-1", "mlp")}
+    assert all(row["test_loss"] > 0 for row in run.rows() if row["round"] == 1)
 
 
 @pytest.fixture

@@ -28,6 +28,13 @@ def answer(model, inputs):
         return model.eval()(inputs)
 
 
+class Harmful:
+    """What an attacker would put into a file."""
+
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A hub's cache, as downloads leave it, with the weights of a fresh model; and a hub that is out of reach."""
@@ -84,6 +91,27 @@ def test_weights_come_from_the_hubs_cache_without_a_network(cache):
     model = build(TAGGED, num_classes=1000)
 
     assert torch.equal(answer(model, images(2, *RGB)), answer(made, images(2, *RGB)))
+
+
+def test_pickled_weights_in_the_cache_run_no_code(cache, tmp_path, capsys):
+    made = cache("test_resnet.r160_in1k")
+    safe = next(tmp_path.rglob("model.safetensors"))
+    safe.unlink()
+    pickled = safe.with_name("pytorch_model.bin")
+
+    torch.save(made.state_dict(), pickled)
+    assert torch.equal(build(TAGGED, num_classes=1000).fc.weight, made.fc.weight)
+
+    torch.save({"state_dict": made.state_dict(), "harm": Harmful()}, pickled)
+    with pytest.raises(SettingError, match="without running code"):
+        build(TAGGED)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_carries_its_weights_once(cache):
+    cache("test_resnet.r160_in1k")
+
+    assert not build(TAGGED, num_classes=1000).pretrained_cfg["state_dict"]
 
 
 def test_other_classes_get_a_new_head_and_grey_the_sum_over_colours(cache):
