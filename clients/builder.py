@@ -68,7 +68,8 @@ class Builder:
         model = self.bare()
         checkpoint = self.peer_config.checkpoint_path(self.config)
         if checkpoint is not None:
-            models.load_checkpoint(model, checkpoint, key="checkpoints")
+            new_head = self.classes if self.config.replace_head else None
+            models.load_checkpoint(model, checkpoint, key="checkpoints", new_head=new_head)
         return model
 
     def widened(self) -> nn.Module:

@@ -34,6 +34,7 @@ class PeerConfig:
         simulated: whether it is a stand-in on the machine that runs them all.
         model: its own model; empty: the one dealt out by ``models``.
         checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
+        replace_head: whether its model gets a new head where the checkpoint's is for other classes.
         held_out: file of the indices that it never trains on; empty: the one dealt out by ``held-out``.
         input_size: at which its model sees images; empty: the one dealt out by ``input-size``.
         train: what of its model trains; empty: what is dealt out by ``train``.
@@ -56,6 +57,7 @@ class PeerConfig:
     simulated: bool = True
     model: str = ""
     checkpoint: str = ""
+    replace_head: bool = False
     held_out: str = ""
     input_size: str = ""
     train: str = ""
@@ -109,6 +111,7 @@ class PeerConfig:
             state_dir=root / name,
             cache_dir=root,
             simulated=simulated,
+            replace_head=bool(own.get("replace-head", False)),
             worker=bool(own.get("worker", True)),
             idle_seconds=float(own.get("idle-seconds", cls.idle_seconds)),
             limits=Limits(**limits, bounds=bounds),  # type: ignore[arg-type]
@@ -156,11 +159,12 @@ class PeerConfig:
         own = {key: str(getattr(self, key.replace("-", "_"))) for key in _TEXTS}
         return without_paths(text, {**own, "state-dir": str(self.cache_dir)})
 
-    def _own(self, key: str, config: RunConfig) -> str:
+    def _own(self, key: str, config: RunConfig) -> Scalar:
         """Return the value of a setting of this peer's own; empty where it has none."""
         if key == "dataset":
             return self._own_dataset(config.dataset)
-        return str(getattr(self, key.replace("-", "_")))
+        value: Scalar = getattr(self, key.replace("-", "_"))
+        return value
 
     def _own_dataset(self, dataset: str) -> str:
         """Return this peer's own data: what it brings, or its share of a simulation whose peers all have their own."""

@@ -21,6 +21,7 @@ from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
 from fedkd.data.samples import Inputs, Samples, subset
 from fedkd.data.sources import Dataset, Source, load_source
 from fedkd.errors import SettingError
+from fedkd.models.libraries import folder
 from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
@@ -184,7 +185,7 @@ def _split_off(
 
 
 def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
-    """Return what changes when the data or the checkpoint that a deployed peer brings change.
+    """Return what changes when the data, the checkpoint or the model's folder that a deployed peer brings change.
 
     Its worker outlives runs and keeps what it read. What a function returns may change unseen: it is read again in each
     run. A simulated peer's process ends with its runs.
@@ -197,7 +198,8 @@ def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
         return ()
     data_dir = _data_dir(peer_config.data_dir)
     files = [
-        _version(Path(path).expanduser()) if path else "" for path in (peer_config.checkpoint, peer_config.held_out)
+        _version(Path(path).expanduser()) if path else ""
+        for path in (peer_config.checkpoint, peer_config.held_out, folder(peer_config.model))
     ]
     return (*(_source_version(spec, data_dir, run) for spec in (peer_config.dataset, peer_config.proxy)), *files)
 

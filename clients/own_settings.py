@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clients.bounds import NAMES
 from fedkd.errors import SettingError
+from fedkd.models.libraries import HF, whole
 from fedkd.settings.declare import Scalar
 from fedkd.settings.rules import (
     INPUT_SIZE,
@@ -36,6 +37,7 @@ _KEYS: dict[str, type] = {
     "num-partitions": int,
     "model": str,
     "checkpoint": str,
+    "replace-head": bool,
     "held-out": str,
     "input-size": str,
     "train": str,
@@ -72,6 +74,7 @@ _RULES = {
 }
 _PATHS = (
     "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
+    "model",
 )  # fmt: skip
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
@@ -100,10 +103,19 @@ def without_paths(text: str, own: Own) -> str:
     "no file '<dataset>'"
     """
     paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
-    paths |= {str(own[key]).removeprefix("npz:").removeprefix("folder:"): key for key in _PATHS if own.get(key)}
+    paths |= {_path_in(str(own[key])): key for key in _PATHS if own.get(key)}
     for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
         text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
     return text
+
+
+def _path_in(value: str) -> str:
+    """Return the path that a setting names; of a model on the Hugging Face hub, whose name has a slash too, none."""
+    for prefix in _PATH_PREFIXES:
+        value = value.removeprefix(prefix)
+    if value.startswith(HF):
+        return value.removeprefix(HF) if Path(value.removeprefix(HF)).is_absolute() else ""
+    return value
 
 
 def _read(path: Path) -> dict[str, Scalar]:
@@ -123,6 +135,8 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
         return value
     if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
+    if key == "model":
+        return whole(value, folder)
     for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
         if value.startswith(prefix):
             return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())

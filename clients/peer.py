@@ -37,6 +37,7 @@ from clients.state import Store, Taught, Trained
 from clients.telling import Telling
 from fedkd import metrics, models
 from fedkd.data.samples import Inputs
+from fedkd.models.libraries import named
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
@@ -145,7 +146,7 @@ class Peer:
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        own, name = self.models.own(), self.peer_config.model_spec(self.config)
+        own, name = self.models.own(), named(self.peer_config.model_spec(self.config))
         model = own
         if checkpoint := self.peer_config.checkpoint_path(self.config):
             check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)

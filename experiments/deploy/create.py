@@ -87,8 +87,9 @@ name = {json.dumps(deployment.names[index])}
 partition-id = {index}               # its number, another for every peer
 num-partitions = {deployment.peers}             # how many peers there are
 
-model = {json.dumps(model)}                # a name such as resnet20, or package.module:factory
-checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
+model = {json.dumps(model)}                # resnet20, timm:resnet18@a1_in1k, hf:FOLDER, package.module:factory ...
+checkpoint = ""             # .safetensors, or a file of torch.save; empty: trained from scratch
+replace-head = false        # true: a new head where the checkpoint's is for other classes
 held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
 input-size = ""             # pixels at which the model sees images; empty: as its own description says, if it has one
 train = ""                  # all, head (on features computed once) or last:N; empty: all

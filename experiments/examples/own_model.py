@@ -6,8 +6,8 @@
 
 A model is a function that takes `input_shape` ([C, H, W] for images) and `num_classes`, and returns a `torch.nn.Module`
 from inputs [B, *input_shape] to logits [B, num_classes]. Weights are a state dict, `.safetensors` or of `torch.save`.
-Everybody's model may be another one. torchvision's come by name, with its weights where a network allows:
-`models=resnet18@IMAGENET1K_V1`; timm's as below: `models=own_model:from_timm`.
+Everybody's model may be another one. torchvision's, timm's and transformers' need no module: they come by name, as in
+`models=resnet18@IMAGENET1K_V1,timm:resnet18@a1_in1k,hf:FOLDER`.
 """
 
 import sys
@@ -42,16 +42,6 @@ def network(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(prod(input_shape), 96), Residual(96), Residual(96), nn.Linear(96, num_classes)
     )
-
-
-def from_timm(*, input_shape: tuple[int, ...], num_classes: int, pretrained: bool = True) -> nn.Module:
-    """Return a timm model; its weights are downloaded to every peer's machine once, and adapted to the channels."""
-    import timm  # pip install timm
-
-    model: nn.Module = timm.create_model(
-        "resnet10t", pretrained=pretrained, in_chans=input_shape[0], num_classes=num_classes
-    )
-    return model
 
 
 def main(path: Path, epochs: int = 5) -> None:

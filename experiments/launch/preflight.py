@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.errors import SettingError
+from fedkd.models import check_there
 from fedkd.privacy import promise_line
 from fedkd.results.claim import refuse_held, refuse_taken
 from fedkd.settings.config import PEER, RunConfig
@@ -130,6 +131,9 @@ def _check_files(config: RunConfig, peers: int) -> None:
         for entry in split_list(str(values[key])):
             if entry != "-" and not Path(entry).expanduser().is_file():
                 raise SettingError(key, entry, "files that exist, or - for none")
+    for key in ("models", "pooled-model", "fedavg-model"):
+        for spec in split_list(str(values[key])):
+            check_there(spec, key=key)
     if config.trials and not Path(config.trials).is_file():
         raise SettingError("trials", config.trials, "a file of trials")
 

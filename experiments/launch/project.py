@@ -10,6 +10,7 @@ from pathlib import Path
 
 from experiments.launch.presets import PRESET, preset
 from fedkd.errors import FedkdError, SettingError
+from fedkd.models.libraries import whole
 from fedkd.results.claim import new_folder
 
 Setting = str | int | float | bool
@@ -112,6 +113,9 @@ def with_absolute_paths(settings: Mapping[str, Setting], *, cwd: Path, data: Pat
         for prefix in _SOURCE_PREFIXES:
             if value.startswith(prefix):
                 found[key] = prefix + _absolute(value.removeprefix(prefix), base)
+    for key in ("models", "pooled-model", "fedavg-model"):
+        if key in found:
+            found[key] = ",".join(whole(spec.strip(), cwd) for spec in str(found[key]).split(","))
     for key in ("checkpoints", "held-out"):
         if key in found:
             found[key] = ",".join(_absolute_if_file(p, cwd) for p in str(found[key]).split(","))

@@ -33,8 +33,8 @@ def check_form(spec: str, *, key: str) -> None:
     >>> check_form("timm:resnet18@a1_in1k", key="models")
     >>> check_form("timm:resnet18.a1_in1k", key="models")
     Traceback (most recent call last):
-    fedkd.errors.SettingError: Expected setting `models` to be timm:resnet18@a1_in1k with these weights, or timm:resnet18
-    without any, but got 'timm:resnet18.a1_in1k'.
+    fedkd.errors.SettingError: Expected setting `models` to be timm:resnet18@a1_in1k with these weights,
+    or timm:resnet18 without any, but got 'timm:resnet18.a1_in1k'.
 
     Raises:
         SettingError: on `key`.

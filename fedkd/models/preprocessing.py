@@ -1,6 +1,7 @@
 """What a model with somebody's weights expects of its images, as those say who trained it."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from fedkd.errors import SettingError
@@ -59,9 +60,7 @@ def _of_timm(spec: str, key: str) -> Preprocessing | None:
     about = description(spec, key=key)
     if not about:
         return None
-    from timm.data import resolve_data_config
-
-    found = resolve_data_config(pretrained_cfg=about)
+    found = import_module("timm.data").resolve_data_config(pretrained_cfg=about)
     channels, height, width = found["input_size"]
     interpolation = "bilinear" if found["interpolation"] == "random" else found["interpolation"]
     return Preprocessing((height, width), channels, tuple(found["mean"]), tuple(found["std"]), interpolation)
@@ -89,7 +88,8 @@ def _of_transformers(spec: str, key: str) -> Preprocessing | None:
 def _read(said: dict[str, Any], *, spec: str, key: str) -> Preprocessing:
     """Read what an image processor of transformers says of itself (its `to_dict`).
 
-    Its factor on pixels and what it takes off after that become part of mean and standard deviation.
+    Its factor on pixels, what it takes off after that, and EfficientNet's second division by the standard deviation
+    (`include_top`) become part of mean and standard deviation.
     """
     crop = said.get("crop_size") if said.get("do_center_crop") else None
     size = crop or said.get("size")
@@ -98,12 +98,13 @@ def _read(said: dict[str, Any], *, spec: str, key: str) -> Preprocessing:
     normalises = said.get("do_normalize", True)
     mean = said["image_mean"] if normalises else [0.0] * 3
     std = said["image_std"] if normalises else [1.0] * 3
+    again = said["image_std"] if said.get("include_top") else [1.0] * len(std)
     unit = _GREYS * factor
     return Preprocessing(
         _size(size, spec=spec, key=key),
         len(mean),
         tuple((value + off) / unit for value in mean),
-        tuple(value / unit for value in std),
+        tuple(value * further / unit for value, further in zip(std, again, strict=True)),
         _interpolation(said.get("resample")),
     )
 

@@ -1,10 +1,12 @@
 """timm's models: their architecture alone, `timm:resnet18`, or with weights, `timm:resnet18@a1_in1k`."""
 
+import difflib
 from typing import Any
 
 from torch import nn
 
 from fedkd.errors import SettingError, one_line
+from fedkd.models.checkpoint import read_state
 from fedkd.models.hub import fetched
 from fedkd.models.libraries import library
 from fedkd.models.small import image_shape
@@ -32,12 +34,13 @@ def timm_model(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
     name, _, tag = spec.removeprefix("timm:").partition("@")
     if tag:
         name = f"{name}.{tag}"
-        # Given as a file, since timm itself goes through half a minute of attempts where there is no network.
+        # Read here: timm itself goes through half a minute of attempts where there is no network, and takes a local
+        # file of some architectures for one in its authors' own format.
         if about.get("hf_hub_id"):
             files = (about["hf_hub_filename"],) if about.get("hf_hub_filename") else _FILES
             cure = f"say timm:{name.partition('.')[0]} and give its weights as a checkpoint"
             file = fetched(about["hf_hub_id"], files, spec=spec, key=key, cure=cure)
-            options["pretrained_cfg_overlay"] = {"file": str(file)}
+            options["pretrained_cfg_overlay"] = {"state_dict": read_state(file, key=key)}
     try:
         model: nn.Module = timm.create_model(
             name, pretrained=bool(tag), in_chans=channels, num_classes=num_classes, **options
@@ -51,6 +54,8 @@ def timm_model(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
         raise SettingError(
             key, spec, f"a model for images of {size[0]}×{size[1]}: this one takes {own} alone"
         ) from error
+    if (kept := getattr(model, "pretrained_cfg", None)) and kept.get("state_dict"):
+        kept["state_dict"] = None  # else every copy of the model would carry the weights twice
     return model
 
 
@@ -63,9 +68,8 @@ def description(spec: str, *, key: str) -> dict[str, Any]:
     timm = library(spec, key=key)
     name, _, tag = spec.removeprefix("timm:").partition("@")
     if not timm.is_model(name):
-        near = timm.list_models(f"{name.split('_')[0]}*")[:6]
-        such = f" (such as {', '.join(near)})" if near else ""
-        raise SettingError(key, spec, f"a model of timm {timm.__version__}{such}")
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "none"
+        raise SettingError(key, spec, f"a model of timm {timm.__version__} (nearest: {near})")
     if not tag:
         found = timm.get_pretrained_cfg(name)
         return {} if found is None else dict(found.to_dict())

@@ -25,7 +25,7 @@ class Training:
     models: str = setting(
         "mlp,cnn-small,cnn-wide,resnet8,resnet14,resnet20",
         NON_EMPTY,
-        "model names, dealt out over the peers in order",
+        "model names, dealt out over the peers in order; `timm:NAME` and `hf:NAME` for other libraries'",
         decides=START,
         opens=CODE,
         own="model",
@@ -37,6 +37,14 @@ class Training:
         decides=START,
         opens=FILES,
         own="checkpoint",
+    )
+    replace_head: bool = setting(
+        False,
+        ANY,
+        "a model whose checkpoint is for other classes gets a new head, of the peer's own initialisation",
+        decides=START,
+        takes=Condition("checkpoints", lambda c: bool(c.checkpoints)),
+        own="replace-head",
     )
     held_out: str = setting(
         "",
