@@ -16,12 +16,13 @@ from clients.held_out import named_part, split_off, validation_part
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
-from fedkd.data.sources import Dataset, Source, load_source
+from fedkd.data.sources import Dataset, Source, load_public, load_source
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.data import Data
+from fedkd.settings.sources import place
 
 
 @dataclass(frozen=True)
@@ -178,15 +179,10 @@ def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
 
 
 def _source_version(spec: str, data_dir: Path, run: str) -> str:
-    kind, _, path = spec.partition(":")
     if is_callable_spec(spec):
         return run
-    if kind not in ("npz", "folder"):
-        return ""
-    found = data_dir / Path(path).expanduser()
-    if kind == "folder" and not found.is_dir():
-        found = found.with_name(found.name.rpartition("@")[0] or found.name)  # folder:PATH@SIZE
-    return _version(found)
+    found = place(spec, data_dir)
+    return _version(found.path) if found else ""
 
 
 def _version(path: Path) -> str:
@@ -321,7 +317,7 @@ def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Da
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
     if settings.proxy == "split":
         return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
-    other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
+    other = load_public(settings.proxy, data_dir=data_dir, download=settings.download)
     proxy = foreign_proxy(
         other,
         settings.proxy_size,

@@ -14,11 +14,11 @@ from clients.bounds import NAMES
 from fedkd.errors import SettingError
 from fedkd.settings.declare import Scalar
 from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, some_of, split_list
+from fedkd.settings.sources import absolute, without_reader
 from fedkd.wire.claims import CLAIMS
 
 Own = Mapping[str, Scalar]
 
-_PATH_PREFIXES = ("npz:", "folder:")
 _KEYS: dict[str, type] = {
     "name": str,
     "partition-id": int,
@@ -85,9 +85,9 @@ def without_paths(text: str, own: Own) -> str:
     "no file '<dataset>'"
     """
     paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
-    paths |= {str(own[key]).removeprefix("npz:").removeprefix("folder:"): key for key in _PATHS if own.get(key)}
+    paths |= {without_reader(str(own[key])): key for key in _PATHS if own.get(key)}
     for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
-        text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
+        text = re.sub(re.escape(path) + _WITHIN, f"<{paths[path]}>", text)
     return text
 
 
@@ -108,10 +108,7 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
         return value
     if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
-    for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
-        if value.startswith(prefix):
-            return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())
-    return value
+    return absolute(value, folder) if key in ("dataset", "proxy") else value
 
 
 def _checked(key: str, value: Scalar) -> Scalar:

@@ -6,15 +6,23 @@ from typing import Any
 
 from fedkd.errors import SettingError
 
+READERS = ("npz", "folder", "parquet", "hf")
+"""What stands before the path of a data source, and so is no module."""
+
 
 def is_callable_spec(spec: str) -> bool:
     """Tell whether a spec has the form `package.module:name`.
 
-    >>> is_callable_spec("hospital.data:load"), is_callable_spec("digits"), is_callable_spec("npz:a/b.npz")
+    >>> is_callable_spec("hospital.data:load"), is_callable_spec("digits"), is_callable_spec("hf:mnist")
     (True, False, False)
     """
     module, colon, name = spec.partition(":")
-    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    return (
+        bool(colon)
+        and module not in READERS
+        and name.isidentifier()
+        and all(part.isidentifier() for part in module.split("."))
+    )
 
 
 def load_callable(spec: str, *, key: str) -> Callable[..., Any]:

@@ -90,8 +90,8 @@ num-partitions = {deployment.peers}             # how many peers there are
 model = {json.dumps(model)}                # a name such as resnet20, or package.module:factory
 checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
 held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
-dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH or package.module:function
-proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers; its fingerprint is compared
+dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH, parquet:PATH, hf:PATH or package.module:function
+proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers, with or without labels; its fingerprint is compared
 state-dir = "state"
 device = "auto"             # auto, cpu, cuda, cuda:N
 

@@ -18,8 +18,8 @@ class Data:
     dataset: str = setting(
         "digits",
         NON_EMPTY,
-        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH` or "
-        "`package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
+        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH`, "
+        "`parquet:PATH`, `hf:NAME_OR_PATH` or `package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
         decides=DATA,
         opens=SOURCE,
         own="dataset",
@@ -32,7 +32,7 @@ class Data:
         opens=PATH,
         own="data-dir",
     )
-    download: bool = setting(False, ANY, "let torchvision download a missing data set", decides=BOOKKEEPING)
+    download: bool = setting(False, ANY, "let a missing data set of torchvision's or of Hugging Face's hub be downloaded", decides=BOOKKEEPING)
     partition: str = setting(
         "dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers", decides=DATA
     )
@@ -63,7 +63,7 @@ class Data:
     proxy: str = setting(
         "split",
         NON_EMPTY,
-        "`split`: public images taken from the training set before partitioning; or any data source",
+        "`split`: public images taken from the training set before partitioning; or any data source, which needs no labels",
         decides=DATA,
         opens=SOURCE,
         own="proxy",

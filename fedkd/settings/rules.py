@@ -11,7 +11,9 @@ from fedkd.plugins import is_callable_spec
 STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
 TOPOLOGIES = ("complete", "ring", "torus", "star", "k-regular", "erdos-renyi", "small-world", "exponential")
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
-SOURCES = f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH or package.module:function"
+SOURCES = (
+    f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH, parquet:PATH, hf:NAME_OR_PATH or package.module:function"
+)
 DIVERGENCES = (
     "bdkd", "cakd", "ce", "dkd", "jeffreys", "js", "kl", "mae", "msed", "reverse_kl", "sed", "td",
 )  # fmt: skip
