@@ -197,10 +197,10 @@ def _version(path: Path) -> str:
 
 def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
     """Return the indices of the proxy samples that a round is about, ``[P]`` int64, drawn from (seed, round)."""
-    if config.travelling == config.proxy_size:
-        return torch.arange(config.proxy_size, device=device)
+    if config.travelling == config.public_size:
+        return torch.arange(config.public_size, device=device)
     generator = torch.Generator().manual_seed(derive(config.seed, "proxy-subset", round))
-    drawn = torch.randperm(config.proxy_size, generator=generator)[: config.travelling]
+    drawn = torch.randperm(config.public_size, generator=generator)[: config.travelling]
     return drawn.sort().values.to(device)
 
 
@@ -267,7 +267,7 @@ def _data_settings(
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
-        config.proxy_size, config.normalize, config.seed, str(device),
+        config.public_size, config.normalize, config.seed, str(device),
         config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
         versions,
     )  # fmt: skip

@@ -91,7 +91,7 @@ model = {json.dumps(model)}                # a name such as resnet20, or package
 checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
 held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
 dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH, parquet:PATH, hf:PATH or package.module:function
-proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers, with or without labels; its fingerprint is compared
+proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers, without labels if need be
 state-dir = "state"
 device = "auto"             # auto, cpu, cuda, cuda:N
 

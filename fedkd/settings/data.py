@@ -6,6 +6,8 @@ from typing import ClassVar
 from fedkd.settings.declare import BOOKKEEPING, DATA, FREE, MACHINE, PATH, SOURCE, Condition, setting
 from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, one_of
 
+SPLIT_SIZE = 400
+"""How many samples `split` takes out of the training set unless a number is given."""
 PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
 
 
@@ -18,8 +20,9 @@ class Data:
     dataset: str = setting(
         "digits",
         NON_EMPTY,
-        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH`, "
-        "`parquet:PATH`, `hf:NAME_OR_PATH` or `package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
+        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH`, `parquet:PATH`, "
+        "`hf:NAME_OR_PATH` or `package.module:function`; with `{peer}` in a path each peer, by its number, has data of "
+        "its own",
         decides=DATA,
         opens=SOURCE,
         own="dataset",
@@ -32,7 +35,12 @@ class Data:
         opens=PATH,
         own="data-dir",
     )
-    download: bool = setting(False, ANY, "let a missing data set of torchvision's or of Hugging Face's hub be downloaded", decides=BOOKKEEPING)
+    download: bool = setting(
+        False,
+        ANY,
+        "let a missing data set be fetched, of torchvision's or from Hugging Face's hub",
+        decides=BOOKKEEPING,
+    )
     partition: str = setting(
         "dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers", decides=DATA
     )
@@ -63,12 +71,18 @@ class Data:
     proxy: str = setting(
         "split",
         NON_EMPTY,
-        "`split`: public images taken from the training set before partitioning; or any data source, which needs no labels",
+        "`split`: public images taken from the training set before partitioning; or a data source, also without labels",
         decides=DATA,
         opens=SOURCE,
         own="proxy",
     )
-    proxy_size: int = setting(400, at_least(1), "images in the public proxy set", decides=DATA, costs="max-proxy-size")
+    proxy_size: int = setting(
+        0,
+        at_least(0),
+        f"samples of the public proxy set; 0: all of one of its own, {SPLIT_SIZE} of `split`",
+        decides=DATA,
+        costs="max-proxy-size",
+    )
     normalize: str = setting(
         "auto",
         one_of("auto", "imagenet", "none"),
