@@ -16,6 +16,7 @@ from clients.held_out import named_part, split_off, validation_part
 from fedkd.data.normalize import Standardizer, standardizer
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
+from fedkd.data.shape import shaped
 from fedkd.data.sources import Dataset, Source, load_public, load_source
 from fedkd.errors import SettingError
 from fedkd.plugins import is_callable_spec
@@ -91,6 +92,8 @@ class _DataSettings:
     download: bool
     proxy: str
     proxy_size: int
+    image_size: int
+    image_channels: int
     normalize: str
     seed: int
     device: str
@@ -267,7 +270,7 @@ def _data_settings(
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
-        config.public_size, config.normalize, config.seed, str(device),
+        config.public_size, config.image_size, config.image_channels, config.normalize, config.seed, str(device),
         config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
         versions,
     )  # fmt: skip
@@ -280,7 +283,8 @@ def _data_dir(data_dir: str) -> Path:
 @lru_cache(maxsize=2)
 def _commons(settings: _DataSettings) -> Commons:
     data_dir = _data_dir(settings.data_dir)
-    source = _source(settings.dataset, data_dir, settings.download, settings.versions)
+    form = settings.image_size, settings.image_channels
+    source = _source(settings.dataset, data_dir, settings.download, settings.versions, form)
     if len(source.classes) < 2:
         raise SettingError("dataset", settings.dataset, "data of at least two classes")
     proxy, pool = _proxy(settings, source, data_dir)
@@ -300,9 +304,13 @@ def _commons(settings: _DataSettings) -> Commons:
 
 
 @lru_cache(maxsize=2)
-def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...]) -> Source:
-    """Read a data set once for trials that differ in their seeds, until its files change."""
-    return load_source(dataset, data_dir=data_dir, download=download)
+def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...], form: tuple[int, int]) -> Source:
+    """Read a data set once for trials that differ in their seeds, until its files change.
+
+    Its images are brought to a form, size and channels; those of the proxy set follow them.
+    """
+    size, channels = form
+    return shaped(load_source(dataset, data_dir=data_dir, download=download), size=size, channels=channels)
 
 
 def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:

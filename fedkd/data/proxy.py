@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkd.data.shape import match_images
 from fedkd.data.sources import Dataset, Public
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
@@ -83,7 +84,7 @@ def foreign_proxy(public: Public, size: int, *, like: Tensor, seed: int, classes
             f"a source of images with the peers' {like.shape[0]} channels, or grey and RGB on both sides; "
             f"its images have {inputs.shape[1]}",
         )
-    return _proxy(_match_images(inputs, channels=like.shape[0], height=like.shape[1], width=like.shape[2]), known)
+    return _proxy(match_images(inputs, tuple(like.shape)), known)
 
 
 def fingerprint(inputs: Tensor) -> str:
@@ -107,16 +108,3 @@ def _draw(samples: int, size: int, *, largest: int, seed: int) -> npt.NDArray[np
     if not 1 <= size <= largest:
         raise SettingError("proxy-size", size, f"from 1 to {largest}, as there are {samples} samples")
     return np.random.default_rng(derive(seed, "proxy")).permutation(samples)[:size]
-
-
-def _match_images(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
-    """[N, 1 or 3, h, w] uint8 -> [N, channels, height, width] uint8."""
-    from PIL import Image
-
-    mode = "L" if channels == 1 else "RGB"
-    matched = np.empty((len(images), height, width, channels), dtype=np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR).convert(mode)
-        matched[i] = np.asarray(resized).reshape(height, width, channels)
-    return torch.from_numpy(matched).permute(0, 3, 1, 2).contiguous()

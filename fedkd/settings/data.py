@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedkd.settings.declare import BOOKKEEPING, DATA, FREE, MACHINE, PATH, SOURCE, Condition, setting
-from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, one_of
+from fedkd.settings.rules import ANY, CHANNELS, NON_EMPTY, above, at_least, one_of
 
 SPLIT_SIZE = 400
 """How many samples `split` takes out of the training set unless a number is given."""
@@ -82,6 +82,16 @@ class Data:
         f"samples of the public proxy set; 0: all of one of its own, {SPLIT_SIZE} of `split`",
         decides=DATA,
         costs="max-proxy-size",
+    )
+    image_size: int = setting(
+        0,
+        at_least(0),
+        "side in pixels of the squares to which all images are resized, private, test and proxy ones; 0: as they are",
+        decides=DATA,
+        costs="max-image-size",
+    )
+    image_channels: int = setting(
+        0, CHANNELS, "1: all images become grey, 3: RGB; 0: as the private ones are", decides=DATA, costs=FREE
     )
     normalize: str = setting(
         "auto",

@@ -115,3 +115,32 @@ def test_a_run_goes_on_with_all_of_its_proxy_set(tmp_path, public):
 def test_one_sample_is_too_few_for_information_flow():
     with pytest.raises(FedkdError, match="at least 2 that travel"):
         RunConfig(method="infoflow", proxy="npz:one.npz").knowing(1)
+
+
+def other_form(site, path):
+    """Write a site's images as RGB of twice the size, and name them."""
+    with np.load(site["dataset"].removeprefix("npz:")) as content:
+        arrays = dict(content)
+    for part in ("x_train", "x_test"):
+        arrays[part] = np.repeat(arrays[part].repeat(2, axis=1).repeat(2, axis=2), 3, axis=3)
+    np.savez(path, **arrays)
+    return {**site, "dataset": f"npz:{path}"}
+
+
+def test_sites_whose_images_differ_need_a_form(tmp_path):
+    sites = make_sites(tmp_path / "sites", 2)
+    sites[1] = other_form(sites[1], tmp_path / "large.npz")
+    grid = local_grid(tmp_path, 2, node_config=deployed(sites))
+
+    with pytest.raises(FedkdError, match=r"\(60, (3, 16, 16|1, 8, 8)\) differ .* \(60, (3, 16, 16|1, 8, 8)\)$"):
+        federate(tmp_path / "as they are", grid=grid, seats=2)
+    run = federate(tmp_path / "formed", grid=grid, seats=2, image_size=12, image_channels=1)
+
+    assert {row["status"] for row in run.rows()} == {"ok"}
+
+
+def test_a_real_peer_bounds_the_size_of_its_images(tmp_path):
+    grid = local_grid(tmp_path, 2, node_config=deployed(make_sites(tmp_path / "sites", 2), max_image_size=32))
+
+    with pytest.raises(FedkdError, match=r"`image-size` to be at most 32 \(this peer's `max-image-size`\)"):
+        federate(tmp_path, grid=grid, seats=2, image_size=64)
