@@ -19,13 +19,15 @@ from fedkd.data.appearance import Appearance
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
 from fedkd.data.samples import Inputs, Samples, subset
-from fedkd.data.sources import Dataset, Source, load_source
+from fedkd.data.shape import shaped
+from fedkd.data.sources import Dataset, Source, load_public, load_source
 from fedkd.errors import SettingError
 from fedkd.models.libraries import folder
 from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.data import Data
+from fedkd.settings.sources import place
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class _DataSettings:
     download: bool
     proxy: str
     proxy_size: int
+    image_size: int
+    image_channels: int
     seed: int
     device: str
     validation: float
@@ -205,15 +209,10 @@ def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
 
 
 def _source_version(spec: str, data_dir: Path, run: str) -> str:
-    kind, _, path = spec.partition(":")
     if is_callable_spec(spec):
         return run
-    if kind not in ("npz", "folder"):
-        return ""
-    found = data_dir / Path(path).expanduser()
-    if kind == "folder" and not found.is_dir():
-        found = found.with_name(found.name.rpartition("@")[0] or found.name)  # folder:PATH@SIZE
-    return _version(found)
+    found = place(spec, data_dir)
+    return _version(found.path) if found else ""
 
 
 def _version(path: Path) -> str:
@@ -228,10 +227,10 @@ def _version(path: Path) -> str:
 
 def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
     """Return the indices of the proxy samples that a round is about, ``[P]`` int64, drawn from (seed, round)."""
-    if config.travelling == config.proxy_size:
-        return torch.arange(config.proxy_size, device=device)
+    if config.travelling == config.public_size:
+        return torch.arange(config.public_size, device=device)
     generator = torch.Generator().manual_seed(derive(config.seed, "proxy-subset", round))
-    drawn = torch.randperm(config.proxy_size, generator=generator)[: config.travelling]
+    drawn = torch.randperm(config.public_size, generator=generator)[: config.travelling]
     return drawn.sort().values.to(device)
 
 
@@ -305,7 +304,7 @@ def _data_settings(
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
-        config.proxy_size, config.seed, str(device),
+        config.public_size, config.image_size, config.image_channels, config.seed, str(device),
         config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
         versions,
     )  # fmt: skip
@@ -329,7 +328,8 @@ class _Raw:
 @lru_cache(maxsize=2)
 def _raw(settings: _DataSettings) -> _Raw:
     data_dir = _data_dir(settings.data_dir)
-    source = _source(settings.dataset, data_dir, settings.download, settings.versions)
+    form = settings.image_size, settings.image_channels
+    source = _source(settings.dataset, data_dir, settings.download, settings.versions, form)
     if len(source.classes) < 2:
         raise SettingError("dataset", settings.dataset, "data of at least two classes")
     proxy, pool = _proxy(settings, source, data_dir)
@@ -374,9 +374,13 @@ def _features_of(body: Body, look: Appearance, settings: _DataSettings) -> Calla
 
 
 @lru_cache(maxsize=2)
-def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...]) -> Source:
-    """Read a data set once for trials that differ in their seeds, until its files change."""
-    return load_source(dataset, data_dir=data_dir, download=download)
+def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...], form: tuple[int, int]) -> Source:
+    """Read a data set once for trials that differ in their seeds, until its files change.
+
+    Its images are brought to a form, size and channels; those of the proxy set follow them.
+    """
+    size, channels = form
+    return shaped(load_source(dataset, data_dir=data_dir, download=download), size=size, channels=channels)
 
 
 def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:
@@ -391,7 +395,7 @@ def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Da
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
     if settings.proxy == "split":
         return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
-    other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
+    other = load_public(settings.proxy, data_dir=data_dir, download=settings.download)
     proxy = foreign_proxy(
         other,
         settings.proxy_size,

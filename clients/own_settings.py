@@ -26,11 +26,11 @@ from fedkd.settings.rules import (
     some_of,
     split_list,
 )
+from fedkd.settings.sources import absolute, without_reader
 from fedkd.wire.claims import CLAIMS
 
 Own = Mapping[str, Scalar]
 
-_PATH_PREFIXES = ("npz:", "folder:")
 _KEYS: dict[str, type] = {
     "name": str,
     "partition-id": int,
@@ -105,17 +105,14 @@ def without_paths(text: str, own: Own) -> str:
     paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
     paths |= {_path_in(str(own[key])): key for key in _PATHS if own.get(key)}
     for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
-        text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
+        text = re.sub(re.escape(path) + _WITHIN, f"<{paths[path]}>", text)
     return text
 
 
 def _path_in(value: str) -> str:
-    """Return the path that a setting names; of a model on the Hugging Face hub, whose name has a slash too, none."""
-    for prefix in _PATH_PREFIXES:
-        value = value.removeprefix(prefix)
-    if value.startswith(HF):
-        return value.removeprefix(HF) if Path(value.removeprefix(HF)).is_absolute() else ""
-    return value
+    """Return the path that a setting names; of what is on the Hugging Face hub, whose name has a slash too, none."""
+    path = without_reader(value)
+    return "" if value.startswith(HF) and not Path(path).is_absolute() else path
 
 
 def _read(path: Path) -> dict[str, Scalar]:
@@ -137,10 +134,7 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
         return str(folder / Path(value).expanduser())
     if key == "model":
         return whole(value, folder)
-    for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
-        if value.startswith(prefix):
-            return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())
-    return value
+    return absolute(value, folder) if key in ("dataset", "proxy") else value
 
 
 def _checked(key: str, value: Scalar) -> Scalar:

@@ -93,17 +93,20 @@ class Peer:
     def __init__(self, peer_config: PeerConfig, config: RunConfig, run: str) -> None:
         torch.set_num_threads(config.threads)
         keep_freed_memory()
-        self.peer_config, self.config = peer_config, config
+        self.peer_config, self.asked = peer_config, config
         self.device = pick_device(config.device, repeatable=not config.fast)
         self.versions = file_versions(peer_config, run)
         self.site: Site = open_site(config, peer_config, self.device, self.versions)
+        config = self.config = config.knowing(len(self.site.commons.proxy_inputs))
+        if not peer_config.simulated:  # by how much its own proxy set has, where the server asks for all of it
+            peer_config.limits.bounds.check(config)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
         self.classes = len(self.site.commons.source.classes)
         shape, trains = self.site.commons.input_shape, peer_config.trains(config)
         self.models = Builder(config, peer_config, shape, self.classes, self.device, trains)
         if trains == "head":
             body = _body(self.models, peer_config, run)
-            self.site = open_site(config, peer_config, self.device, self.versions, body)
+            self.site = open_site(self.asked, peer_config, self.device, self.versions, body)
         self.learner = self._learner()
         self.codec = codec(config.codec)
         self.store = Store(run_folder(peer_config.state_dir, run), run)
@@ -175,6 +178,7 @@ class Peer:
                 "chosen-unseen": int(self._chosen_unseen),
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
+                "proxy-shape": json.dumps(list(commons.proxy_inputs.shape)),
                 "source": source_hash(),
                 "source-root": str(source_root()) if self.peer_config.simulated else "",
                 "peers": self.peer_config.of,
@@ -318,10 +322,10 @@ class Peer:
         samples as these peers saw together: its number is told beside theirs.
         """
         size, trains = self.peer_config.as_pooled(self.config)
-        self.site = open_pool(self.config, self.peer_config, self.device, input_size=size)
+        self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size)
         self.models = replace(self.models, shape=self.site.commons.input_shape, trains=trains)
         if body := self.models.pooled_body(_features_folder(self.peer_config)):
-            self.site = open_pool(self.config, self.peer_config, self.device, input_size=size, body=body)
+            self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
         model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
@@ -375,7 +379,7 @@ class Peer:
         before = self.store.latest(before=round)
         warm = _warm.pop(self._warm_key, None)
         if warm is not None and warm.round == before:
-            same_samples = warm.round == round - 1 or self.config.travelling == self.config.proxy_size
+            same_samples = warm.round == round - 1 or self.config.travelling == self.config.public_size
             return warm.model, dict(warm.memo), warm.logits if same_samples else None
         model = self.models.bare()
         return model, self.store.load(before, model), None

@@ -93,8 +93,8 @@ replace-head = false        # true: a new head where the checkpoint's is for oth
 held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
 input-size = ""             # pixels at which the model sees images; empty: as its own description says, if it has one
 train = ""                  # all, head (on features computed once) or last:N; empty: all
-dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH or package.module:function
-proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers; its fingerprint is compared
+dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH, parquet:PATH, hf:PATH or package.module:function
+proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers, without labels if need be
 state-dir = "state"
 device = "auto"             # auto, cpu, cuda, cuda:N
 

@@ -48,7 +48,7 @@ def main(path: Path, epochs: int = 5) -> None:
     """Train the network on what a run will leave to its peers, scaled as there, and save its weights."""
     config, source = RunConfig(), load_source("digits", data_dir=Path())
     # A run takes its public proxy set out of the training set first: a model that has seen it would know the answers.
-    proxy, left = split_proxy(source.train, config.proxy_size, seed=derive(config.seed, "proxy"))
+    proxy, left = split_proxy(source.train, config.public_size, seed=derive(config.seed, "proxy"))
     train = source.train.subset(left)
     inputs, labels = standardizer(config.normalize, proxy.inputs)(train.inputs), train.labels
     torch.manual_seed(0)

@@ -11,7 +11,9 @@ from fedkd.plugins import is_callable_spec
 STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
 TOPOLOGIES = ("complete", "ring", "torus", "star", "k-regular", "erdos-renyi", "small-world", "exponential")
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
-SOURCES = f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH or package.module:function"
+SOURCES = (
+    f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH, parquet:PATH, hf:NAME_OR_PATH or package.module:function"
+)
 DIVERGENCES = (
     "bdkd", "cakd", "ce", "dkd", "jeffreys", "js", "kl", "mae", "msed", "reverse_kl", "sed", "td",
 )  # fmt: skip
@@ -79,6 +81,7 @@ TEMPERATURES = (0.001, 10_000.0)
 """Beyond them a softmax is a step or flat, and float32 overflows."""
 EPSILON = Rule("0, or a number in [0.001, 10000]", lambda v: v == 0 or 1e-3 <= v <= 1e4)
 """Below it the search for its noise takes minutes, or does not end."""
+CHANNELS = Rule("0, 1 or 3", lambda v: v in (0, 1, 3))
 WEIGHT = Rule("a number > 0, or -1", lambda v: math.isfinite(v) and (v > 0 or v == -1))
 TEACHER_TEMPERATURE = Rule("a number in [0.05, 20], or -1", lambda v: 0.05 <= v <= 20 or v == -1)
 ANY = Rule("any text", lambda v: True)

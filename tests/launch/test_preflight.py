@@ -44,6 +44,10 @@ def launched(tmp_path, monkeypatch):
         (["dataset=npz:none.npz"], "`dataset` to be npz:PATH of a file; there is none at .*none.npz"),
         (["dataset=npz:{peer}.npz", "proxy=digits"], "`dataset` .* there is none at .*0.npz"),
         (["proxy=folder:none@32"], "`proxy` to be folder:PATH of a folder; there is none at .*none@32"),
+        (
+            ["proxy=parquet:none.parquet"],
+            "`proxy` to be parquet:PATH of a file or a folder; there is none at .*none.parq",
+        ),
         (["dataset=fashionmnist"], "`dataset` to be one of digits, .*fashion-mnist.*'fashionmnist'"),
         (["proxy=splitt"], "`proxy` to be split, or one of digits"),
         (["checkpoints=-,none.pt"], "`checkpoints` to be files that exist.*'none.pt'"),
@@ -72,14 +76,17 @@ def test_a_mistake_is_found_before_anything_starts(launched, tmp_path, words, co
 
 
 def test_what_is_there_is_not_complained_about(launched, tmp_path):
-    for name in ("0.npz", "1.npz", "a.pt", "mine.py"):
+    for name in ("0.npz", "1.npz", "a.pt", "mine.py", "a.parquet"):
         (tmp_path / name).touch()
     (tmp_path / "images").mkdir()
     words = ["dataset=npz:{peer}.npz", "proxy=folder:images@8", "checkpoints=a.pt,-", "models=mine:make", "peers=2"]
 
-    CliRunner().invoke(app, ["run", *words], catch_exceptions=False)
+    for proxy in ((), ("proxy=parquet:a.parquet#photo@8",), ("proxy=hf:owner/name",), ("proxy=hf:images",)):
+        CliRunner().invoke(app, ["run", *words, *proxy], catch_exceptions=False)
 
-    assert [federation.peers for federation in launched] == [2]
+    assert [federation.peers for federation in launched] == [2] * 4
+    given = [settings["proxy"] for settings in launched.settings]
+    assert given[1:] == [f"parquet:{tmp_path}/a.parquet#photo@8", "hf:owner/name", f"hf:{tmp_path}/images"]
 
 
 def test_a_model_of_another_library_is_no_module_of_ones_own_and_its_folder_is_found_from_anywhere(launched, tmp_path):
