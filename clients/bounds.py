@@ -23,6 +23,7 @@ class Bounds:
     Attributes:
         max_batch_size: samples in one training step.
         max_proxy_size: proxy samples.
+        max_image_size: pixels a side of the images that a run would have.
         max_features: numbers about one proxy sample that travel beside its logits, of all layers together.
         max_rounds: rounds of a run.
         max_peers: peers of a run, and so letters and keys in a mail.
@@ -34,6 +35,7 @@ class Bounds:
 
     max_batch_size: int = 1024
     max_proxy_size: int = 100_000
+    max_image_size: int = 1024
     max_features: int = 2048
     max_rounds: int = 10_000
     max_peers: int = 1000

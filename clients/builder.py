@@ -1,15 +1,22 @@
 """The models that a peer builds: its own, as it comes or bare, and those of baselines and controls."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from clients.body import Body
 from clients.configuration import PeerConfig
 from fedkd import models
+from fedkd.errors import SettingError
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
+from fedkd.settings.rules import trained_layers
 from fedkd.training.fast import arranged, compiled
+from fedkd.training.partial import OnFeatures, Partly
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Builder:
         shape: of one input.
         classes: how many a model tells apart.
         device: where it computes.
+        trains: what of the peer's own model trains: ``all``, ``head`` or ``last:N``.
     """
 
     config: RunConfig
@@ -29,10 +37,27 @@ class Builder:
     shape: tuple[int, ...]
     classes: int
     device: torch.device
+    trains: str = "all"
+
+    def body(self, folder: Path) -> Body | None:
+        """Return what of this peer's own model does not train, where its head alone does.
+
+        Args:
+            folder: where its features are kept.
+
+        Raises:
+            SettingError: the model has no head.
+        """
+        return self._body(replace(self, trains="all").own, self.peer_config.model_spec(self.config), folder)
+
+    def pooled_body(self, folder: Path) -> Body | None:
+        """Return the same of the model of the pooled control."""
+        return self._body(replace(self, trains="all").pooled, self.config.pooled_model, folder)
 
     def bare(self) -> nn.Module:
         """Return this peer's architecture with its own initialisation."""
-        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key=self.peer_config.index)
+        spec = self.peer_config.model_spec(self.config)
+        return self._in_part(self._new(spec, key="models", seed_key=self.peer_config.index), spec)
 
     def own(self) -> nn.Module:
         """Return this peer's model as it comes: its checkpoint, or its own initialisation.
@@ -43,7 +68,8 @@ class Builder:
         model = self.bare()
         checkpoint = self.peer_config.checkpoint_path(self.config)
         if checkpoint is not None:
-            models.load_checkpoint(model, checkpoint, key="checkpoints")
+            new_head = self.classes if self.config.replace_head else None
+            models.load_checkpoint(model, checkpoint, key="checkpoints", new_head=new_head)
         return model
 
     def widened(self) -> nn.Module:
@@ -56,7 +82,31 @@ class Builder:
 
     def pooled(self) -> nn.Module:
         """Return the model of the pooled control."""
-        return self._new(self.config.pooled_model, key="pooled-model", seed_key=self.peer_config.index)
+        spec = self.config.pooled_model
+        return self._in_part(self._new(spec, key="pooled-model", seed_key=self.peer_config.index), spec)
+
+    def _body(self, make: Callable[[], nn.Module], spec: str, folder: Path) -> Body | None:
+        if self.trains != "head":
+            return None
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, *self.shape, generator=generator).to(self.device)
+        with self._says(spec):
+            return Body.of(make, probe, folder)
+
+    def _in_part(self, model: nn.Module, spec: str) -> nn.Module:
+        if self.trains == "all":
+            return model
+        with self._says(spec):
+            if self.trains == "head":
+                return OnFeatures(model)
+            return Partly(model, trained_layers(self.trains))
+
+    @contextmanager
+    def _says(self, spec: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise SettingError("train", self.trains, f"all for the model {spec}: {error}") from error
 
     def _new(self, spec: str, *, key: str, seed_key: int | str, width: float = 1.0) -> nn.Module:
         seed = derive(self.config.seed, "init", seed_key)

@@ -15,7 +15,10 @@ from fedkd.settings.config import PEER, RunConfig
 from fedkd.settings.declare import CODE, FILES, PATH, SOURCE, Declared, Scalar, declared
 from fedkd.settings.rules import split_list
 
-_TEXTS = ("model", "checkpoint", "held-out", "dataset", "proxy", "data-dir", "device", "identity", "trusted-keys")
+_TEXTS = (
+    "model", "checkpoint", "held-out", "input-size", "train", "dataset", "proxy", "data-dir", "device", "identity",
+    "trusted-keys",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class PeerConfig:
         simulated: whether it is a stand-in on the machine that runs them all.
         model: its own model; empty: the one dealt out by ``models``.
         checkpoint: its own checkpoint; empty: the one dealt out by ``checkpoints``.
+        replace_head: whether its model gets a new head where the checkpoint's is for other classes.
         held_out: file of the indices that it never trains on; empty: the one dealt out by ``held-out``.
+        input_size: at which its model sees images; empty: the one dealt out by ``input-size``.
+        train: what of its model trains; empty: what is dealt out by ``train``.
         dataset: its own data; empty: its part of the common ``dataset``.
         proxy: its own copy of the public proxy set; empty: the common ``proxy``.
         data_dir: where its data sets lie.
@@ -51,7 +57,10 @@ class PeerConfig:
     simulated: bool = True
     model: str = ""
     checkpoint: str = ""
+    replace_head: bool = False
     held_out: str = ""
+    input_size: str = ""
+    train: str = ""
     dataset: str = ""
     proxy: str = ""
     data_dir: str = ""
@@ -102,6 +111,7 @@ class PeerConfig:
             state_dir=root / name,
             cache_dir=root,
             simulated=simulated,
+            replace_head=bool(own.get("replace-head", False)),
             worker=bool(own.get("worker", True)),
             idle_seconds=float(own.get("idle-seconds", cls.idle_seconds)),
             limits=Limits(**limits, bounds=bounds),  # type: ignore[arg-type]
@@ -149,11 +159,12 @@ class PeerConfig:
         own = {key: str(getattr(self, key.replace("-", "_"))) for key in _TEXTS}
         return without_paths(text, {**own, "state-dir": str(self.cache_dir)})
 
-    def _own(self, key: str, config: RunConfig) -> str:
+    def _own(self, key: str, config: RunConfig) -> Scalar:
         """Return the value of a setting of this peer's own; empty where it has none."""
         if key == "dataset":
             return self._own_dataset(config.dataset)
-        return str(getattr(self, key.replace("-", "_")))
+        value: Scalar = getattr(self, key.replace("-", "_"))
+        return value
 
     def _own_dataset(self, dataset: str) -> str:
         """Return this peer's own data: what it brings, or its share of a simulation whose peers all have their own."""
@@ -169,6 +180,26 @@ class PeerConfig:
         """Return the checkpoint this peer starts from, or None."""
         path = self.checkpoint or _dealt(config.checkpoints, self.index)
         return None if path in ("", "-") else Path(path).expanduser()
+
+    def input_size_of(self, config: RunConfig) -> str:
+        """Return the size at which this peer's model sees images: pixels, ``data``, or empty: what it says itself."""
+        size = self.input_size or _dealt(config.input_size, self.index)
+        return "" if size == "-" else size
+
+    def trains(self, config: RunConfig) -> str:
+        """Return what of this peer's model trains: ``all``, ``head`` or ``last:N``."""
+        return self.train or _dealt(config.train, self.index) or "all"
+
+    def as_pooled(self, config: RunConfig) -> tuple[str, str]:
+        """Return the input size of the pooled control's model, and what of it trains: as of the first peer's with it.
+
+        Where no peer has that model: what it says itself, and all of it.
+        """
+        listed = split_list(config.models)
+        if config.pooled_model not in listed:
+            return "", "all"
+        like = replace(self, index=listed.index(config.pooled_model), input_size="", train="")
+        return like.input_size_of(config), like.trains(config)
 
     def held_out_path(self, config: RunConfig) -> str:
         """Return the file of what this peer's owner held out, empty where none is known."""

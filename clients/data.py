@@ -1,54 +1,64 @@
 """What one site holds: its private data, the common test set and the public proxy set, on its device."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clients.body import Body
 from clients.configuration import PeerConfig
+from clients.eyes import Eyes
 from clients.held_out import named_part, split_off, validation_part
-from fedkd.data.normalize import Standardizer, standardizer
+from fedkd.data.appearance import Appearance
 from fedkd.data.partition import partition
 from fedkd.data.proxy import Proxy, foreign_proxy, split_proxy
 from fedkd.data.samples import Inputs, Samples, subset
-from fedkd.data.sources import Dataset, Source, load_source
+from fedkd.data.shape import shaped
+from fedkd.data.sources import Dataset, Source, load_public, load_source
 from fedkd.errors import SettingError
+from fedkd.models.libraries import folder
 from fedkd.plugins import is_callable_spec
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.settings.data import Data
+from fedkd.settings.sources import place
 
 
 @dataclass(frozen=True)
 class Commons:
-    """What peers of one data source share, standardised and on the device.
+    """What peers of one data source share whose models see it alike, standardised and on the device.
 
     Attributes:
         source: the raw data source.
         pool: indices of the training set that are left for the peers.
-        proxy_inputs: ``[P, ...]``.
+        look: how the model sees images; a scale alone where it sees them as they are. Made from the public proxy set,
+            or as the model's own description says.
+        input_shape: of one input of the whole model, ``[C, H, W]`` for images.
+        proxy_inputs: ``[P, ...]``: images, or features where these are computed once.
         fingerprint: hash of the raw proxy set, over content and order.
         proxy_labels: ``[P]`` int64, where they are known. The channel control alone looks at them.
         test_inputs: ``[N, ...]``.
         test_labels: ``[N]`` int64.
         test_fingerprint: hash of the raw test set.
-        scale: the standardiser, made from the public proxy set alone.
+        private: what a model sees of samples of the training set, given their indices.
     """
 
     source: Source
     pool: np.ndarray
+    look: Appearance
+    input_shape: tuple[int, ...]
     proxy_inputs: Inputs
     fingerprint: str
     test_inputs: Inputs
     test_labels: Tensor
     test_fingerprint: str
-    scale: Standardizer
+    private: Callable[[np.ndarray], Inputs]
     proxy_labels: Tensor | None = None
 
 
@@ -91,8 +101,8 @@ class _DataSettings:
     download: bool
     proxy: str
     proxy_size: int
-    normalize: str
-    augments_proxy: bool
+    image_size: int
+    image_channels: int
     seed: int
     device: str
     validation: float
@@ -112,7 +122,13 @@ class _Split:
     cache: Path
 
 
-def open_site(config: RunConfig, peer_config: PeerConfig, device: torch.device, versions: tuple[str, ...] = ()) -> Site:
+def open_site(
+    config: RunConfig,
+    peer_config: PeerConfig,
+    device: torch.device,
+    versions: tuple[str, ...] = (),
+    body: Body | None = None,
+) -> Site:
     """Load, split and standardise a peer's data.
 
     Args:
@@ -120,12 +136,13 @@ def open_site(config: RunConfig, peer_config: PeerConfig, device: torch.device, 
         peer_config: the peer.
         device: where the tensors go.
         versions: of its files, as :func:`file_versions` returns them: data that have changed are read again.
+        body: what does not train of its model, where features of it take the images' place.
 
     Raises:
         SettingError: anything about the data that does not fit the settings.
     """
     settings = _data_settings(config, peer_config, device, versions)
-    commons = _commons(settings)
+    commons = _commons(settings, Eyes.of(config, peer_config, body), _augmented(config))
     split = None if peer_config.dataset else _split(config, peer_config)
     trained, held_out = _split_off(_own(settings, split, peer_config.index), config, peer_config, commons)
     # Named by the part, which is another one among more peers: that those are not the run's peers, the relay tells.
@@ -136,20 +153,31 @@ def open_site(config: RunConfig, peer_config: PeerConfig, device: torch.device, 
         "test set": commons.test_fingerprint,
         "proxy set": commons.fingerprint,
     }
-    return replace(_site(trained, held_out, commons, device, config), fingerprints=fingerprints)
+    return replace(_site(trained, held_out, commons), fingerprints=fingerprints)
 
 
-def open_pool(config: RunConfig, peer_config: PeerConfig, device: torch.device) -> Site:
-    """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation."""
+def open_pool(
+    config: RunConfig, peer_config: PeerConfig, device: torch.device, *, input_size: str, body: Body | None = None
+) -> Site:
+    """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation.
+
+    Args:
+        config: the run's settings.
+        peer_config: the peer that trains the pooled model.
+        device: where the tensors go.
+        input_size: at which that model sees images.
+        body: as :func:`open_site` takes it.
+    """
     settings = _data_settings(config, peer_config, device, ())
-    commons = _commons(settings)
+    eyes = Eyes(config.pooled_model, False, input_size, config.normalize, body)
+    commons = _commons(settings, eyes, _augmented(config))
     parts = _parts(settings, _split(config, peer_config))
     halves = [
         _split_off(commons.pool[part], config, replace(peer_config, index=index), commons)
         for index, part in enumerate(parts)
     ]
     trained, held_out = (np.concatenate(half) for half in zip(*halves, strict=True))
-    return _site(trained, held_out, commons, device, config)
+    return _site(trained, held_out, commons)
 
 
 def _split_off(
@@ -161,7 +189,7 @@ def _split_off(
 
 
 def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
-    """Return what changes when the data or the checkpoint that a deployed peer brings change.
+    """Return what changes when the data, the checkpoint or the model's folder that a deployed peer brings change.
 
     Its worker outlives runs and keeps what it read. What a function returns may change unseen: it is read again in each
     run. A simulated peer's process ends with its runs.
@@ -174,21 +202,17 @@ def file_versions(peer_config: PeerConfig, run: str) -> tuple[str, ...]:
         return ()
     data_dir = _data_dir(peer_config.data_dir)
     files = [
-        _version(Path(path).expanduser()) if path else "" for path in (peer_config.checkpoint, peer_config.held_out)
+        _version(Path(path).expanduser()) if path else ""
+        for path in (peer_config.checkpoint, peer_config.held_out, folder(peer_config.model))
     ]
     return (*(_source_version(spec, data_dir, run) for spec in (peer_config.dataset, peer_config.proxy)), *files)
 
 
 def _source_version(spec: str, data_dir: Path, run: str) -> str:
-    kind, _, path = spec.partition(":")
     if is_callable_spec(spec):
         return run
-    if kind not in ("npz", "folder"):
-        return ""
-    found = data_dir / Path(path).expanduser()
-    if kind == "folder" and not found.is_dir():
-        found = found.with_name(found.name.rpartition("@")[0] or found.name)  # folder:PATH@SIZE
-    return _version(found)
+    found = place(spec, data_dir)
+    return _version(found.path) if found else ""
 
 
 def _version(path: Path) -> str:
@@ -203,10 +227,10 @@ def _version(path: Path) -> str:
 
 def proxy_subset(config: RunConfig, round: int, device: torch.device) -> Tensor:
     """Return the indices of the proxy samples that a round is about, ``[P]`` int64, drawn from (seed, round)."""
-    if config.travelling == config.proxy_size:
-        return torch.arange(config.proxy_size, device=device)
+    if config.travelling == config.public_size:
+        return torch.arange(config.public_size, device=device)
     generator = torch.Generator().manual_seed(derive(config.seed, "proxy-subset", round))
-    drawn = torch.randperm(config.proxy_size, generator=generator)[: config.travelling]
+    drawn = torch.randperm(config.public_size, generator=generator)[: config.travelling]
     return drawn.sort().values.to(device)
 
 
@@ -217,34 +241,26 @@ def proxy_samples(config: RunConfig, round: int, inputs: Inputs) -> Inputs:
     return subset(inputs, proxy_subset(config, round, inputs.device))
 
 
-def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons, device: torch.device, config: RunConfig) -> Site:
-    trained = _labelled(own, commons, device, augmented=config.augment != "none")
-    kept = _labelled(held_out, commons, device)
+def _site(own: np.ndarray, held_out: np.ndarray, commons: Commons) -> Site:
+    trained, kept = _labelled(own, commons), _labelled(held_out, commons)
     counts = torch.bincount(torch.cat([trained.labels, kept.labels]), minlength=len(commons.source.classes)).double()
     return Site(trained.inputs, trained.labels, kept, counts / counts.sum(), commons)
 
 
-def _labelled(own: np.ndarray, commons: Commons, device: torch.device, *, augmented: bool = False) -> Labelled:
-    train, index = commons.source.train, torch.from_numpy(own)
-    inputs = _seen(train.inputs[index], commons.scale, device, augmented=augmented)
-    return Labelled(inputs, train.labels[index].to(device))
-
-
-def _seen(kept: Tensor, scale: Standardizer, device: torch.device | str, *, augmented: bool = False) -> Inputs:
-    """Return samples as models see them; such as training augments stay as they are kept."""
-    samples = Samples(kept.to(device), scale)
-    return samples if augmented else samples.settled()
+def _labelled(own: np.ndarray, commons: Commons) -> Labelled:
+    labels = commons.source.train.labels[torch.from_numpy(own)]
+    return Labelled(commons.private(own), labels.to(commons.test_labels.device))
 
 
 def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarray:
     """Return the indices of a peer's private samples; without a split all that are left for the peers."""
-    pool = _commons(settings).pool
+    pool = _raw(settings).pool
     return pool if split is None else pool[_parts(settings, split)[index]]
 
 
 @lru_cache(maxsize=4096)
 def _private_fingerprint(settings: _DataSettings, split: _Split | None, index: int) -> str:
-    train, own = _commons(settings).source.train, torch.from_numpy(_own(settings, split, index))
+    train, own = _raw(settings).source.train, torch.from_numpy(_own(settings, split, index))
     return _fingerprint(train.inputs[own], train.labels[own])
 
 
@@ -259,9 +275,9 @@ def _fingerprint(inputs: Tensor, labels: Tensor) -> str:
 @lru_cache(maxsize=2)
 def _parts(settings: _DataSettings, split: _Split) -> list[np.ndarray]:
     """Return every peer's indices into the pool, once for all the peers that this process works for."""
-    commons = _commons(settings)
+    raw = _raw(settings)
     return partition(
-        commons.source.train.labels.numpy()[commons.pool],
+        raw.source.train.labels.numpy()[raw.pool],
         split.peers,
         split.scheme,
         seed=derive(settings.seed, "partition"),
@@ -288,7 +304,7 @@ def _data_settings(
         )
     return _DataSettings(
         config.dataset, config.data_dir, config.download, config.proxy,
-        config.proxy_size, config.normalize, config.augment_proxy != "none", config.seed, str(device),
+        config.public_size, config.image_size, config.image_channels, config.seed, str(device),
         config.validation_share if config.evaluate_on == "validation" else 0.0, peer_config.held_out_paths(config),
         versions,
     )  # fmt: skip
@@ -298,32 +314,81 @@ def _data_dir(data_dir: str) -> Path:
     return Path(data_dir or "~/.cache/fedkd/data").expanduser()
 
 
+@dataclass(frozen=True)
+class _Raw:
+    """The data as they are kept: ``pool`` holds the indices of the training set that are left for the peers."""
+
+    source: Source
+    pool: np.ndarray
+    proxy: Proxy
+    test: Dataset
+    test_fingerprint: str
+
+
 @lru_cache(maxsize=2)
-def _commons(settings: _DataSettings) -> Commons:
+def _raw(settings: _DataSettings) -> _Raw:
     data_dir = _data_dir(settings.data_dir)
-    source = _source(settings.dataset, data_dir, settings.download, settings.versions)
+    form = settings.image_size, settings.image_channels
+    source = _source(settings.dataset, data_dir, settings.download, settings.versions, form)
     if len(source.classes) < 2:
         raise SettingError("dataset", settings.dataset, "data of at least two classes")
     proxy, pool = _proxy(settings, source, data_dir)
     test, pool = _test(settings, source, pool)
-    scale = standardizer(settings.normalize, proxy.inputs)
+    return _Raw(source, pool, proxy, test, _fingerprint(test.inputs, test.labels))
+
+
+def _augmented(config: RunConfig) -> tuple[bool, bool]:
+    """Return whether private samples, and those of the proxy set, stay as they are kept, for training augments them."""
+    return config.augment != "none", config.augment_proxy != "none"
+
+
+@lru_cache(maxsize=8)
+def _commons(settings: _DataSettings, eyes: Eyes, augmented: tuple[bool, bool]) -> Commons:
+    raw = _raw(settings)
+    look = eyes.look(raw.proxy.inputs)
+    see = _features_of(eyes.body, look, settings) if eyes.body else partial(_seen, look, settings.device)
+    as_kept = partial(_seen, look, settings.device, settle=False)
+    own, public = (as_kept if changing and not eyes.body else see for changing in augmented)
     return Commons(
-        source,
-        pool,
-        _seen(proxy.inputs, scale, settings.device, augmented=settings.augments_proxy),
-        proxy.fingerprint,
-        _seen(test.inputs, scale, settings.device),
-        test.labels.to(settings.device),
-        _fingerprint(test.inputs, test.labels),
-        scale,
-        None if proxy.labels is None else proxy.labels.to(settings.device),
+        source=raw.source,
+        pool=raw.pool,
+        look=look,
+        input_shape=tuple(look(raw.proxy.inputs[:1]).shape[1:]),
+        proxy_inputs=public(raw.proxy.inputs),
+        fingerprint=raw.proxy.fingerprint,
+        test_inputs=see(raw.test.inputs),
+        test_labels=raw.test.labels.to(settings.device),
+        test_fingerprint=raw.test_fingerprint,
+        private=_private(raw.source.train.inputs, own, whole=eyes.body is not None),
+        proxy_labels=None if raw.proxy.labels is None else raw.proxy.labels.to(settings.device),
     )
 
 
+def _seen(look: Appearance, device: str, kept: Tensor, *, settle: bool = True) -> Inputs:
+    samples = Samples(kept.to(device), look)
+    return samples.settled() if settle else samples
+
+
+def _private(kept: Tensor, see: Callable[[Tensor], Inputs], *, whole: bool) -> Callable[[np.ndarray], Inputs]:
+    """Return what gives the inputs of a model for samples of the training set; ``whole``: all are seen once."""
+    if whole:
+        every = cache(lambda: see(kept))
+        return lambda own: every()[torch.from_numpy(own)]
+    return lambda own: see(kept[torch.from_numpy(own)])
+
+
+def _features_of(body: Body, look: Appearance, settings: _DataSettings) -> Callable[[Tensor], Inputs]:
+    return lambda kept: body.features(kept, look, torch.device(settings.device))
+
+
 @lru_cache(maxsize=2)
-def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...]) -> Source:
-    """Read a data set once for trials that differ in their seeds, until its files change."""
-    return load_source(dataset, data_dir=data_dir, download=download)
+def _source(dataset: str, data_dir: Path, download: bool, versions: tuple[str, ...], form: tuple[int, int]) -> Source:
+    """Read a data set once for trials that differ in their seeds, until its files change.
+
+    Its images are brought to a form, size and channels; those of the proxy set follow them.
+    """
+    size, channels = form
+    return shaped(load_source(dataset, data_dir=data_dir, download=download), size=size, channels=channels)
 
 
 def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Dataset, np.ndarray]:
@@ -338,7 +403,7 @@ def _test(settings: _DataSettings, source: Source, pool: np.ndarray) -> tuple[Da
 def _proxy(settings: _DataSettings, source: Source, data_dir: Path) -> tuple[Proxy, np.ndarray]:
     if settings.proxy == "split":
         return split_proxy(source.train, settings.proxy_size, seed=derive(settings.seed, "proxy"))
-    other = load_source(settings.proxy, data_dir=data_dir, download=settings.download, key="proxy")
+    other = load_public(settings.proxy, data_dir=data_dir, download=settings.download)
     proxy = foreign_proxy(
         other,
         settings.proxy_size,

@@ -80,15 +80,15 @@ class Final:
         """
         if not self._config.keep_models:
             return None
-        scale = self._commons.scale
+        look = self._commons.look
         accuracy, earlier = found.get("test_accuracy", math.nan), _card(self.path(mail))
         card = Card(
             peer=self._peer_config.name,
             model=model,
             classes=tuple(self._commons.source.classes),
-            input_shape=tuple(self._commons.proxy_inputs.shape[1:]),
-            mean=tuple(scale.mean.tolist()),
-            std=tuple(scale.std.tolist()),
+            input_shape=self._commons.input_shape,
+            mean=look.mean,
+            std=look.std,
             run=mail.run,
             round=mail.round,
             before=accuracy if earlier is None or mail.kind == "start" else earlier.before,

@@ -12,20 +12,35 @@ from pathlib import Path
 
 from clients.bounds import NAMES
 from fedkd.errors import SettingError
+from fedkd.models.libraries import HF, whole
 from fedkd.settings.declare import Scalar
-from fedkd.settings.rules import NAME, STRATEGIES, STRATEGY, Rule, above, at_least, some_of, split_list
+from fedkd.settings.rules import (
+    INPUT_SIZE,
+    NAME,
+    STRATEGIES,
+    STRATEGY,
+    TRAINED,
+    Rule,
+    above,
+    at_least,
+    some_of,
+    split_list,
+)
+from fedkd.settings.sources import absolute, without_reader
 from fedkd.wire.claims import CLAIMS
 
 Own = Mapping[str, Scalar]
 
-_PATH_PREFIXES = ("npz:", "folder:")
 _KEYS: dict[str, type] = {
     "name": str,
     "partition-id": int,
     "num-partitions": int,
     "model": str,
     "checkpoint": str,
+    "replace-head": bool,
     "held-out": str,
+    "input-size": str,
+    "train": str,
     "dataset": str,
     "data-dir": str,
     "proxy": str,
@@ -52,11 +67,14 @@ _RULES = {
         lambda v: all(map(STRATEGY.accepts, split_list(v))),
     ),
     "tell": some_of(*CLAIMS),
+    "input-size": INPUT_SIZE,
+    "train": TRAINED,
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }
 _PATHS = (
     "peer-config", "state-dir", "data-dir", "checkpoint", "held-out", "dataset", "proxy", "identity", "trusted-keys",
+    "model",
 )  # fmt: skip
 _WITHIN = r"[^\s'\",;:)\]]*"  # the rest of a path in a sentence
 
@@ -85,10 +103,16 @@ def without_paths(text: str, own: Own) -> str:
     "no file '<dataset>'"
     """
     paths = {os.environ.get("HOME", "").rstrip(os.sep): "home"}
-    paths |= {str(own[key]).removeprefix("npz:").removeprefix("folder:"): key for key in _PATHS if own.get(key)}
+    paths |= {_path_in(str(own[key])): key for key in _PATHS if own.get(key)}
     for path in sorted(filter(lambda path: os.sep in path, paths), key=len, reverse=True):
-        text = re.sub(re.escape(re.sub(r"@\d+$", "", path)) + _WITHIN, f"<{paths[path]}>", text)
+        text = re.sub(re.escape(path) + _WITHIN, f"<{paths[path]}>", text)
     return text
+
+
+def _path_in(value: str) -> str:
+    """Return the path that a setting names; of what is on the Hugging Face hub, whose name has a slash too, none."""
+    path = without_reader(value)
+    return "" if value.startswith(HF) and not Path(path).is_absolute() else path
 
 
 def _read(path: Path) -> dict[str, Scalar]:
@@ -108,10 +132,9 @@ def _from_here(key: str, value: Scalar, folder: Path) -> Scalar:
         return value
     if key in ("checkpoint", "held-out", "data-dir", "state-dir", "identity", "trusted-keys"):
         return str(folder / Path(value).expanduser())
-    for prefix in _PATH_PREFIXES if key in ("dataset", "proxy") else ():
-        if value.startswith(prefix):
-            return prefix + str(folder / Path(value.removeprefix(prefix)).expanduser())
-    return value
+    if key == "model":
+        return whole(value, folder)
+    return absolute(value, folder) if key in ("dataset", "proxy") else value
 
 
 def _checked(key: str, value: Scalar) -> Scalar:

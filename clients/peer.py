@@ -9,8 +9,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
+from clients.body import Body
 from clients.builder import Builder
 from clients.configuration import PeerConfig
 from clients.data import Site, file_versions, open_pool, open_site, proxy_samples, proxy_subset
@@ -35,6 +37,7 @@ from clients.state import Store, Taught, Trained
 from clients.telling import Telling
 from fedkd import metrics, models
 from fedkd.data.samples import Inputs
+from fedkd.models.libraries import named
 from fedkd.results.profile import Stopwatch
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from clients.keys import Secrets
 
 NO_ROUND = -1
+FEATURES = "features"
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
 
@@ -89,14 +93,20 @@ class Peer:
     def __init__(self, peer_config: PeerConfig, config: RunConfig, run: str) -> None:
         torch.set_num_threads(config.threads)
         keep_freed_memory()
-        self.peer_config, self.config = peer_config, config
+        self.peer_config, self.asked = peer_config, config
         self.device = pick_device(config.device, repeatable=not config.fast)
         self.versions = file_versions(peer_config, run)
         self.site: Site = open_site(config, peer_config, self.device, self.versions)
+        config = self.config = config.knowing(len(self.site.commons.proxy_inputs))
+        if not peer_config.simulated:  # by how much its own proxy set has, where the server asks for all of it
+            peer_config.limits.bounds.check(config)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
         self.classes = len(self.site.commons.source.classes)
-        shape = tuple(self.site.commons.proxy_inputs.shape[1:])
-        self.models = Builder(config, peer_config, shape, self.classes, self.device)
+        shape, trains = self.site.commons.input_shape, peer_config.trains(config)
+        self.models = Builder(config, peer_config, shape, self.classes, self.device, trains)
+        if trains == "head":
+            body = _body(self.models, peer_config, run)
+            self.site = open_site(self.asked, peer_config, self.device, self.versions, body)
         self.learner = self._learner()
         self.codec = codec(config.codec)
         self.store = Store(run_folder(peer_config.state_dir, run), run)
@@ -139,7 +149,7 @@ class Peer:
 
     def _introduce(self, mail: Mail) -> Answer:
         """Check all that can be checked before training, and say who came with what."""
-        own, name = self.models.own(), self.peer_config.model_spec(self.config)
+        own, name = self.models.own(), named(self.peer_config.model_spec(self.config))
         model = own
         if checkpoint := self.peer_config.checkpoint_path(self.config):
             check_start(model, self.site.commons.proxy_inputs, self.config, path=checkpoint)
@@ -168,6 +178,7 @@ class Peer:
                 "chosen-unseen": int(self._chosen_unseen),
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
+                "proxy-shape": json.dumps(list(commons.proxy_inputs.shape)),
                 "source": source_hash(),
                 "source-root": str(source_root()) if self.peer_config.simulated else "",
                 "peers": self.peer_config.of,
@@ -310,7 +321,11 @@ class Peer:
         It goes through as many epochs of all data as peers that take turns do of their own, which need not be as many
         samples as these peers saw together: its number is told beside theirs.
         """
-        self.site = open_pool(self.config, self.peer_config, self.device)
+        size, trains = self.peer_config.as_pooled(self.config)
+        self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size)
+        self.models = replace(self.models, shape=self.site.commons.input_shape, trains=trains)
+        if body := self.models.pooled_body(_features_folder(self.peer_config)):
+            self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
         model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
@@ -364,7 +379,7 @@ class Peer:
         before = self.store.latest(before=round)
         warm = _warm.pop(self._warm_key, None)
         if warm is not None and warm.round == before:
-            same_samples = warm.round == round - 1 or self.config.travelling == self.config.proxy_size
+            same_samples = warm.round == round - 1 or self.config.travelling == self.config.public_size
             return warm.model, dict(warm.memo), warm.logits if same_samples else None
         model = self.models.bare()
         return model, self.store.load(before, model), None
@@ -490,6 +505,17 @@ class Peer:
         arrays: Arrays | None = None,
     ) -> Answer:
         return Answer(self.peer_config.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
+
+
+@lru_cache(maxsize=_WARM_MODELS)
+def _body(builder: Builder, peer_config: PeerConfig, run: str) -> Body | None:
+    """Return what does not train of a peer's model: it is the same for as long as a run lasts."""
+    return builder.body(_features_folder(peer_config))
+
+
+def _features_folder(peer_config: PeerConfig) -> Path:
+    """Return where features are kept: at the peer; those of simulated ones once for all of a user's runs."""
+    return Path("~/.cache/fedkd").expanduser() / FEATURES if peer_config.simulated else peer_config.state_dir / FEATURES
 
 
 def _secrets(peer_config: PeerConfig, store: Store) -> "Secrets":

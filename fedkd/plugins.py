@@ -1,4 +1,4 @@
-"""One's own code by name: `package.module:name`."""
+"""One's own code by name: `package.module:name`; and the libraries whose models go by names of that form."""
 
 import importlib
 from collections.abc import Callable
@@ -6,15 +6,23 @@ from typing import Any
 
 from fedkd.errors import SettingError
 
+LIBRARIES = ("timm", "hf")
+"""What stands before the colon of a library's model: ``timm:resnet18`` is a name there, and no code of one's own."""
+READERS = ("npz", "folder", "parquet", "hf")
+"""What stands before the path of a data source, and so is no module."""
+
 
 def is_callable_spec(spec: str) -> bool:
     """Tell whether a spec has the form `package.module:name`.
 
-    >>> is_callable_spec("hospital.data:load"), is_callable_spec("digits"), is_callable_spec("npz:a/b.npz")
+    >>> is_callable_spec("hospital.data:load"), is_callable_spec("digits"), is_callable_spec("hf:mnist")
     (True, False, False)
+    >>> is_callable_spec("timm:resnet18"), is_callable_spec("hf:folder")
+    (False, False)
     """
     module, colon, name = spec.partition(":")
-    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    code = bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    return code and module not in (*READERS, *LIBRARIES)
 
 
 def load_callable(spec: str, *, key: str) -> Callable[..., Any]:

@@ -77,11 +77,12 @@ def _run(grid: Grid, run_id: int, config: RunConfig, folder: RunFolder, *, say: 
     caveats = [caveat for m in members if (caveat := m.caveat())]
     for line in caveats[:MOST_SHOWN]:
         say(line)
-    strategy = chosen(config, len(members), len(members[0].classes))
+    samples = config.proxy_size or members[0].proxy_shape[0]
+    strategy = chosen(config.knowing(samples), len(members), len(members[0].classes))
     if strategy.topology:
         say(topology_line(strategy.topology))
     relay = Relay(post, members, config, strategy, folder, run=run, say=say, resume=bool(config.resume), began=began)
-    folder.add_facts({"peers": len(members), "simulated": post.simulated, "caveats": caveats})
+    folder.add_facts({"peers": len(members), "proxy_samples": samples, "simulated": post.simulated, "caveats": caveats})
     if relay.ledger.round < 0:
         say(f"peers {'train' if config.pretrain_epochs else 'measure'} their models ...")
     relay.run()

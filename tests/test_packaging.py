@@ -17,7 +17,7 @@ from experiments.compare.tuning import tune as search
 from experiments.export import export
 from experiments.launch.runner import Federation
 from experiments.report.tensorboard import Board
-from fedkd import __version__
+from fedkd import __version__, models
 from fedkd.errors import FedkdError
 from fedkd.privacy import Mechanism
 from fedkd.results.folder import git_commit
@@ -221,6 +221,14 @@ def use_export(tmp_path):
     export(tmp_path, peer=None, form="onnx")
 
 
+def use_timm(tmp_path):
+    models.build("timm:resnet18", input_shape=(3, 32, 32), num_classes=2, seed=0)
+
+
+def use_transformers(tmp_path):
+    models.build("hf:google/vit-base-patch16-224", input_shape=(3, 224, 224), num_classes=2, seed=0)
+
+
 @pytest.mark.parametrize(
     ("extra", "module", "use"),
     [
@@ -229,6 +237,8 @@ def use_export(tmp_path):
         ("tensorboard", "torch.utils.tensorboard", use_tensorboard),
         ("privacy", "dp_accounting.pld", use_privacy),
         ("export", "onnx", use_export),
+        ("timm", "timm", use_timm),
+        ("transformers", "transformers", use_transformers),
     ],
 )
 def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_path, monkeypatch, extra, module, use):
@@ -241,7 +251,9 @@ def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_
 def test_every_extra_that_a_user_may_need_is_among_these():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
-    assert set(declared) - {"dev", "docs", "mutation"} == {"fast", "zstd", "tune", "tensorboard", "privacy", "export"}
+    assert set(declared) - {"dev", "docs", "mutation"} == {
+        "fast", "zstd", "tune", "tensorboard", "privacy", "export", "timm", "transformers",
+    }  # fmt: skip
 
 
 def test_uv_installs_what_the_project_needs(tmp_path):

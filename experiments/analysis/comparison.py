@@ -11,7 +11,7 @@ from experiments.analysis.settings import VARIANT_KEYS, effective
 from experiments.launch.presets import PRESET, preset
 from experiments.launch.runner import Federation
 from fedkd.errors import FedkdError
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, spelled
 from fedkd.settings.declare import Scalar
 
 _NOT_TYPED = ("peers", "out-dir", "run-name", "resume", "trials", "keep-models")
@@ -106,7 +106,7 @@ def means(command: str, settings: Mapping[str, Scalar]) -> bool:
             elif is_pair:
                 default = usual[key]
                 said[key] = text == "true" if isinstance(default, bool) else type(default)(text)
-        now = RunConfig.from_mapping({**brought, **said}).effective().to_mapping()
+        now = spelled(RunConfig.from_mapping({**brought, **said}).effective().to_mapping())
     except (FedkdError, KeyError, ValueError):
         return False
     return effective(now, VARIANT_KEYS) == effective(settings, VARIANT_KEYS)

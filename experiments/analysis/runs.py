@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkd.errors import FedkdError
 from fedkd.results.folder import Row, read_row, refuse_mixture
-from fedkd.settings.config import recorded
+from fedkd.settings.config import recorded, spelled
 from fedkd.settings.declare import Scalar
 
 _OF_A_PEER = ("peer", "model", "before", "after", "isolated", "temperature", "kd_weight")
@@ -52,7 +52,8 @@ class Run:
     Attributes:
         path: the folder.
         name: of the folder.
-        settings: all of them; ``peers`` is how many took part, 0 if it was stopped before that was known.
+        settings: all of them; ``peers`` is how many took part, 0 if it was stopped before that was known; likewise
+            ``proxy-size`` where all of a proxy set was taken.
         environment: versions, machine, commit.
         rows: of ``rounds.jsonl``.
         summary: ``summary.json``; empty if the run did not finish.
@@ -205,6 +206,11 @@ def read_run(path: Path) -> Run:
     text = failure.read_text(errors="replace").strip() if failure.exists() else "" if summary else "not finished"
     settings["peers"] = len({row.peer for row in rows}) or config.get("peers") or settings["peers"]
     simulated, caveats = bool(config.get("simulated", True)), tuple(map(str, config.get("caveats", ())))
+    if simulated:
+        settings = spelled(settings)
+    if settings["proxy-size"] == 0 and not (simulated and settings["proxy"] == "split"):
+        samples = config.get("proxy_samples", 0)
+        settings["proxy-size"] = samples if isinstance(samples, int) else 0
     return Run(path, path.name, settings, environment, tuple(rows), summary, tuple(problems), text, simulated, caveats)
 
 

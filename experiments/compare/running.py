@@ -19,7 +19,7 @@ from experiments.report.tensorboard import board
 from fedkd.errors import FedkdError
 from fedkd.results.claim import held
 from fedkd.results.folder import RunFolder
-from fedkd.settings.config import RunConfig, recorded
+from fedkd.settings.config import RunConfig, recorded, spelled
 from fedkd.settings.declare import Scalar
 from strategies.relay.trials import Trial
 
@@ -151,7 +151,7 @@ def _measured(folder: Path) -> dict[str, dict[str, Scalar]]:
     Of settings that are younger than a trial it is what that did without them.
     """
     return {
-        path.name: recorded(RunFolder(path).read_config()["settings"])
+        path.name: spelled(recorded(RunFolder(path).read_config()["settings"]))
         for path in sorted((folder / "trials").glob("*"))
         if (path / "rounds.jsonl").exists()
     }
@@ -169,7 +169,7 @@ def _refuse_other_settings(trials: Sequence[Trial], earlier: Mapping[str, Mappin
         )
     differing: dict[str, tuple[Scalar | None, Scalar | None]] = {}
     for trial in trials:
-        now = trial.config.effective().to_mapping()
+        now = spelled(trial.config.effective().to_mapping())
         before = earlier.get(trial.name, now)
         for key in sorted((now.keys() | before.keys()) - _ELSEWHERE):
             if before.get(key) != now.get(key):

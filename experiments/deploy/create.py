@@ -87,11 +87,14 @@ name = {json.dumps(deployment.names[index])}
 partition-id = {index}               # its number, another for every peer
 num-partitions = {deployment.peers}             # how many peers there are
 
-model = {json.dumps(model)}                # a name such as resnet20, or package.module:factory
-checkpoint = ""             # .safetensors, or a state dict of torch.save; empty: trained from scratch
+model = {json.dumps(model)}                # resnet20, timm:resnet18@a1_in1k, hf:FOLDER, package.module:factory ...
+checkpoint = ""             # .safetensors, or a file of torch.save; empty: trained from scratch
+replace-head = false        # true: a new head where the checkpoint's is for other classes
 held-out = ""               # file of the indices of training samples that the checkpoint has not seen; empty: not known
-dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH or package.module:function
-proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers; its fingerprint is compared
+input-size = ""             # pixels at which the model sees images; empty: as its own description says, if it has one
+train = ""                  # all, head (on features computed once) or last:N; empty: all
+dataset = {json.dumps(dataset)}              # npz:PATH, folder:PATH, parquet:PATH, hf:PATH or package.module:function
+proxy = {json.dumps(proxy)}                # the public proxy set, the same at all peers, without labels if need be
 state-dir = "state"
 device = "auto"             # auto, cpu, cuda, cuda:N
 

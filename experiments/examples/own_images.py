@@ -2,11 +2,11 @@
 
     export PYTHONPATH=experiments/examples
     python -m own_images sites                           # stands for the folders that you have already
-    fedkd run --peers 3 dataset=folder:sites/{peer} proxy=folder:sites/public proxy-size=200
+    fedkd run --peers 3 dataset=folder:sites/{peer} proxy=folder:sites/public
 
 In `sites/0`, `sites/1`, ... every peer finds `train/CLASS/*.png` and `test/CLASS/*.png`, any format that Pillow reads.
-All need the same folders of classes, if need be empty ones. The public proxy set is a folder of the same form, the same
-for all; nobody uses its labels. Images of several sizes: `folder:PATH@64` resizes to 64 × 64.
+All need the same folders of classes, if need be empty ones. The public proxy set is a folder of images, the same for
+all; it needs no labels. Images of several sizes: `folder:PATH@64` resizes to 64 × 64.
 
 Between real sites the same stands in each one's own `peer.toml`, and nobody else sees the path:
 
@@ -27,8 +27,9 @@ from fedkd.data.sources import Dataset, load_source
 def main(root: Path, sites: int = 3, public: int = 200, train: int = 900, test: int = 150) -> None:
     """Write the folders of some sites, with different shares of the classes, and the public one."""
     source = load_source("digits", data_dir=Path())
-    write(root / "public" / "train", source.train.subset(np.arange(public)), source.classes)
-    write(root / "public" / "test", source.test.subset(np.arange(10)), source.classes)
+    (root / "public").mkdir(parents=True)
+    for number, image in enumerate(source.train.inputs[:public].numpy()):
+        Image.fromarray(image[0]).save(root / "public" / f"{number:05}.png")
     private = source.train.subset(np.arange(public, min(public + train, len(source.train))))
     shares = partition(private.labels.numpy(), sites, "dirichlet", seed=0, alpha=0.5)
     for site, share in enumerate(shares):

@@ -6,8 +6,8 @@
 
 A model is a function that takes `input_shape` ([C, H, W] for images) and `num_classes`, and returns a `torch.nn.Module`
 from inputs [B, *input_shape] to logits [B, num_classes]. Weights are a state dict, `.safetensors` or of `torch.save`.
-Everybody's model may be another one. torchvision's come by name, with its weights where a network allows:
-`models=resnet18@IMAGENET1K_V1`; timm's as below: `models=own_model:from_timm`.
+Everybody's model may be another one. torchvision's, timm's and transformers' need no module: they come by name, as in
+`models=resnet18@IMAGENET1K_V1,timm:resnet18@a1_in1k,hf:FOLDER`.
 """
 
 import sys
@@ -44,21 +44,11 @@ def network(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     )
 
 
-def from_timm(*, input_shape: tuple[int, ...], num_classes: int, pretrained: bool = True) -> nn.Module:
-    """Return a timm model; its weights are downloaded to every peer's machine once, and adapted to the channels."""
-    import timm  # pip install timm
-
-    model: nn.Module = timm.create_model(
-        "resnet10t", pretrained=pretrained, in_chans=input_shape[0], num_classes=num_classes
-    )
-    return model
-
-
 def main(path: Path, epochs: int = 5) -> None:
     """Train the network on what a run will leave to its peers, scaled as there, and save its weights."""
     config, source = RunConfig(), load_source("digits", data_dir=Path())
     # A run takes its public proxy set out of the training set first: a model that has seen it would know the answers.
-    proxy, left = split_proxy(source.train, config.proxy_size, seed=derive(config.seed, "proxy"))
+    proxy, left = split_proxy(source.train, config.public_size, seed=derive(config.seed, "proxy"))
     train = source.train.subset(left)
     inputs, labels = standardizer(config.normalize, proxy.inputs)(train.inputs), train.labels
     torch.manual_seed(0)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.errors import SettingError
+from fedkd.models import check_there
 from fedkd.privacy import promise_line
 from fedkd.results.claim import refuse_held, refuse_taken
 from fedkd.settings.config import PEER, RunConfig
 from fedkd.settings.declare import FILES, declared
 from fedkd.settings.rules import DATASETS, SOURCES, STRATEGIES, split_list
+from fedkd.settings.sources import Place, place
 from strategies.relay.resuming import resumed
 from strategies.relay.trials import read_trials
 from strategies.topology import topology
@@ -116,22 +118,32 @@ def hidden_by(folder: Path, *, app: Path) -> list[str]:
 
 def _check_files(config: RunConfig, peers: int) -> None:
     for key, spec in (("dataset", config.dataset), ("proxy", config.proxy)):
-        kind, _, path = spec.partition(":")
-        if not path and spec not in (*DATASETS, "split" if key == "proxy" else ""):
+        if ":" not in spec and spec not in (*DATASETS, "split" if key == "proxy" else ""):
             raise SettingError(key, spec, f"{'split, or ' * (key == 'proxy')}{SOURCES}")
-        for index in range(peers if PEER in path else 1):
-            place = path.replace(PEER, str(index))
-            if kind == "npz" and not Path(place).is_file():
-                raise SettingError(key, spec, f"npz:PATH of a file; there is none at {place}")
-            if kind == "folder" and not (Path(place).is_dir() or Path(place.rpartition("@")[0]).is_dir()):
-                raise SettingError(key, spec, f"folder:PATH of a folder; there is none at {place}")
+        for index in range(peers if PEER in spec else 1):
+            if found := place(spec.replace(PEER, str(index))):
+                _check_place(key, spec, found)
     values = config.to_mapping()
     for key in (key for key, about in declared(RunConfig).items() if about.opens == FILES):
         for entry in split_list(str(values[key])):
             if entry != "-" and not Path(entry).expanduser().is_file():
                 raise SettingError(key, entry, "files that exist, or - for none")
+    for key in ("models", "pooled-model", "fedavg-model"):
+        for spec in split_list(str(values[key])):
+            check_there(spec, key=key)
     if config.trials and not Path(config.trials).is_file():
         raise SettingError("trials", config.trials, "a file of trials")
+
+
+def _check_place(key: str, spec: str, found: Place) -> None:
+    if found.kind == "npz" and not found.path.is_file():
+        raise SettingError(key, spec, f"npz:PATH of a file; there is none at {found.path}")
+    if found.kind == "folder" and not found.path.is_dir():
+        raise SettingError(key, spec, f"folder:PATH of a folder; there is none at {found.path}")
+    if found.kind == "parquet" and not found.path.exists():
+        raise SettingError(key, spec, f"parquet:PATH of a file or a folder; there is none at {found.path}")
+    if found.kind in ("parquet", "hf") and importlib.util.find_spec("datasets") is None:
+        raise SettingError(key, spec, "another source, or one to be read after `pip install 'fedkd[datasets]'`")
 
 
 def _check_device(config: RunConfig) -> None:
@@ -147,7 +159,7 @@ def _specs(config: RunConfig) -> Iterator[tuple[str, str]]:
     values = config.to_mapping()
     for key, about in declared(RunConfig).items():
         for spec in split_list(str(values[key])):
-            if about.names_code(spec) and not spec.startswith(("npz:", "folder:")):
+            if about.names_code(spec):
                 yield key, spec
 
 

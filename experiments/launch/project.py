@@ -10,14 +10,16 @@ from pathlib import Path
 
 from experiments.launch.presets import PRESET, preset
 from fedkd.errors import FedkdError, SettingError
+from fedkd.models.libraries import whole
 from fedkd.results.claim import new_folder
+from fedkd.settings.sources import absolute
 
 Setting = str | int | float | bool
 
 OWN_FOLDER = Path(__file__).resolve().parent.parent.parent
 _WORDS = {"true": True, "false": False}
 _PATH_KEYS = ("out-dir", "data-dir", "resume", "trials")
-_SOURCE_PREFIXES = ("npz:", "folder:", "file:")
+_GRAPH = "file:"
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,14 @@ def with_absolute_paths(settings: Mapping[str, Setting], *, cwd: Path, data: Pat
         data: where those of data sources start; None: there too.
     """
     found = dict(settings)
-    for key, base in (("dataset", data or cwd), ("proxy", data or cwd), ("topology", cwd)):
-        value = str(found.get(key, ""))
-        for prefix in _SOURCE_PREFIXES:
-            if value.startswith(prefix):
-                found[key] = prefix + _absolute(value.removeprefix(prefix), base)
+    for key in ("dataset", "proxy"):
+        if key in found:
+            found[key] = absolute(str(found[key]), data or cwd)
+    if (graph := str(found.get("topology", ""))).startswith(_GRAPH):
+        found["topology"] = _GRAPH + _absolute(graph.removeprefix(_GRAPH), cwd)
+    for key in ("models", "pooled-model", "fedavg-model"):
+        if key in found:
+            found[key] = ",".join(whole(spec.strip(), cwd) for spec in str(found[key]).split(","))
     for key in ("checkpoints", "held-out"):
         if key in found:
             found[key] = ",".join(_absolute_if_file(p, cwd) for p in str(found[key]).split(","))

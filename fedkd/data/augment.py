@@ -82,12 +82,14 @@ class Augmentation:
             key: the setting that holds the spec.
 
         Raises:
-            SettingError: the inputs are no images, or none of which the augmentation can be made; one's own function
-                cannot be loaded, or does not do what it should.
+            SettingError: the inputs are features computed once, no images, or none of which the augmentation can be
+                made; one's own function cannot be loaded, or does not do what it should.
         """
         if spec == "none":
             return None
-        kept = _as_kept(inputs).kept
+        if not isinstance(inputs, Samples):
+            raise SettingError(key, spec, "none where a model's head trains alone (`train`), on features computed once")
+        kept = inputs.kept
         if kept.ndim != 4:
             raise SettingError(key, spec, f"none for inputs {list(kept.shape[1:])}, which are no images")
         if spec == "crop-flip":
@@ -102,7 +104,7 @@ class Augmentation:
         _try(function, kept, spec, key=key)
         return cls(_seeded(function))
 
-    def of(self, inputs: Inputs, seed: int) -> Inputs:
+    def of(self, inputs: Inputs, seed: int) -> Samples:
         """Return the inputs of one phase of training: each batch that is asked for is augmented anew.
 
         The n-th batch's draws depend on the seed and n alone, and leave torch's generators, of which dropout draws, as
@@ -117,7 +119,9 @@ class Augmentation:
         def transform(images: Tensor) -> Tensor:
             return self.transform(images, derive(seed, "batch", next(places)))
 
-        return _as_kept(inputs).through(transform)
+        if not isinstance(inputs, Samples):
+            raise ValueError("Expected samples as they are kept, for these alone can be augmented.")
+        return inputs.through(transform)
 
 
 def _seeded(transform: View) -> Callable[[Tensor, int], Tensor]:
@@ -128,12 +132,6 @@ def _seeded(transform: View) -> Callable[[Tensor, int], Tensor]:
             return transform(images)
 
     return of_batch
-
-
-def _as_kept(inputs: Inputs) -> Samples:
-    if not isinstance(inputs, Samples):
-        raise ValueError("Expected samples as they are kept, for these alone can be augmented.")
-    return inputs
 
 
 def _reflected(shift: Tensor, side: int) -> Tensor:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkd.data.sources import Dataset, Source
+from fedkd.data.shape import match_images
+from fedkd.data.sources import Dataset, Public
 from fedkd.errors import SettingError
 from fedkd.seeding import derive
 
@@ -45,44 +46,45 @@ def split_proxy(train: Dataset, size: int, *, seed: int) -> tuple[Proxy, npt.NDA
     return _proxy(train.inputs[index], train.labels[index]), remaining
 
 
-def foreign_proxy(source: Source, size: int, *, like: Tensor, seed: int, classes: Sequence[str] | None = None) -> Proxy:
-    """Draw the proxy set from another source's training set and give it the form of the peers' inputs.
+def foreign_proxy(public: Public, size: int, *, like: Tensor, seed: int, classes: Sequence[str] | None = None) -> Proxy:
+    """Draw the proxy set from other data and give it the form of the peers' inputs.
 
     Images are resized (bilinear, antialiased) and turned from RGB to grey (ITU-R 601 luma) or from grey to RGB
     in integer arithmetic, so that every site computes the same bytes and hence the same fingerprint.
 
     Args:
-        source: the other data.
-        size: number of proxy inputs P.
+        public: the other data, with or without labels.
+        size: number of proxy inputs P; 0: all there are, in the order in which as many would be drawn.
         like: one input of the peers, [C, H, W] for images.
         seed: of the run.
         classes: the peers', if their names mean something. The labels are known where the source's are called the same,
             in the same order; and not where all that are drawn are one class, as of data that came without labels.
 
     Raises:
-        SettingError: on `proxy-size` unless 1 ≤ size ≤ number of samples; on `proxy` if the forms cannot be matched.
+        SettingError: on `proxy-size` unless 0 ≤ size ≤ number of samples; on `proxy` if the forms cannot be matched.
     """
-    index = torch.from_numpy(_draw(len(source.train), size, largest=len(source.train), seed=seed))
-    inputs, labels = source.train.inputs[index], source.train.labels[index]
-    told = classes is not None and list(source.classes) == list(classes) and bool((labels != labels[0]).any())
-    known = labels if told else None
+    count = len(public.inputs)
+    index = torch.from_numpy(_draw(count, size or count, largest=count, seed=seed))
+    inputs, labels = public.inputs[index], None if public.labels is None else public.labels[index]
+    named_alike = classes is not None and list(public.classes) == list(classes)
+    known = labels if labels is not None and named_alike and bool((labels != labels[0]).any()) else None
     if inputs.dtype == like.dtype and inputs.shape[1:] == like.shape:
         return _proxy(inputs, known)
     if not (inputs.dtype == like.dtype == torch.uint8 and inputs.ndim == 4 and like.ndim == 3):
         raise SettingError(
             "proxy",
-            source.name,
+            public.name,
             f"a source of images, or of inputs like the peers' own, {like.dtype} {list(like.shape)}; "
             f"its inputs are {inputs.dtype} {list(inputs.shape[1:])}",
         )
     if not {inputs.shape[1], like.shape[0]} <= {1, 3}:
         raise SettingError(
             "proxy",
-            source.name,
+            public.name,
             f"a source of images with the peers' {like.shape[0]} channels, or grey and RGB on both sides; "
             f"its images have {inputs.shape[1]}",
         )
-    return _proxy(_match_images(inputs, channels=like.shape[0], height=like.shape[1], width=like.shape[2]), known)
+    return _proxy(match_images(inputs, tuple(like.shape)), known)
 
 
 def fingerprint(inputs: Tensor) -> str:
@@ -104,18 +106,5 @@ def _proxy(inputs: Tensor, labels: Tensor | None) -> Proxy:
 
 def _draw(samples: int, size: int, *, largest: int, seed: int) -> npt.NDArray[np.int64]:
     if not 1 <= size <= largest:
-        raise SettingError("proxy-size", size, f"from 1 to {largest}, as there are {samples} training samples")
+        raise SettingError("proxy-size", size, f"from 1 to {largest}, as there are {samples} samples")
     return np.random.default_rng(derive(seed, "proxy")).permutation(samples)[:size]
-
-
-def _match_images(images: Tensor, *, channels: int, height: int, width: int) -> Tensor:
-    """[N, 1 or 3, h, w] uint8 -> [N, channels, height, width] uint8."""
-    from PIL import Image
-
-    mode = "L" if channels == 1 else "RGB"
-    matched = np.empty((len(images), height, width, channels), dtype=np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR).convert(mode)
-        matched[i] = np.asarray(resized).reshape(height, width, channels)
-    return torch.from_numpy(matched).permute(0, 3, 1, 2).contiguous()

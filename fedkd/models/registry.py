@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from fedkd.errors import SettingError
+from fedkd.errors import SettingError, one_line
+from fedkd.models.libraries import HF, HF_FORM, TIMM_FORM, check_form, is_library_spec, named
 from fedkd.plugins import is_callable_spec, load_callable
 from fedkd.seeding import derive, seeded
 
@@ -62,7 +63,7 @@ def register(name: str) -> Callable[[F], F]:
 
 
 def check(spec: str, *, key: str = "models") -> None:
-    """Refuse a model spec that `build` cannot know, without importing torch or the model.
+    """Refuse a model spec that `build` cannot know, without importing torch, the model or its library.
 
     >>> check("resnet20")
     >>> check("resnet21")  # doctest: +ELLIPSIS
@@ -72,10 +73,16 @@ def check(spec: str, *, key: str = "models") -> None:
     Raises:
         SettingError: on `key`.
     """
+    if is_library_spec(spec):
+        check_form(spec, key=key)
+        return
     name, _, _ = spec.partition("@")
     if spec in _factories or is_callable_spec(spec) or (name != spec and name in _TORCHVISION):
         return
-    allowed = f"one of {', '.join(names())}, NAME@WEIGHTS for {', '.join(_TORCHVISION)}, or package.module:factory"
+    allowed = (
+        f"one of {', '.join(names())}, NAME@WEIGHTS for {', '.join(_TORCHVISION)}, {TIMM_FORM}, {HF_FORM}, "
+        "or package.module:factory"
+    )
     raise SettingError(key, spec, allowed)
 
 
@@ -91,8 +98,10 @@ def build(
     """Build a model, ``[B, *input_shape]`` -> logits [B, num_classes], initialised by the seed alone.
 
     Args:
-        spec: a name of the registry; `resnet18@IMAGENET1K_V1` for torchvision's weights of that name; or
-            `package.module:factory`, called with the keywords `input_shape` and `num_classes`.
+        spec: a name of the registry; `resnet18@IMAGENET1K_V1` for torchvision's weights of that name; `timm:resnet18`
+            for an architecture of timm's, `timm:resnet18@a1_in1k` with its weights; `hf:FOLDER` or `hf:NAME` for a
+            classifier of transformers; or `package.module:factory`, called with the keywords `input_shape` and
+            `num_classes`.
         input_shape: shape of one input, [C, H, W] for images.
         num_classes: number of classes.
         seed: of the initial weights; torch's global generators are left as they were.
@@ -100,13 +109,14 @@ def build(
         key: the setting that holds the spec, for errors.
 
     Raises:
-        SettingError: unknown spec, a model that does not take such inputs, or one that cannot be widened.
+        SettingError: unknown spec, a library that is not installed, weights that cannot be had, a model that does not
+            take such inputs, or one that cannot be widened.
         ValueError: fewer than two classes, or width ≤ 0.
     """
     if num_classes < 2 or width <= 0:
         raise ValueError(f"Expected num_classes ≥ 2 and width > 0, but got {num_classes} and {width}.")
     check(spec, key=key)
-    with seeded(derive(seed, "model", spec)):
+    with seeded(derive(seed, "model", named(spec))):
         return _call(_find(spec, key), spec, input_shape, num_classes, width, key)
 
 
@@ -125,12 +135,24 @@ def parameters_count(model: "nn.Module") -> int:
 
 
 def _find(spec: str, key: str) -> Factory:
+    if is_library_spec(spec):
+        return _of_library(spec, key)
     if "@" in spec:
         from fedkd.models.torchvision_models import pretrained
 
         return partial(pretrained, spec, key=key)
     factory = _factories.get(spec, spec)
     return load_callable(factory, key=key) if isinstance(factory, str) else factory
+
+
+def _of_library(spec: str, key: str) -> Factory:
+    if spec.startswith(HF):
+        from fedkd.models.hf_models import hf_model
+
+        return partial(hf_model, spec, key=key)
+    from fedkd.models.timm_models import timm_model
+
+    return partial(timm_model, spec, key=key)
 
 
 def _call(
@@ -150,7 +172,7 @@ def _call(
     except SettingError:
         raise
     except (Exception, SystemExit) as error:  # one's own factory or model may fail in any way
-        raise SettingError(key, spec, f"{refused} ({error})") from error
+        raise SettingError(key, spec, f"{refused} ({one_line(error)})") from error
     if logits != (2, num_classes):
         raise SettingError(key, spec, f"{refused} (it answers two inputs with {list(logits)})")
     return model

@@ -53,12 +53,7 @@ def pretrained(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
     Raises:
         SettingError: torchvision has no such weights, they can't be had, or the inputs are not grey or RGB images.
     """
-    from torchvision.models import get_model_weights
-
-    name, _, weights_name = spec.partition("@")
-    choices = get_model_weights(name)
-    if weights_name not in choices.__members__:
-        raise SettingError(key, spec, f"{name}@ and one of {', '.join(choices.__members__)}")
+    weights, name = weights_of(spec, key=key), spec.partition("@")[0]
     channels, _, _ = image_shape(input_shape)
     if channels not in (1, 3):
         raise SettingError(
@@ -66,7 +61,6 @@ def pretrained(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
             spec,
             f"a model without torchvision's weights for images of {channels} channels (they are for RGB or grey)",
         )
-    weights = choices[weights_name]
     model = _make(name, num_classes=len(weights.meta["categories"]))
     model.load_state_dict(_fetch(weights, spec, key=key))
     if channels == 1:
@@ -79,6 +73,21 @@ def pretrained(spec: str, *, input_shape: tuple[int, ...], num_classes: int, key
         head_name, head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
         model.set_submodule(head_name, nn.Linear(head.in_features, num_classes))
     return model
+
+
+def weights_of(spec: str, *, key: str) -> Any:
+    """Return what torchvision knows of the weights `NAME@WEIGHTS`, a member of its `WeightsEnum`.
+
+    Raises:
+        SettingError: on `key`: there are none of that name.
+    """
+    from torchvision.models import get_model_weights
+
+    name, _, weights_name = spec.partition("@")
+    choices = get_model_weights(name)
+    if weights_name not in choices.__members__:
+        raise SettingError(key, spec, f"{name}@ and one of {', '.join(choices.__members__)}")
+    return choices[weights_name]
 
 
 def _fetch(weights: Any, spec: str, *, key: str) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fedkd.errors import SettingError
 from fedkd.models import check as check_model
 from fedkd.settings.closing import Closing
-from fedkd.settings.data import Data
+from fedkd.settings.data import SPLIT_SIZE, Data
 from fedkd.settings.declare import Scalar, key, of
 from fedkd.settings.hearing import Hearing
 from fedkd.settings.learning import Attacks, Course, InformationFlow, Learning
@@ -96,7 +96,8 @@ class RunConfig(
             "1 under mode async, where whoever answers gets new mail",
             (asynchronous and self.participation < 1),
         )
-        yield "proxy-per-round", f"at most `proxy-size` ({self.proxy_size})", self.proxy_per_round > self.proxy_size
+        some = f"at most {self.public_size}, the samples of the proxy set (`proxy-size`)"
+        yield "proxy-per-round", some, 0 < self.proxy_size < self.proxy_per_round
         yield "sealed", f"false under {self.strategy}, whose server has to read the knowledge", self.sealed and server
         means = self.robust in ("median", "trimmed")
         yield "robust", "none, agreement or eigentrust unless peers average their teachers", means and not averaged
@@ -110,8 +111,20 @@ class RunConfig(
         yield "robust", "none, agreement or eigentrust under infoflow", infoflow and means
         yield "attack", "none under infoflow", infoflow and self.attack != "none"
         yield "compiled", "false under infoflow, which looks into the models", infoflow and self.compiled
-        yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and self.travelling < 2
+        yield "proxy-size", "at least 2 that travel, under infoflow", infoflow and 0 < self.travelling < 2
         fedavg = self.strategy == "fedavg"
+        partly = split_list(self.train) not in ((), ("all",))
+        yield "train", "all under fedavg, where whole models are averaged", fedavg and partly
+        yield "train", "all or last:N under infoflow, which looks into the models", infoflow and "head" in self.train
+        head = "head" in split_list(self.train)
+        yield "augment", "none where a head trains alone, on features computed once", head and self.augment != "none"
+        yield (
+            "augment-proxy",
+            "none where a head trains alone, on features computed once",
+            head and self.augment_proxy != "none",
+        )
+        sizes = len(set(split_list(self.input_size))) > 1
+        yield "input-size", "one for all under fedavg, whose model is everybody's", fedavg and sizes
         yield "regime", "vanilla under fedavg", fedavg and self.regime != "vanilla"
         yield "attack", "none under fedavg", fedavg and self.attack != "none"
         below_1 = "less than 1 under schedule mixed, where 1 would leave the labels out, or else `schedule=alternate`"
@@ -270,9 +283,24 @@ class RunConfig(
         return self.learning_rate_schedule != "constant" or self.learning_rate_warm_up > 0
 
     @property
+    def public_size(self) -> int:
+        """How many samples the proxy set has; 0: all of one that only the peers know."""
+        return self.proxy_size or (SPLIT_SIZE if self.proxy == "split" else 0)
+
+    @property
     def travelling(self) -> int:
-        """How many proxy samples' logits travel in a round."""
-        return self.proxy_per_round or self.proxy_size
+        """How many proxy samples' logits travel in a round; 0: all of a proxy set that only the peers know."""
+        return self.proxy_per_round or self.public_size
+
+    def knowing(self, proxy_size: int) -> "RunConfig":
+        """Return these settings where it is known how many samples the proxy set has.
+
+        Raises:
+            SettingError: a setting that does not go with so many.
+        """
+        known = dataclasses.replace(self, proxy_size=proxy_size)
+        known._check_together()
+        return known
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -313,6 +341,18 @@ def recorded(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     specs = dataclasses.fields(RunConfig)
     older = {key(spec.name): of(spec).absent for spec in specs}
     return {**RunConfig().to_mapping(), **{name: v for name, v in older.items() if v is not None}, **settings}
+
+
+def spelled(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the settings of a simulated run so that two which mean the same are equal.
+
+    Runs that are older than the default of `proxy-size` say how many samples `split` takes.
+
+    >>> spelled({"proxy": "split", "proxy-size": 400, "seed": 1})
+    {'proxy': 'split', 'proxy-size': 0, 'seed': 1}
+    """
+    usual = settings.get("proxy") == "split" and settings.get("proxy-size") == SPLIT_SIZE
+    return {**settings, **({"proxy-size": 0} if usual else {})}
 
 
 def _checked(spec: "dataclasses.Field[Scalar]", name: str, value: Scalar) -> Scalar:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedkd.settings.declare import BOOKKEEPING, DATA, FREE, MACHINE, PATH, SOURCE, Condition, setting
-from fedkd.settings.rules import ANY, NON_EMPTY, above, at_least, one_of
+from fedkd.settings.rules import ANY, CHANNELS, NON_EMPTY, above, at_least, one_of
 
+SPLIT_SIZE = 400
+"""How many samples `split` takes out of the training set unless a number is given."""
 PARTITIONS = ("iid", "dirichlet", "classes", "overlap", "quantity")
 
 
@@ -18,8 +20,9 @@ class Data:
     dataset: str = setting(
         "digits",
         NON_EMPTY,
-        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH` or "
-        "`package.module:function`; with `{peer}` in a path each peer, by its number, has data of its own",
+        "`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, `npz:PATH`, `folder:PATH`, `parquet:PATH`, "
+        "`hf:NAME_OR_PATH` or `package.module:function`; with `{peer}` in a path each peer, by its number, has data of "
+        "its own",
         decides=DATA,
         opens=SOURCE,
         own="dataset",
@@ -32,7 +35,12 @@ class Data:
         opens=PATH,
         own="data-dir",
     )
-    download: bool = setting(False, ANY, "let torchvision download a missing data set", decides=BOOKKEEPING)
+    download: bool = setting(
+        False,
+        ANY,
+        "let a missing data set be fetched, of torchvision's or from Hugging Face's hub",
+        decides=BOOKKEEPING,
+    )
     partition: str = setting(
         "dirichlet", one_of(*PARTITIONS), "how the training set is split over the peers", decides=DATA
     )
@@ -63,15 +71,32 @@ class Data:
     proxy: str = setting(
         "split",
         NON_EMPTY,
-        "`split`: public images taken from the training set before partitioning; or any data source",
+        "`split`: public images taken from the training set before partitioning; or a data source, also without labels",
         decides=DATA,
         opens=SOURCE,
         own="proxy",
     )
-    proxy_size: int = setting(400, at_least(1), "images in the public proxy set", decides=DATA, costs="max-proxy-size")
+    proxy_size: int = setting(
+        0,
+        at_least(0),
+        f"samples of the public proxy set; 0: all of one of its own, {SPLIT_SIZE} of `split`",
+        decides=DATA,
+        costs="max-proxy-size",
+    )
+    image_size: int = setting(
+        0,
+        at_least(0),
+        "side in pixels of the squares to which all images are resized, private, test and proxy ones; 0: as they are",
+        decides=DATA,
+        costs="max-image-size",
+    )
+    image_channels: int = setting(
+        0, CHANNELS, "1: all images become grey, 3: RGB; 0: as the private ones are", decides=DATA, costs=FREE
+    )
     normalize: str = setting(
         "auto",
-        one_of("auto", "imagenet", "none"),
-        "input scaling: `auto` takes mean and deviation from the proxy set",
+        one_of("auto", "proxy", "imagenet", "none"),
+        "input scaling: `proxy` takes mean and deviation from the proxy set; so does `auto`, unless a model's own "
+        "description says them",
         decides=DATA,
     )

@@ -45,7 +45,10 @@ _NAMES_CODE = (SOURCE, CODE, RELAY_CODE, SIMULATED_CODE)
 FREE = "free"
 """Of a quantity on which neither memory nor time nor disk of a peer depends."""
 EPOCHS = "max-epochs"
-COSTS = (EPOCHS, "max-batch-size", "max-proxy-size", "max-features", "max-rounds", "max-peers", "max-threads")
+COSTS = (
+    EPOCHS, "max-batch-size", "max-proxy-size", "max-image-size", "max-features", "max-rounds", "max-peers",
+    "max-threads",
+)  # fmt: skip
 """What a setting can cost a deployed peer: its own settings that bound it."""
 
 CONTROLS = ("isolated", "pooled", "channel")

@@ -11,7 +11,9 @@ from fedkd.plugins import is_callable_spec
 STRATEGIES = ("averaged", "pairwise", "gossip", "consensus", "fedavg")
 TOPOLOGIES = ("complete", "ring", "torus", "star", "k-regular", "erdos-renyi", "small-world", "exponential")
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
-SOURCES = f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH or package.module:function"
+SOURCES = (
+    f"one of {', '.join(DATASETS)}, npz:PATH, folder:PATH, parquet:PATH, hf:NAME_OR_PATH or package.module:function"
+)
 DIVERGENCES = (
     "bdkd", "cakd", "ce", "dkd", "jeffreys", "js", "kl", "mae", "msed", "reverse_kl", "sed", "td",
 )  # fmt: skip
@@ -83,6 +85,7 @@ TEMPERATURES = (0.001, 10_000.0)
 """Beyond them a softmax is a step or flat, and float32 overflows."""
 EPSILON = Rule("0, or a number in [0.001, 10000]", lambda v: v == 0 or 1e-3 <= v <= 1e4)
 """Below it the search for its noise takes minutes, or does not end."""
+CHANNELS = Rule("0, 1 or 3", lambda v: v in (0, 1, 3))
 WEIGHT = Rule("a number > 0, or -1", lambda v: math.isfinite(v) and (v > 0 or v == -1))
 TEACHER_TEMPERATURE = Rule("a number in [0.05, 20], or -1", lambda v: 0.05 <= v <= 20 or v == -1)
 ANY = Rule("any text", lambda v: True)
@@ -91,6 +94,14 @@ NUMBERS = Rule("a comma-separated list of numbers > 0", lambda v: _numbers(v) is
 TEMPERATURE_LIST = Rule(
     f"a comma-separated list of numbers in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]",
     lambda v: all(TEMPERATURES[0] <= number <= TEMPERATURES[1] for number in _numbers(v) or (0.0,)),
+)
+TRAINED = Rule(
+    "all, head or last:N with N >= 1, or a comma-separated list of them",
+    lambda v: all(entry in ("all", "head") or trained_layers(entry) > 0 for entry in split_list(v)),
+)
+INPUT_SIZE = Rule(
+    "data, a number of pixels from 1 to 2048 or -, or a comma-separated list of them (or empty)",
+    lambda v: all(entry in ("data", "-") or _whole(entry) in range(1, 2049) for entry in split_list(v)),
 )
 NAME = Rule(
     "letters, digits, '.', '_' or '-', the first a letter or digit",
@@ -114,6 +125,20 @@ def numbers(text: str) -> tuple[float, ...]:
     (1.0, 0.5)
     """
     return tuple(float(part) for part in split_list(text))
+
+
+def trained_layers(entry: str) -> int:
+    """Return N of ``last:N``; 0 of anything else.
+
+    >>> trained_layers("last:3"), trained_layers("head"), trained_layers("last:-1")
+    (3, 0, 0)
+    """
+    kind, _, count = entry.partition(":")
+    return max(_whole(count), 0) if kind == "last" else 0
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else -1
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.settings.declare import CODE, EPOCHS, FILES, FREE, START, TRAINING, Condition, setting
-from fedkd.settings.rules import ANY, AUGMENTATION, NON_EMPTY, above, at_least, between, one_of
+from fedkd.settings.rules import (
+    ANY,
+    AUGMENTATION,
+    INPUT_SIZE,
+    NON_EMPTY,
+    TRAINED,
+    above,
+    at_least,
+    between,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from fedkd.settings.config import RunConfig
@@ -25,7 +35,7 @@ class Training:
     models: str = setting(
         "mlp,cnn-small,cnn-wide,resnet8,resnet14,resnet20",
         NON_EMPTY,
-        "model names, dealt out over the peers in order",
+        "model names, dealt out over the peers in order; `timm:NAME` and `hf:NAME` for other libraries'",
         decides=START,
         opens=CODE,
         own="model",
@@ -38,6 +48,14 @@ class Training:
         opens=FILES,
         own="checkpoint",
     )
+    replace_head: bool = setting(
+        False,
+        ANY,
+        "a model whose checkpoint is for other classes gets a new head, of the peer's own initialisation",
+        decides=START,
+        takes=Condition("checkpoints", lambda c: bool(c.checkpoints)),
+        own="replace-head",
+    )
     held_out: str = setting(
         "",
         ANY,
@@ -46,6 +64,24 @@ class Training:
         decides=START,
         opens=FILES,
         own="held-out",
+    )
+    input_size: str = setting(
+        "",
+        INPUT_SIZE,
+        "height and width at which models see images, dealt out like `models`; `data`: as the data are; `-` or empty: "
+        "as the model's own description says, if it has one",
+        decides=START,
+        costs=FREE,
+        own="input-size",
+    )
+    train: str = setting(
+        "all",
+        TRAINED,
+        "what of a model trains, dealt out like `models`: `all`, the `head`, on features computed once, or the "
+        "`last:N` layers",
+        decides=START,
+        costs=FREE,
+        own="train",
     )
     pretrain_epochs: int = setting(
         20,

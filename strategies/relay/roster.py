@@ -31,6 +31,7 @@ class Member:
         chosen_unseen: whether what is chosen by accuracy there is known to be chosen on data its model has not seen.
         classes: the names of its classes, in order.
         fingerprint: hash of its proxy set.
+        proxy_shape: of that, ``[P, ...]``.
         expected: how many peers it was told there are.
         simulated: whether it is a stand-in on this machine.
         public_key: to seal mail for it, and who vouches for it; empty unless mail is sealed.
@@ -44,6 +45,7 @@ class Member:
     samples: int
     classes: tuple[str, ...]
     fingerprint: str
+    proxy_shape: tuple[int, ...]
     expected: int
     simulated: bool
     public_key: str = ""
@@ -93,6 +95,7 @@ def member(node: int, answer: Answer, *, sealed: bool = False) -> Member:
             samples=_whole(facts, "samples"),
             classes=_classes(str(facts["classes"])),
             fingerprint=str(facts["fingerprint"]),
+            proxy_shape=_shape(str(facts["proxy-shape"])),
             expected=_whole(facts, "peers"),
             simulated=bool(facts["simulated"]),
             public_key=_public_key(str(facts.get("public-key", ""))) if sealed else "",
@@ -124,14 +127,14 @@ def roster(members: Sequence[Member]) -> list[Member]:
         needed = f"{len(members)} peers need the indices 0 to {len(members) - 1} (`partition-id`)"
         raise RosterError(f"{needed}, but {', '.join(beyond)}")
     complaints = []
-    for what, label in (("fingerprint", "proxy set"), ("classes", "classes")):
+    named = set()
+    for what, label in (("proxy_shape", "proxy set"), ("fingerprint", "proxy set"), ("classes", "classes")):
         (common, _), *others = Counter(getattr(m, what) for m in members).most_common()
-        if others:
-            complaints += [
-                f"{m.name}'s {label} {_short(getattr(m, what))} differ from the others' {_short(common)}"
-                for m in members
-                if getattr(m, what) != common
-            ]
+        differing = [m for m in members if others and getattr(m, what) != common and (m.name, label) not in named]
+        named |= {(m.name, label) for m in differing}
+        complaints += [
+            f"{m.name}'s {label} {_short(getattr(m, what))} differ from the others' {_short(common)}" for m in differing
+        ]
     if complaints:
         raise RosterError("; ".join(complaints))
     return sorted(members, key=lambda m: m.index)
@@ -158,6 +161,16 @@ def _classes(text: str) -> tuple[str, ...]:
     if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"`classes` is a list of names, not {_short(text)}")
     return tuple(one_line(name) for name in found)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("`proxy-shape` is a list of sizes, not a tower of brackets") from error
+    if not isinstance(found, list) or not found or not all(type(side) is int and 1 <= side <= _MOST for side in found):
+        raise ValueError(f"`proxy-shape` is a list of sizes, not {_short(text)}")
+    return tuple(found)
 
 
 def _public_key(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fedkd.errors import FedkdError, SettingError
 from fedkd.results.claim import STATES, held, refuse_taken
 from fedkd.results.folder import RunFolder
-from fedkd.settings.config import RunConfig, recorded
+from fedkd.settings.config import RunConfig, recorded, spelled
 
 Say = Callable[[str], None]
 
@@ -177,4 +177,4 @@ def _read_trial(line: str, base: RunConfig, *, where: str) -> Trial:
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """Leave out what may differ in a run that gives the same numbers: where it lies."""
-    return {name: value for name, value in settings.items() if name not in ("out-dir", "resume", "run-name")}
+    return {name: value for name, value in spelled(settings).items() if name not in ("out-dir", "resume", "run-name")}

@@ -242,5 +242,5 @@ def test_a_simulated_run_is_not_resumed_on_other_data_either(tmp_path, sites):
 def _forget_what_this_process_has_read():
     from clients import data
 
-    for cached in (data._source, data._commons, data._parts, data._private_fingerprint):
+    for cached in (data._source, data._raw, data._commons, data._parts, data._private_fingerprint):
         cached.cache_clear()

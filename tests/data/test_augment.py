@@ -120,6 +120,11 @@ def test_none_is_none() -> None:
     assert Augmentation.named("none", torch.zeros(3, 5), key="augment") is None
 
 
+def test_what_was_computed_once_cannot_be_augmented() -> None:
+    with pytest.raises(SettingError, match=r"`augment` to be none where a model's head trains alone.*got 'crop-flip'"):
+        Augmentation.named("crop-flip", torch.zeros(4, 30), key="augment")
+
+
 @pytest.mark.parametrize(
     ("spec", "kept", "allowed"),
     [

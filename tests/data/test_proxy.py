@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedkd.data.normalize import standardizer
 from fedkd.data.proxy import fingerprint, foreign_proxy, split_proxy
-from fedkd.data.sources import Dataset, Source, as_float
+from fedkd.data.sources import Dataset, Public, Source, as_float
 from fedkd.errors import SettingError
 
 
@@ -21,6 +21,10 @@ def image_source(*shape, samples=12):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (samples, *shape), dtype=np.uint8))
     part = Dataset(images, torch.arange(samples) % 3)
     return Source("other", part, part, ("a", "b", "c"))
+
+
+def drawn(source, *arguments, **how):
+    return foreign_proxy(Public.of(source), *arguments, **how)
 
 
 # --- taken from the training set ---
@@ -60,21 +64,18 @@ def test_a_foreign_sources_labels_are_known_where_its_classes_are_the_peers(resi
     source = image_source(3, 8, 8, samples=40)
     like = torch.zeros(1, 4, 4, dtype=torch.uint8) if resized else source.train.inputs[0]
 
-    proxy = foreign_proxy(source, 20, like=like, seed=3, classes=("a", "b", "c"))
+    proxy = drawn(source, 20, like=like, seed=3, classes=("a", "b", "c"))
 
-    order = [
-        int(label)
-        for label in foreign_proxy(source, 20, like=source.train.inputs[0], seed=3, classes=list("abc")).labels
-    ]
-    images = foreign_proxy(source, 20, like=source.train.inputs[0], seed=3).inputs
+    order = [int(label) for label in drawn(source, 20, like=source.train.inputs[0], seed=3, classes=list("abc")).labels]
+    images = drawn(source, 20, like=source.train.inputs[0], seed=3).inputs
     where = [next(i for i in range(40) if torch.equal(source.train.inputs[i], image)) for image in images]
     assert proxy.labels.tolist() == order == [i % 3 for i in where]
     for others in (None, ("b", "a", "c"), ("a", "b"), ("a", "b", "c", "d")):
-        assert foreign_proxy(source, 20, like=like, seed=3, classes=others).labels is None
+        assert drawn(source, 20, like=like, seed=3, classes=others).labels is None
     unlabelled = Source(
         "other", Dataset(source.train.inputs, torch.zeros(40, dtype=torch.int64)), source.test, source.classes
     )
-    assert foreign_proxy(unlabelled, 20, like=like, seed=3, classes=("a", "b", "c")).labels is None
+    assert drawn(unlabelled, 20, like=like, seed=3, classes=("a", "b", "c")).labels is None
 
 
 def test_every_sample_is_equally_likely_in_the_proxy():
@@ -100,7 +101,7 @@ def test_proxy_must_leave_something_to_the_peers(size):
 def test_foreign_proxy_of_the_same_form_is_taken_as_it_is():
     source = image_source(3, 8, 8)
 
-    proxy = foreign_proxy(source, 12, like=source.train.inputs[0], seed=0)
+    proxy = drawn(source, 12, like=source.train.inputs[0], seed=0)
 
     ours = sorted(image.numpy().tobytes() for image in proxy.inputs)
     assert ours == sorted(image.numpy().tobytes() for image in source.train.inputs)
@@ -112,7 +113,7 @@ def test_foreign_proxy_takes_the_form_of_the_peers(shape, peers):
     source = image_source(*shape)
     like = torch.zeros(peers, dtype=torch.uint8)
 
-    proxy, again = (foreign_proxy(source, 7, like=like, seed=3) for _ in range(2))
+    proxy, again = (drawn(source, 7, like=like, seed=3) for _ in range(2))
 
     assert proxy.inputs.shape == (7, *peers)
     assert proxy.inputs.dtype == torch.uint8
@@ -124,8 +125,8 @@ def test_flat_images_keep_their_colour():
     part = Dataset(flat, torch.tensor([0, 1, 0, 1]))
     source = Source("flat", part, part, ("a", "b"))
 
-    small = foreign_proxy(source, 2, like=torch.zeros(3, 5, 5, dtype=torch.uint8), seed=0).inputs
-    grey = foreign_proxy(source, 2, like=torch.zeros(1, 16, 16, dtype=torch.uint8), seed=0).inputs
+    small = drawn(source, 2, like=torch.zeros(3, 5, 5, dtype=torch.uint8), seed=0).inputs
+    grey = drawn(source, 2, like=torch.zeros(1, 16, 16, dtype=torch.uint8), seed=0).inputs
 
     assert torch.equal(small, flat[:2, :, :5, :5])
     luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
@@ -135,7 +136,7 @@ def test_flat_images_keep_their_colour():
 def test_grey_images_become_equal_channels():
     source = image_source(1, 8, 8)
 
-    rgb = foreign_proxy(source, 12, like=torch.zeros(3, 8, 8, dtype=torch.uint8), seed=0).inputs
+    rgb = drawn(source, 12, like=torch.zeros(3, 8, 8, dtype=torch.uint8), seed=0).inputs
 
     assert torch.equal(rgb[:, 0], rgb[:, 1])
     assert torch.equal(rgb[:, 1], rgb[:, 2])
@@ -147,7 +148,7 @@ def test_shrinking_averages_instead_of_dropping_pixels():
     stripes[..., ::2] = 255
     part = Dataset(stripes, torch.tensor([0, 1, 0, 1]))
 
-    small = foreign_proxy(Source("s", part, part, ("a", "b")), 1, like=torch.zeros(1, 8, 8, dtype=torch.uint8), seed=0)
+    small = drawn(Source("s", part, part, ("a", "b")), 1, like=torch.zeros(1, 8, 8, dtype=torch.uint8), seed=0)
 
     assert (small.inputs.float() - 127.5).abs().max() < 20
 
@@ -163,7 +164,7 @@ def test_shrinking_averages_instead_of_dropping_pixels():
 )
 def test_forms_that_cannot_be_matched_are_refused(shape, like):
     with pytest.raises(SettingError, match="other") as caught:
-        foreign_proxy(image_source(*shape), 5, like=like, seed=0)
+        drawn(image_source(*shape), 5, like=like, seed=0)
     assert caught.value.key == "proxy"
 
 
@@ -171,7 +172,7 @@ def test_foreign_proxy_cannot_be_larger_than_its_source():
     source = image_source(3, 8, 8)
 
     with pytest.raises(SettingError, match="from 1 to 12") as caught:
-        foreign_proxy(source, 13, like=source.train.inputs[0], seed=0)
+        drawn(source, 13, like=source.train.inputs[0], seed=0)
     assert caught.value.key == "proxy-size"
 
 

@@ -1,6 +1,7 @@
 """What `fedkd run` finds out before it starts anything."""
 
 import os
+import sys
 
 import pytest
 from runs_on_disk import make_run
@@ -43,6 +44,10 @@ def launched(tmp_path, monkeypatch):
         (["dataset=npz:none.npz"], "`dataset` to be npz:PATH of a file; there is none at .*none.npz"),
         (["dataset=npz:{peer}.npz", "proxy=digits"], "`dataset` .* there is none at .*0.npz"),
         (["proxy=folder:none@32"], "`proxy` to be folder:PATH of a folder; there is none at .*none@32"),
+        (
+            ["proxy=parquet:none.parquet"],
+            "`proxy` to be parquet:PATH of a file or a folder; there is none at .*none.parq",
+        ),
         (["dataset=fashionmnist"], "`dataset` to be one of digits, .*fashion-mnist.*'fashionmnist'"),
         (["proxy=splitt"], "`proxy` to be split, or one of digits"),
         (["checkpoints=-,none.pt"], "`checkpoints` to be files that exist.*'none.pt'"),
@@ -50,6 +55,8 @@ def launched(tmp_path, monkeypatch):
         (["device=cuda:99"], r"`device` to be a device of this process \(\d+ GPUs visible\)"),
         (["topology=torus", "--peers", "5"], "`topology` to be possible for 5 peers"),
         (["topology=file:none"], "`topology` .*No such file"),
+        (["models=mlp,hf:./none"], "`models` .*there is no folder .*none, but got"),
+        (["models=mlp,timm:resnet18.a1_in1k"], "`models` to be timm:resnet18@a1_in1k with these weights"),
         (["models=mlp,none:make"], "`models` .*there is no module none installed, on PYTHONPATH or in "),
         (["strategy=broken.none:Mine"], "`strategy` .*there is no module broken.none "),
         (["--peers", "1"], "`--peers` to be at least 2 under strategy averaged"),
@@ -69,14 +76,36 @@ def test_a_mistake_is_found_before_anything_starts(launched, tmp_path, words, co
 
 
 def test_what_is_there_is_not_complained_about(launched, tmp_path):
-    for name in ("0.npz", "1.npz", "a.pt", "mine.py"):
+    for name in ("0.npz", "1.npz", "a.pt", "mine.py", "a.parquet"):
         (tmp_path / name).touch()
     (tmp_path / "images").mkdir()
     words = ["dataset=npz:{peer}.npz", "proxy=folder:images@8", "checkpoints=a.pt,-", "models=mine:make", "peers=2"]
 
+    for proxy in ((), ("proxy=parquet:a.parquet#photo@8",), ("proxy=hf:owner/name",), ("proxy=hf:images",)):
+        CliRunner().invoke(app, ["run", *words, *proxy], catch_exceptions=False)
+
+    assert [federation.peers for federation in launched] == [2] * 4
+    given = [settings["proxy"] for settings in launched.settings]
+    assert given[1:] == [f"parquet:{tmp_path}/a.parquet#photo@8", "hf:owner/name", f"hf:{tmp_path}/images"]
+
+
+def test_a_model_of_another_library_is_no_module_of_ones_own_and_its_folder_is_found_from_anywhere(launched, tmp_path):
+    (tmp_path / "vit").mkdir()
+    words = ["models=timm:resnet18,hf:vit,hf:google/vit-base-patch16-224,mlp", "pooled-model=hf:./vit"]
+
     CliRunner().invoke(app, ["run", *words], catch_exceptions=False)
 
-    assert [federation.peers for federation in launched] == [2]
+    (settings,) = launched.settings
+    assert settings["models"] == f"timm:resnet18,hf:{tmp_path}/vit,hf:google/vit-base-patch16-224,mlp"
+    assert settings["pooled-model"] == f"hf:{tmp_path}/vit"
+
+
+def test_a_library_that_is_not_installed_is_said_before_flower_starts(launched, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    done = CliRunner().invoke(app, ["run", "models=timm:resnet18"])
+
+    assert "pip install 'fedkd[timm]'" in str(done.exception) + done.output and not launched
 
 
 def test_a_large_run_has_fewer_nodes_than_peers_and_says_how_many_peers(launched, tmp_path):

@@ -48,7 +48,9 @@ def receipt(node, round, *, kind="learn", up=3, refused="", **metrics):
 def relay(folder, *, post=None, resume=False, **settings):
     config = RunConfig(**{**vars(CONFIG), **settings})
     members = [
-        Member(i, f"peer-{i}", i, "mlp", 1, 2, ("a", "b"), fingerprint="f", expected=2, simulated=True)
+        Member(
+            i, f"peer-{i}", i, "mlp", 1, 2, ("a", "b"), fingerprint="f", proxy_shape=(9, 4), expected=2, simulated=True
+        )
         for i in range(2)
     ]
     strategy = Averaged(config, 2, 2)

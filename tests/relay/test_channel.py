@@ -125,6 +125,11 @@ def test_rows_are_the_same_without_it_and_its_numbers_stand_in_the_summary(tmp_p
     assert plain.summary()["channel"] is None and plain.summary()["share_of_channel"] is None
 
 
+def _read_anew():
+    for cached in (clients.data._raw, clients.data._commons):
+        cached.cache_clear()
+
+
 def test_nothing_but_the_control_knows_the_labels(tmp_path, monkeypatch):
     taught = {**SKEWED, "distill_epochs": 8, "rounds": 3}
     truth = federate(tmp_path / "truth", 3, **taught, controls=ALL)
@@ -134,11 +139,11 @@ def test_nothing_but_the_control_knows_the_labels(tmp_path, monkeypatch):
         return replace(proxy, labels=proxy.labels.roll(1)), remaining
 
     monkeypatch.setattr(clients.data, "split_proxy", lied)
-    clients.data._commons.cache_clear()
+    _read_anew()
     try:
         lie = federate(tmp_path / "lie", 3, **taught, controls=ALL)
     finally:
-        clients.data._commons.cache_clear()
+        _read_anew()
 
     def rest(run):
         said = run.summary()

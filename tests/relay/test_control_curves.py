@@ -105,7 +105,7 @@ def row(round, accuracy=math.nan, **numbers):
     return Row(round, "north", "mlp", [], test_accuracy=accuracy, own_accuracy=accuracy / 2, **numbers)
 
 
-MEMBER = Member(1, "north", 0, "mlp", 10, 20, ("a", "b"), "f", 1, True, held_out=4)
+MEMBER = Member(1, "north", 0, "mlp", 10, 20, ("a", "b"), "f", (9, 4), 1, True, held_out=4)
 
 
 def test_a_peer_stands_beside_its_control_at_the_round_in_which_it_was_last_measured():

@@ -16,7 +16,7 @@ from strategies.relay.roster import Member, RosterError, expected, member, roste
 def facts(**changed):
     said = {
         "source": source_hash(), "source-root": "", "index": 1, "model": "mlp", "parameters": 10, "samples": 20,
-        "classes": json.dumps(["a", "b"]), "fingerprint": "f", "peers": 3, "simulated": 1,
+        "classes": json.dumps(["a", "b"]), "fingerprint": "f", "proxy-shape": "[9, 4]", "peers": 3, "simulated": 1,
         "held-out": 4, "chosen-unseen": 1,
     }  # fmt: skip
     return {**said, **{name.replace("_", "-"): value for name, value in changed.items()}}
@@ -27,13 +27,15 @@ def introduced(**changed):
 
 
 def peers(count, **changed):
-    return [Member(i, f"peer-{i}", i, "mlp", 1, 1, ("a", "b"), "f", count, True, **changed) for i in range(count)]
+    return [
+        Member(i, f"peer-{i}", i, "mlp", 1, 1, ("a", "b"), "f", (9, 4), count, True, **changed) for i in range(count)
+    ]
 
 
 def test_a_member_is_what_it_said():
     said = introduced(index=0, samples=0)
 
-    assert said == Member(7, "north", 0, "mlp", 10, 0, ("a", "b"), "f", 3, True, held_out=4)
+    assert said == Member(7, "north", 0, "mlp", 10, 0, ("a", "b"), "f", (9, 4), 3, True, held_out=4)
     assert said.caveat() == "" and "north" in introduced(chosen_unseen=0).caveat()
     assert not introduced(simulated=0).simulated and introduced().public_key == ""
 
@@ -51,6 +53,12 @@ def test_a_number_that_cannot_be_is_refused_by_its_name(name, value):
 def test_classes_that_are_no_names_are_refused(classes):
     with pytest.raises(RosterError, match="north introduced itself wrongly: "):
         introduced(classes=classes)
+
+
+@pytest.mark.parametrize("shape", ["", "[]", "{}", "9", "[0, 4]", "[9.5]", "[true]", "[" * 10**5])
+def test_a_proxy_set_of_no_shape_is_refused(shape):
+    with pytest.raises(RosterError, match="north introduced itself wrongly: "):
+        introduced(proxy_shape=shape)
 
 
 def test_other_code_is_refused_with_where_it_lies_if_that_was_said():
@@ -83,6 +91,10 @@ def test_members_come_out_in_the_order_of_their_numbers_however_they_came_in(ord
         (lambda m: [m[0], m[1], replace(m[2], index=1)], "two peers share the index 1: peer-1, peer-2"),
         (lambda m: [m[0], m[1], replace(m[2], index=3)], "3 peers need the indices 0 to 2 .*peer-2 has 3"),
         (lambda m: [m[0], replace(m[1], fingerprint="g"), m[2]], "peer-1's proxy set g differ from the others' f"),
+        (
+            lambda m: [m[0], replace(m[1], proxy_shape=(9, 1, 8, 8), fingerprint="g"), m[2]],
+            r"peer-1's proxy set \(9, 1, 8, 8\) differ from the others' \(9, 4\)",
+        ),
         (lambda m: [replace(m[0], classes=("b", "a")), *m[1:]], r"peer-0's classes \('b', 'a'\) differ .*\('a', 'b'\)"),
     ],
 )

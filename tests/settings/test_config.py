@@ -149,6 +149,12 @@ def test_epochs_that_would_leave_nothing_to_train_are_refused_with_the_way_out(s
             RunConfig.from_mapping({**settings, key_: 0})
 
 
+@pytest.mark.parametrize("key_", ["augment", "augment-proxy"])
+def test_features_that_are_computed_once_are_not_augmented(key_):
+    with pytest.raises(SettingError, match=f"`{key_}` to be none where a head trains alone"):
+        RunConfig.from_mapping({"train": "all,head", key_: "crop-flip"})
+
+
 def test_a_rate_over_a_run_of_which_nobody_knows_the_rounds_is_refused():
     gossip = {"strategy": "gossip", "mode": "async", "learning-rate-over": "run"}
     with pytest.raises(SettingError, match=r"`learning-rate-over` to be phase under mode async, .* but got 'run'"):
