@@ -86,23 +86,19 @@ class _Part:
         images: by class, however deep below its folder, in an order that is the same on every machine.
         loose: images that are in no class.
         skipped: files that are no images by their names, and hidden folders.
-        by_class: those of them in a class.
     """
 
     root: Path
     images: dict[str, list[Path]] = field(default_factory=dict)
     loose: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
-    by_class: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, root: Path) -> "_Part":
         part = cls(root)
         for entry in sorted(root.iterdir()):
             if entry.is_dir() and not _hidden(entry.name):
-                before = len(part.skipped)
                 part.images[entry.name] = _below(entry, part.skipped)
-                part.by_class[entry.name] = len(part.skipped) - before
             elif entry.is_dir() or not _is_image(entry):
                 part.skipped.append(entry)
             else:
@@ -123,9 +119,9 @@ class _Part:
         Raises:
             SettingError: there are none, or a class has files of which none is an image.
         """
-        for name in self.classes:
-            if not self.images[name] and self.by_class[name]:
-                own = [path for path in self.skipped if path.is_relative_to(self.root / name)]
+        for name in (name for name in self.classes if not self.images[name]):
+            own = [path for path in self.skipped if path.is_relative_to(self.root / name) and not _hidden(path.name)]
+            if own:  # not what keeps an empty folder in an archive, such as .gitkeep
                 raise SettingError(
                     key, spec, f"a folder with images in every class that has files; in {self.root / name} is only "
                     f"{_kinds(own)}",

@@ -74,6 +74,15 @@ def test_a_class_of_other_files_alone_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_class_may_be_empty_but_for_what_keeps_its_folder(tmp_path):
+    save(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / "owl").mkdir()
+        (tmp_path / part / "owl" / ".gitkeep").touch()
+
+    assert load(tmp_path).classes == ("cat", "dog", "owl")
+
+
 def test_what_is_left_out_is_said_once_with_its_number(tmp_path, caplog):
     save(tmp_path)
     (tmp_path / "train" / "cat" / "notes.txt").touch()
