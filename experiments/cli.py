@@ -191,6 +191,9 @@ def bench(
             help="`accuracy`, `robust`: keep the trials there, and do only those that have not finished there."
         ),
     ] = None,
+    ways: Annotated[
+        str | None, typer.Option(help="`robust`: to weigh teachers, beside uniform, with a comma; default: all.")
+    ] = None,
 ) -> None:
     """Run a benchmark and print its table."""
     from experiments.bench.benchmarks import bench as run_bench
@@ -202,6 +205,7 @@ def bench(
         "compiled": compiled,
         "seconds": seconds,
         "folder": folder,
+        "ways": None if ways is None else split_list(ways),
     }
     run_bench(name, json_path, quick=quick, options={key: value for key, value in given.items() if value is not None})
 

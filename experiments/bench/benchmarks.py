@@ -27,7 +27,7 @@ BENCHES = {
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "gpu": frozenset(["actors", "fleets", "compiled", "seconds"]),
     "accuracy": frozenset(["folder"]),
-    "robust": frozenset(["folder"]),
+    "robust": frozenset(["folder", "ways"]),
 }
 
 
@@ -39,7 +39,7 @@ def bench(name: str, json_path: Path | None, *, quick: bool, options: Mapping[st
         json_path: the file of figures.
         quick: a small size.
         options: those that were given: of `gpu` ``actors``, ``fleets``, ``compiled``, ``seconds``; of `accuracy`
-            and `robust` ``folder``.
+            and `robust` ``folder``; of `robust` ``ways``.
 
     Raises:
         SettingError: no benchmark of that name, an option that it does not have, or no place for its figures.

@@ -9,6 +9,7 @@ import itertools
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.analysis.runs import read_run
 from experiments.bench.measuring import leave, trials_folder
 from experiments.launch.project import OWN_FOLDER
 from experiments.launch.runner import Federation, launch
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, SettingError
 from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import WEIGHINGS
 
@@ -40,7 +41,7 @@ BASE = {
 Trial = dict[str, Any]
 
 
-def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
+def run(*, quick: bool = False, folder: Path | None = None, ways: Sequence[str] = WAYS) -> dict[str, Any]:
     """Run all trials that have not finished yet; return ``{"ratio", "trials_of_commits", "rows"}``.
 
     A row has ``attack``, ``attackers``, ``weighing``, ``robust`` and ``accuracy``. Shares are of 1. ``ratio`` is the
@@ -50,22 +51,22 @@ def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
 
     Args:
         quick: one attack, two defences and two ways.
+        ways: to weigh teachers, of :data:`WAYS`; all of them take two hours on two cores, a fifth of the trials are of
+            plain means and the default.
         folder: where the trials lie, which take half an hour or more; None: in one that is removed at the end.
 
     Raises:
+        SettingError: a way that is not among them.
         FedkdError: the run failed, or the folder holds trials under other settings.
     """
-    attacks = ATTACKS[:1] if quick else ATTACKS
-    defences, ways = (("none", "agreement"), (PLAIN, "discrimination")) if quick else (DEFENCES, WAYS)
-    scenes = [("none", 0.0), *itertools.product(attacks, SHARES)]
-    plans: list[Trial] = [
-        {"attack": attack, "attackers": share, **_weighed(way), "robust": robust}
-        for attack, share in scenes
-        for way, robust in itertools.product(ways, defences)
-        if way == PLAIN or robust in ("none", "agreement", "eigentrust")
-    ]
-    plans.sort(key=lambda plan: plan["weighing"] not in (PLAIN, RunConfig().weighing))  # the telling ones come first
-    with trials_folder(folder, "robust", "trials.jsonl", *map(_name, plans)) as within:
+    if wrong := [way for way in ways if way not in WAYS]:
+        raise SettingError("--ways", wrong[0], f"some of {', '.join(WAYS)}")
+    if quick:
+        plans = _plans(ATTACKS[:1], (PLAIN, "discrimination"), ("none", "agreement"))
+    else:
+        plans = _plans(ATTACKS, [way for way in WAYS if way in {PLAIN, *ways}], DEFENCES)
+    everything = map(_name, _plans(ATTACKS, WAYS, DEFENCES))  # a folder may hold the trials of other ways already
+    with trials_folder(folder, "robust", "trials.jsonl", *everything) as within:
         places = [within / _name(plan) for plan in plans]
         todo = [
             (plan, place) for plan, place in zip(plans, places, strict=True) if not _finished(place, {**BASE, **plan})
@@ -82,12 +83,14 @@ def run(*, quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
     return {"ratio": _kept(rows), "peers": PEERS, "settings": BASE, "trials_of_commits": commits, "rows": rows}
 
 
-def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | None = None) -> None:
+def main(
+    json_path: Path | None = None, *, quick: bool = False, folder: Path | None = None, ways: Sequence[str] = WAYS
+) -> None:
     """Print a table of :func:`run`, and write it to ``json_path`` if given."""
     from rich.console import Console
     from rich.table import Table
 
-    result = run(quick=quick, folder=folder)
+    result = run(quick=quick, folder=folder, ways=ways)
     leave(result, json_path)
     rows = result["rows"]
     for robust in dict.fromkeys(row["robust"] for row in rows):
@@ -100,6 +103,17 @@ def main(json_path: Path | None = None, *, quick: bool = False, folder: Path | N
         for attack, share in dict.fromkeys((row["attack"], row["attackers"]) for row in chosen):
             table.add_row(attack, f"{share:.0%}", *(found[attack, share, way] for way in ways))
         Console().print(table)
+
+
+def _plans(attacks: Sequence[str], ways: Sequence[str], defences: Sequence[str]) -> list[Trial]:
+    """Return what there is to try, the telling ones first."""
+    plans: list[Trial] = [
+        {"attack": attack, "attackers": share, **_weighed(way), "robust": robust}
+        for attack, share in [("none", 0.0), *itertools.product(attacks, SHARES)]
+        for way, robust in itertools.product(ways, defences)
+        if way == PLAIN or robust in ("none", "agreement", "eigentrust")
+    ]
+    return sorted(plans, key=lambda plan: plan["weighing"] not in (PLAIN, RunConfig().weighing))
 
 
 def _weighed(way: str) -> Trial:

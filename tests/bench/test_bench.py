@@ -111,6 +111,23 @@ def test_the_tables_of_liars_hold_every_trial_whatever_their_order(tmp_path, mon
     assert shown.count("45.0%") == sum(row["attackers"] == 0.4 for row in rows)
 
 
+def test_of_the_ways_to_weigh_some_can_be_chosen_and_their_trials_kept_with_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_robust, "_finished", lambda place, settings: True)
+    monkeypatch.setattr(bench_robust, "_honest", lambda place, plan: 0.5)
+    monkeypatch.setattr(bench_robust, "read_run", lambda place: SimpleNamespace(environment={"commit": "c"}))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "bench.json").write_text(json.dumps({"fedkd bench": "robust"}))
+    (tmp_path / "kept" / "flip-0.4-entropy-none").mkdir()
+
+    options = {"folder": tmp_path / "kept", "ways": ("discrimination",)}
+    bench("robust", tmp_path / "f.json", quick=False, options=options)
+
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert {row["weighing"] for row in rows} == {"uniform", "discrimination"}
+    with pytest.raises(SettingError, match="`--ways` to be some of uniform, .*, but got 'loudness'"):
+        bench("robust", None, quick=False, options={"ways": ("discrimination", "loudness")})
+
+
 def test_a_folder_of_somebody_elses_or_of_another_benchmark_is_refused(tmp_path):
     (tmp_path / "trials.jsonl").write_text("mine")
     with pytest.raises(SettingError, match="`--folder` to be a folder without files of others"):
