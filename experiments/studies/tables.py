@@ -213,6 +213,25 @@ def _turns(sharing: Trials, turns: Trials) -> str:
     return markdown(head, [of[name] for name in head])
 
 
+def _backbones(trials: Trials) -> str:
+    """Set ways to weigh teachers against one another, among heads on the features of pre-trained backbones."""
+    words = {"uniform": "plain mean", "discrimination": "weighed by their logits", "counts": "weighed by class counts"}
+    cases = list(itertools.product(("dirichlet", "iid"), words))
+    parts = {case: _where(trials, partition=case[0], weighing=case[1]) for case in cases}
+    ends = {case: _ends(part) for case, part in parts.items()}
+    others = [case for case in cases if case[1] != "uniform"]
+    found = _differences([ends[case] for case in others], [ends[case[0], "uniform"] for case in others])
+    differences = dict(zip(others, found, strict=True))
+    rows = []
+    for case, part in parts.items():
+        levels = [_ends(part, control) for control in ("isolated", "channel", "pooled")]
+        ours, alone, truth = (fmean(of.values()) for of in (ends[case], *levels[:2]))
+        shown = [case[0], words[case[1]], spelled(ends[case]), differences.get(case, ""), spelled(_ends(part, "worst"))]
+        rows.append([*shown, f"{(ours - alone) / (truth - alone):.2f}", *map(spelled, levels)])
+    head = ["partition", "teachers", "accuracy", "less the plain mean", "worst peer", "share of the channel"]
+    return markdown([*head, "isolated", "true labels", "pooled"], list(zip(*rows, strict=True)))
+
+
 TABLES: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
     "measures-iid": (["divergences"], lambda trials: _measures(trials, "iid")),
     "measures-dirichlet": (["divergences"], lambda trials: _measures(trials, "dirichlet")),
@@ -226,6 +245,7 @@ TABLES: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
     "map": (["decoupled"], _map),
     "flow": (["flow"], _flow),
     "turns": (["divergences", "schedule"], _turns),
+    "backbones": (["backbones"], _backbones),
 }
 """The tables by name: the studies that each is made from, and how."""
 

@@ -40,8 +40,8 @@ class Standardizer:
 def standardizer(kind: str, proxy: Tensor, *, key: str = "normalize") -> Standardizer:
     """Make the standardizer of a kind: `auto` (statistics of the proxy set), `imagenet`, `symmetric` or `none`.
 
-    `symmetric` makes -1 to 1 of 8-bit pixels, `none` 0 to 1. `auto` reads the public proxy inputs [P, C, ...] alone, so that a peer's scaling tells nothing of its data
-    and all peers scale alike.
+    `symmetric` makes -1 to 1 of 8-bit pixels, `none` 0 to 1. `auto` reads the public proxy inputs [P, C, ...] alone, so
+    that a peer's scaling tells nothing of its data and all peers scale alike.
 
     Raises:
         SettingError: unknown kind, or `imagenet` for inputs that have not three channels.

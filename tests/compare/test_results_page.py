@@ -113,6 +113,15 @@ def turns():
     yield 4, pairs
 
 
+def backbones():
+    words = {"discrimination": "weighed by their logits", "counts": "weighed by class counts"}
+    pairs = {}
+    for split, (name, word) in itertools.product(("dirichlet", "iid"), words.items()):
+        mean = ends("backbones", partition=split, weighing="uniform")
+        pairs[split, word] = (ends("backbones", partition=split, weighing=name), mean)
+    yield 3, pairs
+
+
 COLUMNS = {
     "measures-iid": lambda: measures("divergences", "iid"),
     "measures-dirichlet": lambda: measures("divergences", "dirichlet"),
@@ -124,6 +133,7 @@ COLUMNS = {
     "balance": balance,
     "flow": flow,
     "turns": turns,
+    "backbones": backbones,
 }
 
 
