@@ -124,6 +124,16 @@ class _Split:
     cache: Path
 
 
+def seen_shape(
+    config: RunConfig, peer_config: PeerConfig, device: torch.device, versions: tuple[str, ...] = ()
+) -> tuple[tuple[int, ...], int]:
+    """Return the shape of one input as a peer's model sees it, and how many classes there are, before any is made.
+
+    The arguments and errors are those of :func:`open_site`.
+    """
+    return _seen_shape(_data_settings(config, peer_config, device, versions), Eyes.of(config, peer_config))
+
+
 def open_site(
     config: RunConfig,
     peer_config: PeerConfig,
@@ -156,6 +166,14 @@ def open_site(
         "proxy set": commons.fingerprint,
     }
     return replace(_site(trained, held_out, commons), fingerprints=fingerprints)
+
+
+def pooled_shape(
+    config: RunConfig, peer_config: PeerConfig, device: torch.device, *, input_size: str
+) -> tuple[int, ...]:
+    """Return the shape of one input as the pooled control's model sees it."""
+    eyes = Eyes(config.pooled_model, False, input_size, config.normalize)
+    return _seen_shape(_data_settings(config, peer_config, device, ()), eyes)[0]
 
 
 def open_pool(
@@ -337,6 +355,12 @@ def _raw(settings: _DataSettings) -> _Raw:
     proxy, pool = _proxy(settings, source, data_dir)
     test, pool = _test(settings, source, pool)
     return _Raw(source, pool, proxy, test, _fingerprint(test.inputs, test.labels))
+
+
+def _seen_shape(settings: _DataSettings, eyes: Eyes) -> tuple[tuple[int, ...], int]:
+    raw = _raw(settings)
+    look = eyes.look(raw.proxy.inputs)
+    return tuple(look(raw.proxy.inputs[:1]).shape[1:]), len(raw.source.classes)
 
 
 def _augmented(config: RunConfig) -> tuple[bool, bool]:

@@ -31,7 +31,7 @@ class Eyes:
     body: Body | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, peer_config: PeerConfig, body: Body | None) -> "Eyes":
+    def of(cls, config: RunConfig, peer_config: PeerConfig, body: Body | None = None) -> "Eyes":
         """Return those of the model that a peer trains."""
         size = peer_config.input_size_of(config)
         if config.strategy == "fedavg":

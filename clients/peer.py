@@ -21,7 +21,16 @@ from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
 from clients.builder import Builder, body_of
 from clients.configuration import PeerConfig
-from clients.data import Site, file_versions, open_pool, open_site, proxy_samples, proxy_subset
+from clients.data import (
+    Site,
+    file_versions,
+    open_pool,
+    open_site,
+    pooled_shape,
+    proxy_samples,
+    proxy_subset,
+    seen_shape,
+)
 from clients.device import pick_device
 from clients.final_model import Final
 from clients.flow import Flow
@@ -31,9 +40,10 @@ from clients.pretrained import pretrain
 from clients.rehearsal import check_start, rehearse
 from clients.releases import Private, withhold
 from clients.runs import close, make_room, refuse_other_data, remember_data, run_folder, use
+from clients.scores import Series, reliability, scores
 from clients.state import Store, Taught, Trained
 from clients.telling import Telling
-from fedkd import metrics, models
+from fedkd import models
 from fedkd.data.samples import Inputs
 from fedkd.models.libraries import named
 from fedkd.results.profile import Stopwatch
@@ -54,8 +64,6 @@ _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
 
 _UNLABELLED = "the labels of the proxy set are not known, or its classes are not the peers'"
-
-Series = dict[str, list[float]]
 
 
 @dataclass
@@ -93,17 +101,14 @@ class Peer:
         self.peer_config, self.asked = peer_config, config
         self.device = pick_device(config.device, repeatable=not config.fast)
         self.versions = file_versions(peer_config, run)
-        self.site: Site = open_site(config, peer_config, self.device, self.versions)
+        shape, self.classes = seen_shape(config, peer_config, self.device, self.versions)
+        self.models = Builder(config, peer_config, shape, self.classes, self.device, peer_config.trains(config))
+        body = body_of(self.models, run)
+        self.site: Site = open_site(config, peer_config, self.device, self.versions, body)
         config = self.config = config.knowing(len(self.site.commons.proxy_inputs))
         if not peer_config.simulated:  # by how much its own proxy set has, where the server asks for all of it
             peer_config.limits.bounds.check(config)
         self.watch = Stopwatch(partial(torch.cuda.synchronize, self.device) if self._waits_to_measure else None)
-        self.classes = len(self.site.commons.source.classes)
-        shape, trains = self.site.commons.input_shape, peer_config.trains(config)
-        self.models = Builder(config, peer_config, shape, self.classes, self.device, trains)
-        if trains == "head":
-            body = body_of(self.models, run)
-            self.site = open_site(self.asked, peer_config, self.device, self.versions, body)
         self.learner = self._learner()
         self.codec = codec(config.codec)
         self.store = Store(run_folder(peer_config.state_dir, run), run)
@@ -214,8 +219,11 @@ class Peer:
 
         def train() -> int:
             seen = self.learner.seen
-            self.learner.ahead(model, epochs=self.config.pretrain_epochs)
+            self.learner.ahead(model, epochs=0 if finished else self.config.pretrain_epochs)
             return self.learner.seen - seen
+
+        brought = self.peer_config.checkpoint_path(self.config) is not None and not common
+        finished = brought and not self.config.replace_head and self.config.pretrain == "fresh"
 
         return pretrain(model, self.config, self.peer_config, self.versions, train, common=common)
 
@@ -319,10 +327,10 @@ class Peer:
         samples as these peers saw together: its number is told beside theirs.
         """
         size, trains = self.peer_config.as_pooled(self.config)
-        self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size)
-        self.models = replace(self.models, shape=self.site.commons.input_shape, trains=trains)
-        if body := self.models.pooled_body():
-            self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
+        shape = pooled_shape(self.asked, self.peer_config, self.device, input_size=size)
+        self.models = replace(self.models, shape=shape, trains=trains)
+        body = self.models.pooled_body()
+        self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
         model = self.models.pooled()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
@@ -459,7 +467,8 @@ class Peer:
         """Return what a model scores on the test set, and at the start and the end of a run its reliability diagram."""
         with self.watch.phase("evaluate"):
             logits = self._logits(model, self.site.commons.test_inputs, round)
-            return self._scores(logits), self._bins(logits) if round in (0, self.config.rounds) else {}
+            labels, bins = self.site.commons.test_labels, round in (0, self.config.rounds)
+            return scores(logits, labels, self.site.label_share), reliability(logits, labels) if bins else {}
 
     def _public(self, round: int) -> Inputs:
         return proxy_samples(self.config, round, self.site.commons.proxy_inputs)
@@ -477,20 +486,6 @@ class Peer:
     def _rehearse(self, model: nn.Module, spec: str, *, key: str) -> None:
         inputs, frank = self.site.commons.proxy_inputs, self.peer_config.simulated
         rehearse(model, spec, inputs, self.config, classes=self.classes, key=key, frank=frank)
-
-    def _scores(self, logits: Tensor) -> dict[str, float]:
-        labels = self.site.commons.test_labels
-        return {
-            "test_accuracy": metrics.accuracy(logits, labels),
-            "own_accuracy": metrics.reweighted_accuracy(logits, labels, self.site.label_share),
-            "test_loss": metrics.nll(logits, labels),
-            "ece": metrics.ece(logits, labels),
-            "brier": metrics.brier(logits, labels),
-        }
-
-    def _bins(self, logits: Tensor) -> Series:
-        bins = metrics.reliability(logits, self.site.commons.test_labels)
-        return {name: values.double().tolist() for name, values in bins._asdict().items()}
 
     def _reply(
         self,

@@ -2,7 +2,7 @@
 
     export PYTHONPATH=experiments/examples
     python -m own_model own.safetensors                  # stands for the training that you have done already
-    fedkd run --peers 2 models=own_model:network,mlp checkpoints=own.safetensors,- pretrain-epochs=0 pooled-model=mlp
+    fedkd run --peers 2 models=own_model:network,mlp checkpoints=own.safetensors,- pooled-model=mlp
 
 A model is a function that takes `input_shape` ([C, H, W] for images) and `num_classes`, and returns a `torch.nn.Module`
 from inputs [B, *input_shape] to logits [B, num_classes]. Weights are a state dict, `.safetensors` or of `torch.save`.

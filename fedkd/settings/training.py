@@ -91,6 +91,15 @@ class Training:
         epochs=_pretrain_epochs,
         costs=EPOCHS,
     )
+    pretrain: str = setting(
+        "fresh",
+        one_of("fresh", "all"),
+        "whose models train before round 1: `fresh`: of those peers that start from no checkpoint, or with a new head; "
+        "`all`: finished models too",
+        decides=START,
+        takes=Condition("pretrain-epochs above 0", lambda c: c.pretrain_epochs > 0),
+        absent="all",
+    )
     optimizer: str = setting("adam", one_of(*OPTIMIZERS), "optimiser of every training phase", decides=TRAINING)
     learning_rate: float = setting(
         0.001, above(0), "learning rate of every training phase", decides=TRAINING, costs=FREE

@@ -36,7 +36,9 @@ class Partly(nn.Module):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
         buffered = (module for module in whole.modules() if any(True for _ in module.buffers(recurse=False)))
-        self._still = [module for module in {*found, *buffered} if module not in trained]
+        still = {*found, *buffered} - trained
+        self._changing = [module for module in whole.modules() if module not in still]
+        whole.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]``."""
@@ -44,10 +46,10 @@ class Partly(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "Partly":
-        """Put what trains into a mode; the rest evaluates."""
-        super().train(mode)
-        for module in self._still:
-            module.training = False  # of itself alone: below it there may be one that trains
+        """Put what trains, and what has no weights, into a mode; the rest evaluates."""
+        self.training = mode
+        for module in self._changing:  # each of itself alone, for below it there may be one that stays
+            module.training = mode
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -82,9 +84,8 @@ class OnFeatures(Partly):
         return logits
 
     def train(self, mode: bool = True) -> "OnFeatures":
-        """Put the head into a mode; the rest evaluates, and a linear layer knows no difference."""
-        super().train(mode)
-        self.whole.eval()
+        """Note a mode. Nothing changes: a linear layer knows no difference, and the rest is not run."""
+        self.training = mode
         return self
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from federation import SMALL, federate
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sites import make_sites
 
 from clients.answering import answer
@@ -110,3 +110,19 @@ def test_a_folder_is_told_by_its_setting_and_a_name_on_the_hub_as_it_is():
 
     assert without_paths(said, {"model": "hf:/ada/vit"}) == "no config.json in '<model>'"
     assert without_paths("no google/vit there", {"model": "hf:google/vit"}) == "no google/vit there"
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [({}, [False, True]), ({"pretrain": "all"}, [True, True]), ({"replace_head": True}, [True, True])],
+)
+def test_before_round_1_only_models_that_are_not_finished_train(tmp_path, settings, trained):
+    finished = models.build("mlp", input_shape=(1, 8, 8), num_classes=10, seed=5)
+    save_file(finished.state_dict(), tmp_path / "own.safetensors")
+
+    run = federate(tmp_path, 2, models="mlp", checkpoints=f"{tmp_path / 'own.safetensors'},-", rounds=1, **settings)
+
+    seen = {row["peer"]: row["samples_seen"] for row in run.rows() if row["round"] == 0}
+    assert [seen[f"peer-{index}"] > 0 for index in range(2)] == trained
+    start = load_file(next((tmp_path / "state").rglob("peer-0/**/*0.safetensors")))
+    assert all(torch.equal(value, start[name]) for name, value in finished.state_dict().items()) != trained[0]
