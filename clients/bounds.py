@@ -35,7 +35,7 @@ class Bounds:
 
     max_batch_size: int = 1024
     max_proxy_size: int = 100_000
-    max_image_size: int = 1024
+    max_image_size: int = 256
     max_features: int = 2048
     max_rounds: int = 10_000
     max_peers: int = 1000

@@ -1,6 +1,6 @@
 """The models that a peer builds: its own, as it comes or bare, and those of baselines and controls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +29,7 @@ class Builder:
         shape: of one input.
         classes: how many a model tells apart.
         device: where it computes.
-        trains: what of the peer's own model trains: ``all``, ``head`` or ``last:N``.
+        key: the setting that names the peer's own model.
     """
 
     config: RunConfig
@@ -37,7 +37,7 @@ class Builder:
     shape: tuple[int, ...]
     classes: int
     device: torch.device
-    trains: str = "all"
+    key: str = "models"
 
     def body(self) -> Body | None:
         """Return what of this peer's own model does not train, where its head alone does.
@@ -45,16 +45,16 @@ class Builder:
         Raises:
             SettingError: the model has no head.
         """
-        return self._body(replace(self, trains="all").own, self.peer_config.model_spec(self.config))
-
-    def pooled_body(self) -> Body | None:
-        """Return the same of the model of the pooled control."""
-        return self._body(replace(self, trains="all").pooled, self.config.pooled_model)
+        if self.trains != "head":
+            return None
+        make = replace(self, peer_config=replace(self.peer_config, train="all")).own
+        probe = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        with self._says(self._spec):
+            return Body.of(make, probe, self.peer_config.features_dir)
 
     def bare(self) -> nn.Module:
         """Return this peer's architecture with its own initialisation."""
-        spec = self.peer_config.model_spec(self.config)
-        return self._in_part(self._new(spec, key="models", seed_key=self.peer_config.index), spec)
+        return self._in_part(self._new(self._spec, key=self.key, seed_key=self.peer_config.index))
 
     def own(self) -> nn.Module:
         """Return this peer's model as it comes: its checkpoint, or its own initialisation.
@@ -71,32 +71,29 @@ class Builder:
 
     def widened(self) -> nn.Module:
         """Return this peer's architecture at double width, to be its auxiliary teacher."""
-        return self._new(self.peer_config.model_spec(self.config), key="models", seed_key="auxiliary", width=2.0)
+        return self._new(self._spec, key=self.key, seed_key="auxiliary", width=2.0)
 
     def common(self) -> nn.Module:
         """Return the one architecture that is averaged, with the initialisation that all peers derive alike."""
         return self._new(self.config.fedavg_model, key="fedavg-model", seed_key="common")
 
-    def pooled(self) -> nn.Module:
-        """Return the model of the pooled control."""
-        spec = self.config.pooled_model
-        return self._in_part(self._new(spec, key="pooled-model", seed_key=self.peer_config.index), spec)
+    @property
+    def trains(self) -> str:
+        """What of the peer's own model trains: ``all``, ``head`` or ``last:N``."""
+        return self.peer_config.trains(self.config)
 
-    def _body(self, make: Callable[[], nn.Module], spec: str) -> Body | None:
-        if self.trains != "head":
-            return None
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(2, *self.shape, generator=generator).to(self.device)
-        with self._says(spec):
-            return Body.of(make, probe, self.peer_config.features_dir)
+    @property
+    def _spec(self) -> str:
+        return self.peer_config.model_spec(self.config)
 
-    def _in_part(self, model: nn.Module, spec: str) -> nn.Module:
+    def _in_part(self, model: nn.Module) -> nn.Module:
         if self.trains == "all":
             return model
-        with self._says(spec):
-            if self.trains == "head":
-                return OnFeatures(model)
-            return Partly(model, trained_layers(self.trains))
+        ours = models.is_ours(self._spec) or self._spec.startswith("timm:")
+        with self._says(self._spec):
+            if ours and not models.comes_trained(self._spec) and not self.peer_config.checkpoint_path(self.config):
+                raise ValueError("nobody trained it, and what does not train stays as chance made it")
+            return OnFeatures(model) if self.trains == "head" else Partly(model, trained_layers(self.trains))
 
     @contextmanager
     def _says(self, spec: str) -> Iterator[None]:
@@ -115,7 +112,7 @@ class Builder:
         return compiled(model) if self.config.compiled else model
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def body_of(builder: Builder, run: str) -> Body | None:
     """Return what of a peer's own model does not train: the same for as long as a run lasts, so it is looked at once.
 

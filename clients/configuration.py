@@ -195,16 +195,19 @@ class PeerConfig:
         """Return what of this peer's model trains: ``all``, ``head`` or ``last:N``."""
         return self.train or _dealt(config.train, self.index) or "all"
 
-    def as_pooled(self, config: RunConfig) -> tuple[str, str]:
-        """Return the input size of the pooled control's model, and what of it trains: as of the first peer's with it.
+    def as_pooled(self, config: RunConfig) -> "PeerConfig":
+        """Return the peer in whose place the pooled control's model learns: as the first that has the same model.
 
-        Where no peer has that model: what it says itself, and all of it.
+        It sees the images as that one does, and where only a part of it trains, the rest is that one's, with its
+        checkpoint. Where no peer has that model it learns as a peer without a checkpoint would.
         """
-        listed = split_list(config.models)
-        if config.pooled_model not in listed:
-            return "", "all"
-        like = replace(self, index=listed.index(config.pooled_model), input_size="", train="")
-        return like.input_size_of(config), like.trains(config)
+        listed, model = split_list(config.models), config.pooled_model
+        if model not in listed:
+            return replace(self, model=model, checkpoint="-", input_size="-", train="all")
+        like = replace(self, index=listed.index(model), checkpoint="", input_size="", train="")
+        size, trains = like.input_size_of(config) or "-", like.trains(config)
+        found = like.checkpoint_path(config) if trains != "all" else None
+        return replace(self, model=model, checkpoint=str(found or "-"), input_size=size, train=trains)
 
     def held_out_path(self, config: RunConfig) -> str:
         """Return the file of what this peer's owner held out, empty where none is known."""

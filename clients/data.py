@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +125,20 @@ class _Split:
 
 
 def seen_shape(
-    config: RunConfig, peer_config: PeerConfig, device: torch.device, versions: tuple[str, ...] = ()
+    config: RunConfig,
+    peer_config: PeerConfig,
+    device: torch.device,
+    versions: tuple[str, ...] = (),
+    *,
+    pooled: bool = False,
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of one input as a peer's model sees it, and how many classes there are, before any is made.
 
-    The arguments and errors are those of :func:`open_site`.
+    The arguments and errors are those of :func:`open_site`; ``pooled``: it is the model of the pooled control.
     """
-    return _seen_shape(_data_settings(config, peer_config, device, versions), Eyes.of(config, peer_config))
+    settings = _data_settings(config, peer_config, device, versions)
+    look, raw = _look(settings, Eyes.of(config, peer_config, pooled=pooled)), _raw(settings)
+    return tuple(look(raw.proxy.inputs[:1]).shape[1:]), len(raw.source.classes)
 
 
 def open_site(
@@ -154,7 +161,7 @@ def open_site(
         SettingError: anything about the data that does not fit the settings.
     """
     settings = _data_settings(config, peer_config, device, versions)
-    commons = _commons(settings, Eyes.of(config, peer_config, body), _augmented(config))
+    commons = _commons(settings, _look(settings, Eyes.of(config, peer_config)), body, _augmented(config))
     split = None if peer_config.dataset else _split(config, peer_config)
     trained, held_out = _split_off(_own(settings, split, peer_config.index), config, peer_config, commons)
     # Named by the part, which is another one among more peers: that those are not the run's peers, the relay tells.
@@ -164,33 +171,24 @@ def open_site(
         f"held-out samples{part}": hashlib.blake2b(held_out.tobytes(), digest_size=16).hexdigest(),
         "test set": commons.test_fingerprint,
         "proxy set": commons.fingerprint,
+        "way in which the model sees images": hashlib.blake2b(repr(commons.look).encode(), digest_size=16).hexdigest(),
     }
+    if body:
+        fingerprints["part of the model that does not train"] = body.weights
     return replace(_site(trained, held_out, commons), fingerprints=fingerprints)
 
 
-def pooled_shape(
-    config: RunConfig, peer_config: PeerConfig, device: torch.device, *, input_size: str
-) -> tuple[int, ...]:
-    """Return the shape of one input as the pooled control's model sees it."""
-    eyes = Eyes(config.pooled_model, False, input_size, config.normalize)
-    return _seen_shape(_data_settings(config, peer_config, device, ()), eyes)[0]
-
-
-def open_pool(
-    config: RunConfig, peer_config: PeerConfig, device: torch.device, *, input_size: str, body: Body | None = None
-) -> Site:
+def open_pool(config: RunConfig, peer_config: PeerConfig, device: torch.device, body: Body | None = None) -> Site:
     """Return what all peers train on in one site, and what they hold out, for the pooled control of a simulation.
 
     Args:
         config: the run's settings.
-        peer_config: the peer that trains the pooled model.
+        peer_config: the peer in whose place the pooled model learns.
         device: where the tensors go.
-        input_size: at which that model sees images.
         body: as :func:`open_site` takes it.
     """
     settings = _data_settings(config, peer_config, device, ())
-    eyes = Eyes(config.pooled_model, False, input_size, config.normalize, body)
-    commons = _commons(settings, eyes, _augmented(config))
+    commons = _commons(settings, _look(settings, Eyes.of(config, peer_config, pooled=True)), body, _augmented(config))
     parts = _parts(settings, _split(config, peer_config))
     halves = [
         _split_off(commons.pool[part], config, replace(peer_config, index=index), commons)
@@ -357,24 +355,23 @@ def _raw(settings: _DataSettings) -> _Raw:
     return _Raw(source, pool, proxy, test, _fingerprint(test.inputs, test.labels))
 
 
-def _seen_shape(settings: _DataSettings, eyes: Eyes) -> tuple[tuple[int, ...], int]:
-    raw = _raw(settings)
-    look = eyes.look(raw.proxy.inputs)
-    return tuple(look(raw.proxy.inputs[:1]).shape[1:]), len(raw.source.classes)
-
-
 def _augmented(config: RunConfig) -> tuple[bool, bool]:
     """Return whether private samples, and those of the proxy set, stay as they are kept, for training augments them."""
     return config.augment != "none", config.augment_proxy != "none"
 
 
+@lru_cache(maxsize=64)
+def _look(settings: _DataSettings, eyes: Eyes) -> Appearance:
+    """Find out once how a model sees the data: statistics of a large proxy set take long."""
+    return eyes.look(_raw(settings).proxy.inputs)
+
+
 @lru_cache(maxsize=8)
-def _commons(settings: _DataSettings, eyes: Eyes, augmented: tuple[bool, bool]) -> Commons:
+def _commons(settings: _DataSettings, look: Appearance, body: Body | None, augmented: tuple[bool, bool]) -> Commons:
     raw = _raw(settings)
-    look = eyes.look(raw.proxy.inputs)
-    see = _features_of(eyes.body, look, settings) if eyes.body else partial(_seen, look, settings.device)
+    see = _features_of(body, look, settings) if body else partial(_seen, look, settings.device)
     as_kept = partial(_seen, look, settings.device, settle=False)
-    own, public = (as_kept if changing and not eyes.body else see for changing in augmented)
+    own, public = (as_kept if changing and not body else see for changing in augmented)
     return Commons(
         source=raw.source,
         pool=raw.pool,
@@ -386,7 +383,7 @@ def _commons(settings: _DataSettings, eyes: Eyes, augmented: tuple[bool, bool]) 
         test_inputs=see(raw.test.inputs),
         test_labels=raw.test.labels.to(settings.device),
         test_fingerprint=raw.test_fingerprint,
-        private=_private(raw.source.train.inputs, own, whole=eyes.body is not None),
+        private=_private(raw.source.train.inputs, own, whole=body is not None),
         proxy_labels=None if raw.proxy.labels is None else raw.proxy.labels.to(settings.device),
     )
 
@@ -399,8 +396,7 @@ def _seen(look: Appearance, device: str, kept: Tensor, *, settle: bool = True) -
 def _private(kept: Tensor, see: Callable[[Tensor], Inputs], *, whole: bool) -> Callable[[np.ndarray], Inputs]:
     """Return what gives the inputs of a model for samples of the training set; ``whole``: all are seen once."""
     if whole:
-        every = cache(lambda: see(kept))
-        return lambda own: every()[torch.from_numpy(own)]
+        return lambda own: see(kept)[torch.from_numpy(own)]
     return lambda own: see(kept[torch.from_numpy(own)])
 
 

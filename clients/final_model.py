@@ -98,6 +98,8 @@ class Final:
             version=__version__,
             source=source_hash(),
             commit=_commit(),
+            resized="" if look.size is None else look.interpolation,
+            kept_shape=self._commons.proxy_shape[1:],
         )
         if math.isnan(accuracy) and earlier is not None and earlier.measured_round < mail.round:
             card = replace(card, after=earlier.after, measured_round=earlier.measured_round)

@@ -15,6 +15,7 @@ from fedkd.settings.config import RunConfig
 from fedkd.settings.rules import split_list
 from fedkd.training.fast import forward
 from fedkd.training.loops import Beside
+from fedkd.training.partial import whole_of
 from fedkd.wire.features import encode_features
 from fedkd.wire.messages import Arrays
 
@@ -49,6 +50,7 @@ class Flow:
         Raises:
             SettingError: a layer that the model does not have.
         """
+        model = whole_of(model)
         layers = split_list(config.flow_layers) or spread_layers(model, config.flow_depth)
         known = dict(model.named_modules())
         for layer in layers:
@@ -67,7 +69,7 @@ class Flow:
         """Return a model's features on inputs ``[P, ...]``: one ``[P, D]`` per layer, in evaluation mode."""
         model.eval()
         chunks: list[list[Tensor]] = []
-        with torch.no_grad(), features(model, self.layers, pool=_POOL) as found:
+        with torch.no_grad(), features(whole_of(model), self.layers, pool=_POOL) as found:
             for start in range(0, len(inputs), _CHUNK):
                 forward(model, inputs[start : start + _CHUNK], fast=self.fast)
                 chunks.append([found[layer].float() for layer in self.layers])
@@ -86,7 +88,7 @@ class Flow:
             weights: of each teacher, >= 0 and not all 0; one of weight 0 is not heard.
             round: counted from 1; the schedule's epoch 0.
         """
-        with features(model, self.layers, pool=_POOL) as found:
+        with features(whole_of(model), self.layers, pool=_POOL) as found:
 
             def loss(batch: Tensor) -> Tensor:
                 own = [found[layer].float() for layer in self.layers]

@@ -23,6 +23,7 @@ from fedkd.settings.rules import (
     Rule,
     above,
     at_least,
+    one_entry,
     some_of,
     split_list,
 )
@@ -67,8 +68,8 @@ _RULES = {
         lambda v: all(map(STRATEGY.accepts, split_list(v))),
     ),
     "tell": some_of(*CLAIMS),
-    "input-size": INPUT_SIZE,
-    "train": TRAINED,
+    "input-size": one_entry(INPUT_SIZE),
+    "train": one_entry(TRAINED),
     "max-epsilon": above(0),
     "max-delta": Rule("a number between 0 and 1, neither of them", lambda v: 0 < v < 1),
 }

@@ -26,7 +26,6 @@ from clients.data import (
     file_versions,
     open_pool,
     open_site,
-    pooled_shape,
     proxy_samples,
     proxy_subset,
     seen_shape,
@@ -102,7 +101,7 @@ class Peer:
         self.device = pick_device(config.device, repeatable=not config.fast)
         self.versions = file_versions(peer_config, run)
         shape, self.classes = seen_shape(config, peer_config, self.device, self.versions)
-        self.models = Builder(config, peer_config, shape, self.classes, self.device, peer_config.trains(config))
+        self.models = Builder(config, peer_config, shape, self.classes, self.device)
         body = body_of(self.models, run)
         self.site: Site = open_site(config, peer_config, self.device, self.versions, body)
         config = self.config = config.knowing(len(self.site.commons.proxy_inputs))
@@ -326,12 +325,11 @@ class Peer:
         It goes through as many epochs of all data as peers that take turns do of their own, which need not be as many
         samples as these peers saw together: its number is told beside theirs.
         """
-        size, trains = self.peer_config.as_pooled(self.config)
-        shape = pooled_shape(self.asked, self.peer_config, self.device, input_size=size)
-        self.models = replace(self.models, shape=shape, trains=trains)
-        body = self.models.pooled_body()
-        self.site = open_pool(self.asked, self.peer_config, self.device, input_size=size, body=body)
-        model = self.models.pooled()
+        like = self.peer_config.as_pooled(self.config)
+        shape, _ = seen_shape(self.asked, like, self.device, pooled=True)
+        builder = replace(self.models, peer_config=like, shape=shape, key="pooled-model")
+        self.site = open_pool(self.asked, like, self.device, builder.body())
+        model = builder.own()
         epochs = self.config.pretrain_epochs + self.config.rounds * self.config.local_epochs
         learner = self._learner()
         learner.ahead(model, epochs=epochs)

@@ -12,6 +12,7 @@ from torch import nn
 from clients.answering import by_kind
 from fedkd.data.samples import Inputs
 from fedkd.errors import SettingError
+from fedkd.models import parameters_count
 from fedkd.seeding import derive
 from fedkd.settings.config import RunConfig
 from fedkd.training.loops import Optimization, fit, predict
@@ -40,7 +41,8 @@ def rehearse(
     Raises:
         SettingError: the model does not train, or its state cannot be stored.
     """
-    once = (spec, tuple(inputs.shape[1:]), classes, config.optimizer, config.fast, config.regime, str(inputs.device))
+    shape, trains = tuple(inputs.shape[1:]), parameters_count(model)
+    once = (spec, trains, shape, classes, config.optimizer, config.fast, config.regime, str(inputs.device))
     if once in _passed:
         return
     two = inputs[[0, -1]]

@@ -35,7 +35,7 @@ class ExportError(FedkdError):
 
 
 class Raw(nn.Module):
-    """A model with its scaling of inputs before it: ``[B, ...]`` float32 as the data source gives them -> logits.
+    """A model with its scaling of inputs before it: ``[B, ...]`` float32 of the model's own size -> logits.
 
     Args:
         model: takes scaled inputs.
@@ -159,9 +159,15 @@ def load_raw(file: Path) -> Raw:
 def _about(card: Card, form: str) -> dict[str, Any]:
     inside = form != "safetensors"
     scaled = "inside of the model" if inside else "(inputs - mean) / std per channel, before the model"
+    resized = {"resized": f"{card.resized}, with antialiasing, before"} if card.resized else {}
     return {
         "format": form,
-        "input": {"dtype": "float32", "shape": ["batch", *card.input_shape], "pixels": "8 bits divided by 255"},
+        "input": {
+            "dtype": "float32",
+            "shape": ["batch", *card.input_shape],
+            "pixels": "8 bits divided by 255",
+            **resized,
+        },
         "scaling": scaled,
         "output": {"logits": ["batch", len(card.classes)]},
         **card.content(),

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 
-def read_image(path: Path, shape: list[int]) -> torch.Tensor:
+def read_image(path: Path, shape: list[int], resized: str = "bilinear") -> torch.Tensor:
     """Read an image as the model takes it: ``[1, C, H, W]`` float32 in [0, 1]; it scales its inputs itself."""
     channels, height, width = shape
+    how = Image.Resampling[resized.partition("-")[0].upper()]
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((width, height)), dtype=np.float32)
+        fitting = image.convert("L" if channels == 1 else "RGB").resize((width, height), how)
+    pixels = np.asarray(fitting, dtype=np.float32)
     return torch.from_numpy(pixels / 255).reshape(height, width, channels).permute(2, 0, 1)[None].contiguous()
 
 
@@ -37,7 +39,7 @@ def logits_of(model: Path, inputs: torch.Tensor) -> torch.Tensor:
 def main(model: Path, image: Path) -> str:
     """Return the class of an image, and how sure the model is."""
     about = json.loads(model.with_name(f"{model.name}.json").read_text(encoding="utf-8"))
-    inputs = read_image(image, about["input_shape"])
+    inputs = read_image(image, about["input_shape"], about["resized"] or "bilinear")
     probabilities = logits_of(model, inputs).softmax(dim=-1)[0]
     best = int(probabilities.argmax())
     return f"{about['classes'][best]} ({probabilities[best]:.1%})"

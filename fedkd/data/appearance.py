@@ -9,7 +9,7 @@ from fedkd.data.normalize import Standardizer
 from fedkd.data.sources import as_float
 from fedkd.errors import SettingError
 
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Appearance:
         """Return ``[B, C', H', W']`` float32 for images ``[B, C, H, W]``; of other inputs only the scale changes."""
         seen = as_float(kept)
         if self.size is not None and tuple(seen.shape[-2:]) != self.size:
-            seen = self._resized(seen)
+            seen = self._resized(seen, pixels=kept.dtype == torch.uint8)
         if self.channels is not None and seen.shape[1] == 1 != self.channels:
             seen = seen.expand(-1, self.channels, *seen.shape[2:])
         return Standardizer(torch.tensor(self.mean), torch.tensor(self.std))(seen)
 
-    def _resized(self, images: Tensor) -> Tensor:
-        kind = {"mode": "nearest"} if self.interpolation == "nearest" else {
-            "mode": self.interpolation, "antialias": True, "align_corners": False,
-        }  # fmt: skip
-        resized: Tensor = torch.nn.functional.interpolate(images, size=self.size, **kind)
-        return resized.clamp(0, 1) if self.interpolation == "bicubic" else resized
+    def _resized(self, images: Tensor, *, pixels: bool) -> Tensor:
+        smooth = not self.interpolation.startswith("nearest")
+        resized: Tensor = torch.nn.functional.interpolate(
+            images, size=self.size, mode=self.interpolation, antialias=smooth, align_corners=False if smooth else None
+        )
+        return resized.clamp(0, 1) if pixels and self.interpolation == "bicubic" else resized
 
 
 def fits(shape: tuple[int, ...], look: Appearance, *, key: str, value: str) -> None:
@@ -67,7 +67,8 @@ def fits(shape: tuple[int, ...], look: Appearance, *, key: str, value: str) -> N
     if look.size is None and look.channels is None:
         return
     if len(shape) != 3:
-        raise SettingError(key, value, f"`data`, or left out, for inputs {list(shape)}, which are no images")
+        other = "`data`, or left out," if key == "input-size" else "a model without weights for images, or its own"
+        raise SettingError(key, value, f"{other} for inputs {list(shape)}, which are no images")
     if look.channels is not None and shape[0] not in (1, look.channels):
         allowed = f"a model that sees images of {shape[0]} channels, as these are, and not of {look.channels}"
         raise SettingError(key, value, allowed)

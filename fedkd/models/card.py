@@ -36,6 +36,10 @@ class Card:
         version: of fedkd.
         source: hash of the code that trained it.
         commit: the git commit of that code; empty outside git.
+        resized: how images of the data source are brought to the height and width of ``input_shape``, with
+            antialiasing, before they are scaled; empty: they have them.
+        kept_shape: shape of one image as the data source has it; where ``input_shape`` has three channels and this has
+            one, it is shown three times. Empty in older files.
     """
 
     peer: str
@@ -53,6 +57,8 @@ class Card:
     version: str
     source: str
     commit: str
+    resized: str = ""
+    kept_shape: tuple[int, ...] = ()
 
     def content(self) -> dict[str, Any]:
         """Return it as plain JSON has it: NaN is null."""
@@ -77,6 +83,7 @@ class Card:
                 said = json.loads((file.metadata() or {})[_KEY])
             numbers = {name: math.nan if said[name] is None else float(said[name]) for name in ("before", "after")}
             lists = {name: tuple(_list(said[name])) for name in ("classes", "input_shape", "mean", "std")}
+            lists["kept_shape"] = tuple(_list(said.get("kept_shape", [])))
             return cls(**{**said, **numbers, **lists})
         except Exception as error:  # safetensors has error types of its own
             reason = "it has no card" if isinstance(error, KeyError) else str(error)

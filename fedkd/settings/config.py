@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fedkd.errors import SettingError
 from fedkd.models import check as check_model
+from fedkd.models import comes_trained
 from fedkd.settings.closing import Closing
 from fedkd.settings.data import SPLIT_SIZE, Data
 from fedkd.settings.declare import Scalar, key, of
@@ -97,7 +98,7 @@ class RunConfig(
             (asynchronous and self.participation < 1),
         )
         some = f"at most {self.public_size}, the samples of the proxy set (`proxy-size`)"
-        yield "proxy-per-round", some, 0 < self.proxy_size < self.proxy_per_round
+        yield "proxy-per-round", some, 0 < self.public_size < self.proxy_per_round
         yield "sealed", f"false under {self.strategy}, whose server has to read the knowledge", self.sealed and server
         means = self.robust in ("median", "trimmed")
         yield "robust", "none, agreement or eigentrust unless peers average their teachers", means and not averaged
@@ -340,7 +341,11 @@ def recorded(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """
     specs = dataclasses.fields(RunConfig)
     older = {key(spec.name): of(spec).absent for spec in specs}
-    return {**RunConfig().to_mapping(), **{name: v for name, v in older.items() if v is not None}, **settings}
+    found = {**RunConfig().to_mapping(), **{name: v for name, v in older.items() if v is not None}, **settings}
+    if "input-size" not in settings and any(map(comes_trained, split_list(str(found["models"])))):
+        found["input-size"] = "data"  # weights of torchvision's saw images as they are, on the proxy set's scale
+        found["normalize"] = "proxy" if found["normalize"] == "auto" else found["normalize"]
+    return found
 
 
 def spelled(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:

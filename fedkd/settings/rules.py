@@ -63,6 +63,11 @@ def some_of(*names: str) -> Rule:  # noqa: D103
     )
 
 
+def one_entry(listed: Rule) -> Rule:
+    """Return the rule for one entry of a list that a rule is for."""
+    return Rule(listed.phrase.partition(", or a comma")[0], lambda v: len(split_list(v)) <= 1 and listed.accepts(v))
+
+
 STRATEGY = Rule(
     f"one of {', '.join(STRATEGIES)}, or `package.module:Class`", lambda v: v in STRATEGIES or is_callable_spec(v)
 )

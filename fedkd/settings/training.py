@@ -79,7 +79,7 @@ class Training:
         TRAINED,
         "what of a model trains, dealt out like `models`: `all`, the `head`, on features computed once, or the "
         "`last:N` layers",
-        decides=START,
+        decides=TRAINING,
         costs=FREE,
         own="train",
     )
@@ -96,7 +96,7 @@ class Training:
         one_of("fresh", "all"),
         "whose models train before round 1: `fresh`: of those peers that start from no checkpoint, or with a new head; "
         "`all`: finished models too",
-        decides=START,
+        decides=TRAINING,
         takes=Condition("pretrain-epochs above 0", lambda c: c.pretrain_epochs > 0),
         absent="all",
     )

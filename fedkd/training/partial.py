@@ -20,13 +20,15 @@ class Partly(nn.Module):
         layers: how many of its last layers train, >= 1; a layer is a module with parameters of its own.
 
     Raises:
-        ValueError: the model has no more layers than that.
+        ValueError: fewer than one, or the model has no more layers than that.
     """
 
     def __init__(self, whole: nn.Module, layers: int) -> None:
         super().__init__()
         self.whole = whole
         found = [module for module in whole.modules() if any(True for _ in module.parameters(recurse=False))]
+        if layers < 1:
+            raise ValueError(f"{layers} of its layers cannot train")
         if layers >= len(found):
             raise ValueError(f"of its {len(found)} layers at most {len(found) - 1} can train alone")
         trained = set(found[-layers:])
@@ -37,7 +39,9 @@ class Partly(nn.Module):
                 parameter.requires_grad_(True)
         buffered = (module for module in whole.modules() if any(True for _ in module.buffers(recurse=False)))
         still = {*found, *buffered} - trained
-        self._changing = [module for module in whole.modules() if module not in still]
+        every = list(whole.modules())
+        after = every[min(map(every.index, trained)) :]  # dropout that lies before is still too
+        self._changing = [module for module in after if module not in still]
         whole.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ class Partly(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "Partly":
-        """Put what trains, and what has no weights, into a mode; the rest evaluates."""
+        """Put what trains, and what has no weights and comes after it, into a mode; the rest evaluates."""
         self.training = mode
         for module in self._changing:  # each of itself alone, for below it there may be one that stays
             module.training = mode
@@ -87,6 +91,11 @@ class OnFeatures(Partly):
         """Note a mode. Nothing changes: a linear layer knows no difference, and the rest is not run."""
         self.training = mode
         return self
+
+
+def whole_of(model: nn.Module) -> nn.Module:
+    """Return the model whose layers have the names that they have in its state dict."""
+    return model.whole if isinstance(model, Partly) else model
 
 
 def head_name(model: nn.Module, inputs: Tensor) -> str:
@@ -151,6 +160,8 @@ def features(model: nn.Module, head: str, inputs: Inputs, *, at_once: int = 64) 
 
 def frozen_part(model: nn.Module, head: str) -> Iterable[tuple[str, Tensor]]:
     """Yield the names and values of all that a model's head does not own, by which its features are told apart."""
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(f"{head}."):
+    layer = model.get_submodule(head)
+    own = {id(value) for value in (*layer.parameters(), *layer.buffers())}  # a state dict may name them otherwise
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        if id(value) not in own:
             yield name, value

@@ -1,31 +1,46 @@
 """Peers of whose models the head alone trains, on features that are computed once."""
 
-import time
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from federation import federate, killed, local_grid
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clients.body
+import clients.builder
 from clients.body import Body
+from clients.learner import Learner
+from clients.peer import Peer
 from fedkd import models
 from fedkd.data.appearance import Appearance
 from fedkd.errors import SettingError
 from fedkd.models.card import Card
+from fedkd.models.resnet import resnet8
+from fedkd.models.small import cnn_small
 from fedkd.settings.config import RunConfig
 from strategies.relay.rounds import RelayError
 
 HEADS = {
-    "models": "cnn-small,resnet8",
+    "models": "test_body:cnn,test_body:resnet",
     "train": "head",
     "controls": "isolated,pooled,channel",
-    "pooled_model": "resnet8",
+    "pooled_model": "test_body:resnet",
 }
 LOOK = Appearance((0.5,), (0.5,))
+
+
+def cnn(*, input_shape, num_classes):
+    """Stand for a model that somebody trained: of one's own factories nobody knows."""
+    return cnn_small(input_shape=input_shape, num_classes=num_classes)
+
+
+def resnet(*, input_shape, num_classes):
+    return resnet8(input_shape=input_shape, num_classes=num_classes)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +104,7 @@ def test_the_numbers_do_not_depend_on_where_features_come_from(tmp_path, home, c
 
 
 def test_heads_can_be_resumed(tmp_path):
-    asked = {"rounds": 3, "models": "cnn-small", "train": "head"}
+    asked = {"rounds": 3, "models": "test_body:cnn", "train": "head"}
     whole = federate(tmp_path / "whole", 2, **asked)
     grid = killed(tmp_path / "cut", 2, peer=1, round=2, **asked)
     cut = federate(tmp_path / "cut", 2, grid=grid, resume=str(tmp_path / "cut" / "run"), **asked)
@@ -97,7 +112,7 @@ def test_heads_can_be_resumed(tmp_path):
 
 
 def test_each_peer_trains_what_it_is_dealt(tmp_path):
-    run = federate(tmp_path, 3, models="cnn-small", train="head,all,last:2")
+    run = federate(tmp_path, 3, models="test_body:cnn", train="head,all,last:2")
     parameters = {row["peer"]: row["parameters"] for row in run.summary()["peers"]}
     whole = models.parameters_count(models.build("cnn-small", input_shape=(1, 8, 8), num_classes=10, seed=0))
     assert parameters["peer-0"] < parameters["peer-2"] < parameters["peer-1"] == whole
@@ -145,10 +160,9 @@ def test_what_was_not_used_for_longest_is_forgotten(tmp_path, monkeypatch):
     one.features(images(9), LOOK, device)
     (first,) = tmp_path.glob("*.safetensors")
     monkeypatch.setattr(clients.body, "_MOST_ON_DISK", 2 * first.stat().st_size)
-    time.sleep(0.01)  # a file's time is no finer than that everywhere
+    os.utime(first, (1, 1))
     for count in (8, 7):
         one.features(images(count), LOOK, device)
-        time.sleep(0.01)
     assert not first.exists()
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     clients.body._memory.clear()
@@ -191,3 +205,69 @@ def test_peers_see_the_same_images_each_in_its_own_size(tmp_path):
     cards = [Card.read(run.folder / "models" / f"peer-{index}.safetensors") for index in range(2)]
     assert [card.input_shape for card in cards] == [(1, 16, 16), (1, 8, 8)]
     assert np.isfinite([peer["after"] for peer in run.summary()["peers"]]).all()
+
+
+def test_the_pooled_model_starts_from_the_body_that_its_peer_brought(tmp_path, monkeypatch):
+    """A ceiling with a linear layer on random features is none."""
+    brought = models.build("test_body:cnn", input_shape=(1, 8, 8), num_classes=10, seed=7)
+    save_file(brought.state_dict(), tmp_path / "own.safetensors")
+    ended = {}
+    real = Peer._pooled
+
+    def watched(peer, mail):
+        monkeypatch.setattr(Learner, "ahead", lambda learner, model, epochs: ended.update(model.state_dict()))
+        return real(peer, mail)
+
+    monkeypatch.setattr(Peer, "_pooled", watched)
+    asked = {"models": "test_body:cnn,mlp", "train": "head,all", "pooled_model": "test_body:cnn", "controls": "pooled"}
+    federate(tmp_path, 2, checkpoints=f"{tmp_path / 'own.safetensors'},-", rounds=1, **asked)
+    assert ended.keys() == brought.state_dict().keys()
+    assert all(torch.equal(value, ended[name]) for name, value in brought.state_dict().items())
+
+
+@pytest.mark.parametrize("train", ["head", "last:1"])
+def test_a_model_that_nobody_trained_has_no_part_to_keep(tmp_path, train):
+    with pytest.raises(RelayError, match=r"`train` to be all for the model resnet8: nobody trained it"):
+        federate(tmp_path, 2, models="resnet8", train=train)
+
+
+def test_a_run_is_not_resumed_with_another_body(tmp_path):
+    asked = {"models": "test_body:cnn", "train": "head", "rounds": 3}
+    for seed in (7, 8):
+        model = models.build("test_body:cnn", input_shape=(1, 8, 8), num_classes=10, seed=seed)
+        save_file(model.state_dict(), tmp_path / f"{seed}.safetensors")
+    own = tmp_path / "own.safetensors"
+    shutil.copy(tmp_path / "7.safetensors", own)
+    asked["checkpoints"] = str(own)
+    grid = killed(tmp_path / "cut", 2, peer=1, round=2, **asked)
+    shutil.copy(tmp_path / "8.safetensors", own)
+    clients.builder.body_of.cache_clear()
+    with pytest.raises(RelayError, match="the part of the model that does not train changed since this run began"):
+        federate(tmp_path / "cut", 2, grid=grid, resume=str(tmp_path / "cut" / "run"), **asked)
+
+
+def test_a_head_with_another_name_in_the_state_dict_is_no_part_of_the_body(tmp_path):
+    """As of transformers' models, whose wrapper keeps the names of what it wraps."""
+
+    class Renamed(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(3)
+            self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+            torch.manual_seed(seed)
+            self.model.append(nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.model(x)
+
+        def state_dict(self, *args, **kwargs):
+            return self.model.state_dict(*args, **kwargs)
+
+    assert body(tmp_path, seed=0, make=Renamed) == body(tmp_path, seed=1, make=Renamed)
+
+
+def test_where_features_cannot_be_kept_they_are_computed(tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    found = body(tmp_path / "file" / "features").features(images(), LOOK, torch.device("cpu"))
+    assert torch.equal(found, body(tmp_path).features(images(), LOOK, torch.device("cpu")))
+    assert "features are not kept" in caplog.text

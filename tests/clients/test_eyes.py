@@ -1,5 +1,7 @@
 """How a model sees the data: as who trained it says, unless the settings say something else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.models import ResNet18_Weights
@@ -53,7 +55,8 @@ def test_with_a_checkpoint_an_architecture_of_timm_is_one_that_somebody_trained(
 @pytest.mark.parametrize(
     ("settings", "size", "mean"),
     [
-        ({"size": "data"}, None, "proxy"),
+        ({"size": "data"}, None, "own"),
+        ({"size": "data", "normalize": "proxy"}, None, "proxy"),
         ({"size": "96"}, (96, 96), "own"),
         ({"normalize": "proxy"}, (224, 224), "proxy"),
         ({"normalize": "none"}, (224, 224), "none"),
@@ -69,7 +72,7 @@ def test_settings_come_before_what_a_model_says(settings, size, mean):
 
 
 def test_images_of_other_channels_than_a_model_was_trained_on_are_refused():
-    with pytest.raises(SettingError, match=r"`models` to be a model that sees images of 2 channels|`input-size` to be"):
+    with pytest.raises(SettingError, match=r"`models` to be a model that sees images of 2 channels"):
         look(proxy=images(2))
 
 
@@ -77,3 +80,21 @@ def test_a_table_has_no_size():
     table = torch.rand(6, 5)
     with pytest.raises(SettingError, match=r"`input-size` to be `data`, or left out, for inputs \[5\]"):
         look("mlp", size="32", proxy=table)
+
+
+def test_a_table_is_no_input_of_a_model_for_images():
+    with pytest.raises(SettingError, match=r"`models` to be a model without weights for images, .* for inputs \[5\]"):
+        look(proxy=torch.rand(6, 5))
+
+
+def test_the_scale_of_pixels_is_not_put_on_other_numbers():
+    numbers = images().float() / 255 * 2 - 1
+    with pytest.raises(SettingError, match=r"`normalize` to be proxy or none for the model resnet18@.*go from -1 to 1"):
+        look(proxy=numbers)
+    assert look(proxy=numbers, normalize="none").mean == (0.0, 0.0, 0.0)
+    assert look(proxy=(numbers + 1) / 2).mean == look().mean
+
+
+def test_numbers_that_are_no_pixels_are_not_cut():
+    found = look("my.module:net", size="16", proxy=torch.full((2, 3, 8, 8), -2.0), normalize="none")
+    assert replace(found, interpolation="bicubic")(torch.full((2, 3, 8, 8), -2.0)).max() < -1.9
