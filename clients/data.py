@@ -171,7 +171,8 @@ def open_site(
         f"held-out samples{part}": hashlib.blake2b(held_out.tobytes(), digest_size=16).hexdigest(),
         "test set": commons.test_fingerprint,
         "proxy set": commons.fingerprint,
-        "way in which the model sees images": hashlib.blake2b(repr(commons.look).encode(), digest_size=16).hexdigest(),
+        "size in which the model sees images": _hash(repr((commons.input_shape, commons.look.interpolation))),
+        "choice of what of the model trains": _hash(peer_config.trains(config)),
     }
     if body:
         fingerprints["part of the model that does not train"] = body.weights
@@ -280,6 +281,10 @@ def _own(settings: _DataSettings, split: _Split | None, index: int) -> np.ndarra
 def _private_fingerprint(settings: _DataSettings, split: _Split | None, index: int) -> str:
     train, own = _raw(settings).source.train, torch.from_numpy(_own(settings, split, index))
     return _fingerprint(train.inputs[own], train.labels[own])
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _fingerprint(inputs: Tensor, labels: Tensor) -> str:

@@ -8,7 +8,7 @@ proxy set and numbers about itself go out.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients import warm
 from clients.attacks import is_attacker, poison
 from clients.averaging import load_weights, weights
 from clients.builder import Builder, body_of
@@ -63,23 +64,6 @@ _TOLD = {"refused_letters", "epsilon"}
 """The metrics that do not depend on private data, told under a budget too."""
 
 _UNLABELLED = "the labels of the proxy set are not known, or its classes are not the peers'"
-
-
-@dataclass
-class _Warm:
-    """The model that this process ran last for a peer, the round whose end it stands at, and what it said there.
-
-    ``logits`` are of the next round's proxy samples, where the peer compares them with its teachers'.
-    """
-
-    round: int
-    model: nn.Module
-    memo: Memo
-    logits: Tensor | None
-
-
-_warm: dict[tuple[str, str], _Warm] = {}  # the process's cache, by state folder and run; the truth is on disk
-_WARM_MODELS = 8
 
 
 class Peer:
@@ -380,10 +364,10 @@ class Peer:
         And what it says of the round's proxy samples, if this process knows that already.
         """
         before = self.store.latest(before=round)
-        warm = _warm.pop(self._warm_key, None)
-        if warm is not None and warm.round == before:
-            same_samples = warm.round == round - 1 or self.config.travelling == self.config.public_size
-            return warm.model, dict(warm.memo), warm.logits if same_samples else None
+        kept = warm.take(self._warm_key)
+        if kept is not None and kept.round == before:
+            same_samples = kept.round == round - 1 or self.config.travelling == self.config.public_size
+            return kept.model, dict(kept.memo), kept.logits if same_samples else None
         model = self.models.bare()
         return model, self.store.load(before, model), None
 
@@ -409,9 +393,8 @@ class Peer:
             arrays = self._knowledge(mail, model, logits, subset)
         with self.watch.phase("store"):
             self._save(mail, model, self.peer_config.model_spec(self.config), found, memo, trained=trained)
-        while len(_warm) >= _WARM_MODELS:
-            _warm.pop(next(iter(_warm)))
-        _warm[self._warm_key] = _Warm(mail.round, model, dict(memo), logits if self.learner.compares else None)
+        said = logits if self.learner.compares else None
+        warm.keep(self._warm_key, warm.Warm(mail.round, model, dict(memo), said))
         found |= {"refused_letters": len(refused or []), "samples_seen": trained.samples}
         if self.private:
             found["epsilon"] = self.private.epsilon

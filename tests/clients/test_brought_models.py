@@ -14,6 +14,7 @@ from clients.configuration import PeerConfig
 from clients.own_settings import own_settings, without_paths
 from clients.peer import Peer
 from fedkd import models
+from fedkd.errors import SettingError
 from fedkd.settings.config import RunConfig
 from fedkd.wire.messages import Mail, pack_mail, unpack_answer
 
@@ -126,3 +127,9 @@ def test_before_round_1_only_models_that_are_not_finished_train(tmp_path, settin
     assert [seen[f"peer-{index}"] > 0 for index in range(2)] == trained
     start = load_file(next((tmp_path / "state").rglob("peer-0/**/*0.safetensors")))
     assert all(torch.equal(value, start[name]) for name, value in finished.state_dict().items()) != trained[0]
+
+
+@pytest.mark.parametrize(("key", "value"), [("train", "head,last:2"), ("input-size", "64,96"), ("train", "last:0")])
+def test_a_peers_own_way_to_train_is_one_way(site, key, value):
+    with pytest.raises(SettingError, match=f"`{key}` to be"):
+        own_settings({**site, key: value})

@@ -152,7 +152,7 @@ def test_same_seed_same_numbers_and_another_seed_others(tmp_path, run):
 )
 def test_a_peer_that_moved_to_a_cold_process_gives_the_same_numbers(tmp_path, settings, monkeypatch):
     """The truth is on disk: forgetting every warm model, and what it said last, changes nothing."""
-    import clients.peer
+    import clients.warm
 
     run = federate(tmp_path / "warm", **settings)
 
@@ -160,7 +160,7 @@ def test_a_peer_that_moved_to_a_cold_process_gives_the_same_numbers(tmp_path, se
         def __setitem__(self, key, value):
             pass
 
-    monkeypatch.setattr(clients.peer, "_warm", Forgetful())
+    monkeypatch.setattr(clients.warm, "_kept", Forgetful())
 
     assert federate(tmp_path / "cold", **settings).timeless_rows() == run.timeless_rows()
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedkd.errors import SettingError
 from fedkd.losses import divergences
-from fedkd.settings.config import RunConfig
+from fedkd.settings.config import RunConfig, recorded
 from fedkd.settings.declare import key
 from fedkd.settings.rules import DIVERGENCES
 from fedkd.settings.table import settings_table
@@ -160,3 +160,23 @@ def test_a_rate_over_a_run_of_which_nobody_knows_the_rounds_is_refused():
     with pytest.raises(SettingError, match=r"`learning-rate-over` to be phase under mode async, .* but got 'run'"):
         RunConfig.from_mapping({**gossip, "learning-rate-schedule": "cosine"})
     RunConfig.from_mapping(gossip)  # nothing varies: no contradiction
+
+
+@pytest.mark.parametrize(
+    ("said", "size", "scale"),
+    [
+        ({"models": "mlp,resnet18@IMAGENET1K_V1", "normalize": "auto"}, "data", "proxy"),
+        ({"models": "resnet18@IMAGENET1K_V1", "normalize": "imagenet"}, "data", "imagenet"),
+        ({"models": "mlp,my.module:net", "normalize": "auto"}, "", "auto"),
+        ({"models": "resnet18@IMAGENET1K_V1", "normalize": "auto", "input-size": ""}, "", "auto"),
+    ],
+)
+def test_older_runs_saw_images_as_they_were_whatever_weights_their_models_had(said, size, scale):
+    found = recorded(said)
+    assert (found["input-size"], found["normalize"]) == (size, scale)
+
+
+def test_more_than_the_proxy_set_holds_cannot_travel_in_a_round():
+    with pytest.raises(SettingError, match="`proxy-per-round` to be at most 400"):
+        RunConfig.from_mapping({"proxy-per-round": 500})
+    assert RunConfig.from_mapping({"proxy-per-round": 500, "proxy": "npz:own.npz"}).travelling == 500

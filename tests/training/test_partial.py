@@ -120,3 +120,25 @@ def test_a_model_without_such_a_head_is_refused(model, said):
 def test_more_layers_than_there_are_cannot_train_alone():
     with pytest.raises(ValueError, match="of its 2 layers at most 1 can train alone"):
         Partly(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Linear(5, CLASSES)), 2)
+
+
+def test_no_layers_cannot_train():
+    with pytest.raises(ValueError, match="0 of its layers cannot train"):
+        Partly(built(), 0)
+
+
+def test_dropout_before_what_trains_is_off_and_after_it_is_on():
+    def chain() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(192, 64),
+            nn.Dropout(0.5),
+            nn.Linear(64, 64),
+            nn.Dropout(0.5),
+            nn.Linear(64, CLASSES),
+        )
+
+    last, two = Partly(chain(), 1).train(), Partly(chain(), 2).train()
+    assert torch.equal(last(inputs()), last(inputs()))
+    assert not torch.equal(two(inputs()), two(inputs()))
