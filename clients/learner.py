@@ -92,7 +92,7 @@ class Learner:
         self, config: RunConfig, site: Site, index: int, *, auxiliary: Callable[[], nn.Module], watch: Stopwatch
     ) -> None:
         self.config, self.site, self.index, self.auxiliary, self.watch = config, site, index, auxiliary, watch
-        self.how = Optimization.from_config(config)
+        self.how = replace(Optimization.from_config(config), own_statistics=config.norm_statistics == "private")
         self.seen = 0
         self.belief = Belief.from_config(config)
         self.shares = class_shares(site.labels, len(site.label_share))

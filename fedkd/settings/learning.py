@@ -296,6 +296,15 @@ class Learning:
         takes=DISTILS,
         costs=FREE,
     )
+    norm_statistics: str = setting(
+        "both",
+        one_of("both", "private"),
+        "of which batches batch normalisation takes its running statistics: private and proxy ones, or `private` ones "
+        "alone, for sites whose images look unlike the proxy set's",
+        decides=EXCHANGE,
+        controls=CHANNEL,
+        takes=DISTILS,
+    )
     augment_proxy: str = setting(
         "none",
         AUGMENTATION,

@@ -6,6 +6,7 @@ peer's state stays the size of its model.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
@@ -23,6 +24,7 @@ from fedkd.training.distillation import Distillation
 from fedkd.training.fast import forward
 from fedkd.training.optimizers import Descent
 from fedkd.training.rates import Rates
+from fedkd.training.statistics import StillStatistics
 
 Beside = Callable[[Tensor], Tensor]
 """A further loss of a batch of proxy indices ``[B]``, called right after the model has seen that batch."""
@@ -75,6 +77,7 @@ class Optimization:
         fast: whether models compute as :func:`fedkd.training.fast.forward` has it, with fused steps.
         gradient_clip: the largest Euclidean norm of a step's gradient over all parameters; 0: any.
         rates: factors of the learning rate.
+        own_statistics: whether batch normalisation takes its running statistics from private batches alone.
     """
 
     name: str = "adam"
@@ -85,6 +88,7 @@ class Optimization:
     fast: bool = False
     gradient_clip: float = 0.0
     rates: Rates = _CONSTANT
+    own_statistics: bool = False
 
     @classmethod
     def from_config(cls, config: Training) -> "Optimization":
@@ -189,9 +193,12 @@ def distil(
     Returns:
         The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
+    still = _on_public(model, how)
 
     def losses(batch: Tensor) -> Losses:
-        divergence = distillation(forward(model, inputs[batch], fast=how.fast), teachers[batch])
+        with still:
+            logits = forward(model, inputs[batch], fast=how.fast)
+        divergence = distillation(logits, teachers[batch])
         loss = distillation.scale * divergence
         return loss if beside is None else loss + beside(batch), divergence
 
@@ -233,9 +240,12 @@ def fit_and_distil(
         The mean divergence of the last epoch, in its own unit, whatever its weight; NaN if there was none.
     """
     own_loss = _endless_labels(model, *private, how=how, seed=seed, drawn=drawn, labelling=labelling)
+    still = _on_public(model, how)
 
     def losses(batch: Tensor) -> Losses:
-        divergence = distillation(forward(model, proxy[batch], fast=how.fast), teachers[batch])
+        with still:
+            logits = forward(model, proxy[batch], fast=how.fast)
+        divergence = distillation(logits, teachers[batch])
         loss = distillation.scale * divergence
         if beside is not None:
             loss = loss + beside(batch)
@@ -279,6 +289,10 @@ def fit_alone(
         return loss, loss
 
     return _descend(model, losses, count=proxy_count, epochs=epochs, how=how, seed=seed, device=private[0].device)
+
+
+def _on_public(model: nn.Module, how: Optimization) -> AbstractContextManager[None]:
+    return StillStatistics(model) if how.own_statistics else nullcontext()
 
 
 def _of_labels(logits: Tensor, labels: Tensor, batch: Tensor, labelling: Labelling | None) -> Tensor:
