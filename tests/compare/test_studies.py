@@ -359,7 +359,7 @@ def test_one_command_runs_the_studies_and_writes_their_files_and_the_page(tmp_pa
         (["tables", "none.md"], "`PAGE` to be a page that is there"),
         (
             ["run", "speed", "--slices", ".", "--out", "out", "--page", "page.md"],
-            "`NAMES` to be of balanced, .*'speed'",
+            "`NAMES` to be of backbones, .*'speed'",
         ),
         (["run", "--slices", ".", "--out", "out"], "`--page` to be a page that is there.*docs/results.md"),
     ],
