@@ -338,6 +338,7 @@ def export(
     """
     from experiments.export import export as write
 
+    sys.path.append(str(Path.cwd()))  # where `fedkd run` found a factory of one's own; last, so that it hides nothing
     done = write(run, peer=peer, form=form, out=out)
     card = done.card
     reached = f"{card.before:.1%} → {card.after:.1%}" + (

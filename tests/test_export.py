@@ -147,6 +147,23 @@ def test_what_cannot_be_exported_is_named(finished, options, words):
         export(finished.folder, **options)
 
 
+def test_a_factory_of_ones_own_is_found_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_ada.py").write_text(
+        "from torch import nn\n\ndef net(*, input_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    with monkeypatch.context() as running:
+        running.syspath_prepend(str(tmp_path))
+        run = federate(tmp_path, 2, models="nets_of_ada:net", rounds=1, keep_models=True)
+    monkeypatch.delitem(sys.modules, "nets_of_ada")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+
+    done = CliRunner().invoke(app, ["export", str(run.folder), "--peer", "peer-0"], catch_exceptions=False)
+
+    assert done.exit_code == 0 and (tmp_path / "peer-0.pt").is_file()
+
+
 def test_a_file_that_no_run_left_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(FedkdError, match="a run of fedkd left"):
