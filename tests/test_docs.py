@@ -196,3 +196,15 @@ def test_the_figures_of_a_gpu_on_the_page_are_those_of_their_file() -> None:
     assert f"{first['images_per_second'] / found['bare']:.2f} of the bare loop" in page
     assert f"{mixed['images_per_second'] / found['plain']:.2f} of the plain loop" in page
     assert all(sum(line["waits"].values()) == 1 for line in found["trace"])
+
+
+def test_what_liars_cost_on_the_page_is_what_their_file_says() -> None:
+    found = json.loads(read("docs/performance/robust.json"))
+    page = read("docs/strategies.md")
+    by = {(row["attack"], row["attackers"], row["weighing"], row["robust"]): row["accuracy"] for row in found["rows"]}
+    columns = [("uniform", robust) for robust in ("none", "median", "trimmed", "agreement", "eigentrust")]
+    columns += [("discrimination", robust) for robust in ("none", "agreement", "eigentrust")]
+    for attack, share in dict.fromkeys((row["attack"], row["attackers"]) for row in found["rows"]):
+        cells = [f"{100 * by[attack, share, *column]:.1f}" for column in columns]
+        name = "nobody" if attack == "none" else f"`{attack}`, {share:.0%}"
+        assert " | ".join([f"| {name}", *cells]) + " |" in page

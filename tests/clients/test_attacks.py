@@ -1,4 +1,4 @@
-"""What the boasters say: they are sure of all, in any precision that knowledge travels in."""
+"""What liars say; boasters are sure of all, in any precision that knowledge travels in."""
 
 import numpy as np
 import pytest
@@ -40,3 +40,18 @@ def test_one_claims_all_classes_evenly_and_each_in_its_own_way():
     draws = [said("boast-all", index, round).argmax(1) for index, round in ((4, 1), (3, 1), (4, 2))]
     for one, other in ((0, 1), (0, 2)):
         assert (draws[one] == draws[other]).float().mean() < 0.5
+
+
+def test_a_flipper_says_of_every_class_what_it_knows_of_the_one_before():
+    told = said("flip", 4)
+    assert all(torch.equal(told[:, (label + 1) % 10], HONEST[:, label]) for label in range(10))
+
+
+@pytest.mark.parametrize("attack", ["constant", "collude"])
+def test_one_class_a_sample_stands_three_deviations_above_the_mean_of_what_is_true(attack):
+    told = said(attack, 4)
+    raised = told.max(dim=1).values
+    assert (told == told.min()).sum() == told.numel() - len(told)
+    torch.testing.assert_close(told.min(), HONEST.mean())
+    torch.testing.assert_close(raised, (HONEST.mean() + 3 * HONEST.std()).expand(60))
+    assert (set(told.argmax(dim=1).tolist()) == {0}) == (attack == "constant")

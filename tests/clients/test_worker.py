@@ -231,7 +231,9 @@ def test_a_deployed_peer_opens_nothing_that_the_server_names(tmp_path, sites, mi
     assert list(tmp_path.rglob(LOCK)) == []
 
 
-OURS = {"fedavg_model": "mlp", "divergence": "js", "weighing": "entropy"}
+OURS = {
+    "fedavg_model": "mlp", "divergence": "js", "weighing": "entropy", "augment": "none", "augment_proxy": "none",
+}  # fmt: skip
 
 
 def accepts(field, value):

@@ -190,6 +190,15 @@ def test_eigentrust_is_a_personalised_pagerank_of_squared_correlations(seed, tea
     np.testing.assert_allclose(found.numpy(), pagerank(said, own_share), atol=2e-5)
 
 
+def test_a_whisper_is_compared_as_a_shout_is():
+    """Teachers that hardly lean to any class, on few samples, still agree or do not."""
+    stream = torch.Generator().manual_seed(3)
+    logits = 0.05 * torch.randn(5, 4, 3, generator=stream) + 0.1 * torch.eye(3)[[0, 1, 2, 0]]
+    found = eigentrust(logits[:-1], logits[-1], temperature=1.0, own_share=0.5)
+    np.testing.assert_allclose(found.numpy(), pagerank(torch.softmax(logits.double(), dim=-1).numpy(), 0.5), atol=2e-5)
+    assert len(set(found.tolist())) > 2
+
+
 def test_a_peer_that_knows_nothing_believes_all_alike():
     """Its own chance agreement is not where trust begins: else a liar may have all of it."""
     stream = torch.Generator().manual_seed(2)

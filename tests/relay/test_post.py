@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 from local_grid import LocalGrid
 
 from fedkd.wire.messages import Answer, Letter, Mail, Packed, pack_answer, wire_bytes
+from strategies.relay.mailbox import Mailbox
 from strategies.relay.post import Post
 from strategies.relay.window import Window
 
@@ -239,3 +240,11 @@ def test_a_window_hears_of_the_answer_that_waited_least(tmp_path):
         sent(grid, window=window).next(deadline=math.inf)
 
     assert len(window.waits) == 2 and all(100 <= waited < 700 for waited in window.waits)
+
+
+def test_a_mailbox_counts_answers_from_none():
+    mailbox = Mailbox()
+    assert mailbox.updates == 0
+    mailbox.put(3, LETTER)
+    mailbox.updates += 2
+    assert mailbox.updates_since(3) == 2

@@ -249,3 +249,11 @@ def test_a_large_simulation_has_few_nodes():
     assert "num-supernodes=80 " in Federation(peers=1000, actors=40).sharing().config()
     assert "num-supernodes=6 " in Federation(peers=6, actors=40).sharing().config()
     assert "num-supernodes=1000 " in Federation(peers=1000, ray_address="head:6379").sharing().config()
+
+
+@pytest.mark.parametrize(("nodes", "peers", "shared"), [(3, 3, []), (2, 4, [4]), (3, 0, [])])
+def test_nodes_are_shared_where_there_are_fewer_than_peers(tmp_path, monkeypatch, nodes, peers, shared):
+    asked, share = [], Post.share_nodes
+    monkeypatch.setattr(Post, "share_nodes", lambda post, count: (asked.append(count), share(post, count))[1])
+    federate(tmp_path, nodes, seats=peers, models="mlp", rounds=1)
+    assert asked == shared

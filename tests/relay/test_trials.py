@@ -8,7 +8,7 @@ from federation import SMALL, federate, local_grid, without_pictures
 from flwr.app import Context, RecordDict
 
 from fedkd.errors import SettingError
-from fedkd.results.claim import LOCK, held
+from fedkd.results.claim import LOCK, STATES, held
 from fedkd.settings.config import RunConfig
 from strategies.relay.trials import Trial, TrialsError
 from strategies.relay.trials import run_trials as run_each
@@ -116,6 +116,24 @@ def test_started_again_it_skips_what_is_finished_and_goes_on_in_the_middle_of_a_
     assert kinds == [("introduce", 0)] * 3 + [("learn", 2)] * 3 + [("learn", 3)] * 3
     assert timeless(tmp_path / "td") == federate(tmp_path / "alone", divergence="td", rounds=3).timeless_rows()
     assert not (tmp_path / "td" / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "settings", "resumed"),
+    [
+        (("relay.safetensors", "peers"), {}, True),
+        (("relay.safetensors",), {}, False),
+        (("peers",), {}, False),
+        (("relay.safetensors", "peers"), {"strategy": "fedavg"}, False),
+    ],
+)
+def test_a_trial_goes_on_where_both_sides_left_their_state(tmp_path, there, settings, resumed):
+    config = RunConfig.from_mapping({"out-dir": str(tmp_path), **settings})
+    (tmp_path / "config.json").write_text(json.dumps({"settings": config.effective().to_mapping()}))
+    for name in there:
+        (tmp_path / name).mkdir() if name == STATES else (tmp_path / name).touch()
+
+    assert Trial("one", config).next_config().resume == (str(tmp_path) if resumed else "")
 
 
 def test_a_baseline_that_brings_its_own_loss_is_skipped_too(tmp_path):

@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -205,6 +206,19 @@ def test_what_is_not_logits_is_refused_at_the_sender(logits: object) -> None:
 def test_unknown_codecs_are_refused_by_key(spec: str) -> None:
     with pytest.raises(SettingError, match="`codec`"):
         codec(spec)
+
+
+def test_zstd_compresses_at_its_own_default_level() -> None:
+    """Level 3 is what zstandard takes for a balance of size and time; bytes in published tables are of it."""
+    logits = np.random.default_rng(0).standard_normal((400, 10)).astype(np.float32)
+    plain, frame = codec("fp16").encode(logits), codec("fp16+zstd").encode(logits)["frame"]
+    sizes = {level: len(zstandard.ZstdCompressor(level=level).compress(_raw(frame))) for level in (1, 3, 19)}
+    assert len(frame) == sizes[3] == len(zstandard.compress(_raw(frame)))
+    assert plain.keys() == {"logits"}
+
+
+def _raw(frame: np.ndarray) -> bytes:
+    return zstandard.decompress(frame.tobytes())
 
 
 def test_zstd_without_the_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,15 @@ import re
 import subprocess
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from federation import Finished, federate, local_grid
 from flwr.app import ConfigRecord
 
 from clients.keys import Secrets
 from experiments.deploy.keys import node_key, write_secret
 from fedkd.errors import SettingError
-from fedkd.wire.identities import Credential, Identity, check_trusted, fingerprint, read_trusted
+from fedkd.wire.identities import Credential, Identity, _public, check_trusted, fingerprint, read_trusted
 from fedkd.wire.sealing import Keys, SealError
 from strategies.relay.rounds import RelayError
 
@@ -271,3 +271,10 @@ def test_signed_keys_outlive_a_relay_that_is_resumed(tmp_path, trusting):
 
     assert {row["status"] for row in resumed.rows()} == {"ok"}
     assert {row["refused_letters"] for row in resumed.rows()} == {0}
+
+
+def test_a_key_of_another_kind_is_named_by_its_kind_and_nothing_else_of_it_is_told():
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
+    line = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " ada@hospital"
+    with pytest.raises(SealError, match=r"but got ssh-rsa\.$"):
+        _public(line)
