@@ -29,7 +29,7 @@ highlight_language = "none"
 
 # Types of other libraries: resolving them would need their inventories, and so a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|pd|pandas|flwr|cryptography)(\..*)?"),
+    (r"py:.*", r"(torch|Tensor|nn|np|numpy|pd|pandas|flwr|cryptography)(\..*)?"),
     (r"py:.*", r"(pathlib|Path|collections|typing|abc|socket|types|dataclasses)(\..*)?"),
     (r"py:class", r"fedkd\..*\.(F|_Function)"),  # type variables
 ]

@@ -10,6 +10,7 @@ from fedkd.data.sources import as_float
 from fedkd.errors import SettingError
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
+"""Ways to resize, as torch calls them."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def own_preprocessing(spec: str, *, key: str = "models") -> Preprocessing | None
     image processor that lies with a model of transformers. The registry's models and one's own take what they get.
 
     Args:
-        spec: as :func:`fedkd.models.build` takes it.
+        spec: as :func:`fedkd.models.registry.build` takes it.
         key: the setting that holds it, for errors.
 
     Raises:
