@@ -61,7 +61,8 @@ def load_checkpoint(model: "nn.Module", path: Path, *, key: str = "checkpoint", 
         )
     if not chosen:
         reasons = "; ".join(f"{kind}: {_listed(found)}" for kind, found in tried[0].problems.items())
-        cure = "; `replace-head=true` gives it a new head" if tried[0].resized and not new_head else ""
+        lacking = "where the data lack a class, an empty folder or `classes` names it, else `replace-head=true`"
+        cure = f"; {lacking} gives it a new head" if tried[0].resized and not new_head else ""
         raise SettingError(key, str(path), f"a checkpoint that fits the model {type(model).__name__} ({reasons}{cure})")
     model.load_state_dict({**expected, **chosen[0].state})
 

@@ -132,8 +132,10 @@ def roster(members: Sequence[Member]) -> list[Member]:
         (common, _), *others = Counter(getattr(m, what) for m in members).most_common()
         differing = [m for m in members if others and getattr(m, what) != common and (m.name, label) not in named]
         named |= {(m.name, label) for m in differing}
+        cure = " (one without samples needs an empty folder, or its name in `classes`)" if what == "classes" else ""
         complaints += [
-            f"{m.name}'s {label} {_short(getattr(m, what))} differ from the others' {_short(common)}" for m in differing
+            f"{m.name}'s {label} {_short(getattr(m, what))} differ from the others' {_short(common)}{cure}"
+            for m in differing
         ]
     if complaints:
         raise RosterError("; ".join(complaints))
