@@ -18,6 +18,7 @@ from experiments.export import export
 from experiments.launch.runner import Federation
 from experiments.report.tensorboard import Board
 from fedkd import __version__, models
+from fedkd.data.sources import load_source
 from fedkd.errors import FedkdError
 from fedkd.privacy import Mechanism
 from fedkd.results.folder import git_commit
@@ -229,9 +230,14 @@ def use_transformers(tmp_path):
     models.build("hf:google/vit-base-patch16-224", input_shape=(3, 224, 224), num_classes=2, seed=0)
 
 
+def use_datasets(tmp_path):
+    load_source("hf:mnist", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("extra", "module", "use"),
     [
+        ("datasets", "datasets", use_datasets),
         ("zstd", "zstandard", use_zstd),
         ("tune", "optuna", use_tune),
         ("tensorboard", "torch.utils.tensorboard", use_tensorboard),
@@ -251,8 +257,8 @@ def test_what_one_feature_needs_is_named_with_its_extra_where_it_is_missing(tmp_
 def test_every_extra_that_a_user_may_need_is_among_these():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
-    assert set(declared) - {"dev", "docs", "mutation"} == {
-        "fast", "zstd", "tune", "tensorboard", "privacy", "export", "timm", "transformers",
+    assert set(declared) - {"dev", "docs", "mutation", "backbones"} == {
+        "fast", "zstd", "tune", "tensorboard", "privacy", "export", "timm", "transformers", "datasets",
     }  # fmt: skip
 
 
